@@ -1,0 +1,85 @@
+"""From features to score maps: the class activation map, its three factors (Fig. A3), resize and normalization."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from .losses import cosine_map, feature_norm, minmax
+
+NORMALIZATIONS = ("minmax", "max", "pas", "ivr")
+
+
+class Factors(NamedTuple):
+    """CAM(u) = weight_norm * F_u * S_u, the decomposition the method rests on (main text; drawn in Fig. A3)."""
+
+    weight_norm: Tensor  # N          |w_y|
+    F: Tensor  # N x H x W  |f_u|, >= 0
+    S: Tensor  # N x H x W  cos(f_u, w_y), in [-1, 1]
+
+
+def class_activation_map(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """CAM(u) = w_y . f_u, without the bias: features N x C x H x W, weight K x C, labels N -> N x H x W, float32, unbounded."""
+    with torch.autocast(features.device.type, enabled=False):
+        return torch.einsum("nc,nchw->nhw", weight[labels].float(), features.float())
+
+
+def decompose(features: Tensor, weight: Tensor, labels: Tensor) -> Factors:
+    """The three factors of `class_activation_map` (same arguments); their product is the map, to rounding.
+
+    Differentiable, with the zero-vector rule of `losses.cosine_map`.
+    """
+    w_y = weight[labels]  # N x C
+    return Factors(
+        torch.linalg.vector_norm(w_y.float(), dim=1), feature_norm(features), cosine_map(features, w_y[:, None])[:, 0]
+    )
+
+
+def resize(maps: Tensor, size: int) -> Tensor:
+    """Bicubic (a = -0.75, half-pixel centres, no antialiasing: evaluation.md) N x H x W -> N x size x size, float32.
+
+    It may overshoot the range of its input; normalize afterwards.
+    """
+    if maps.shape[1:] == (size, size):
+        return maps.float()
+    return nnf.interpolate(maps.float()[:, None], (size, size), mode="bicubic", align_corners=False)[:, 0]
+
+
+def normalize(maps: Tensor, how: str = "minmax", percentile: float | None = None) -> Tensor:
+    """Per-image normalization to [0, 1]: N x H x W -> the same shape, float32. Apply after `resize`.
+
+    minmax  (M - min) / (max - min): the protocol's, and this method's
+    max     max(M, 0) / max M
+    pas     M - min, divided by its `percentile` (default 0.9), clipped at 1      (Bae et al., ECCV 2020)
+    ivr     max(M - v, 0) / its maximum, v the `percentile` (default 0.45) of M   (Kim et al., ICCV 2021)
+
+    A percentile q in [0, 1) is the sorted value at index int(q * H * W). A map that is constant, holds NaN or infinity,
+    or has nothing left to divide by becomes all zeros. Raises ValueError for an unknown `how` or percentile.
+    """
+    if how not in NORMALIZATIONS:
+        raise ValueError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {how!r}")
+    q = {"pas": 0.9, "ivr": 0.45}.get(how, 0.0) if percentile is None else percentile
+    if not 0 <= q < 1:
+        raise ValueError(f"percentile must be in [0, 1), got {q}")
+    maps = maps.float()
+    usable = maps.isfinite().flatten(1).all(1) & (maps.flatten(1).amax(1) > maps.flatten(1).amin(1))
+    maps = torch.where(usable[:, None, None], maps, 0)
+    if how == "minmax":
+        return minmax(maps)
+
+    if how == "max":
+        maps = maps.clamp(min=0)
+    elif how == "pas":
+        maps = maps - maps.amin((1, 2), keepdim=True)
+    else:
+        maps = (maps - _percentile(maps, q)).clamp(min=0)
+    top = _percentile(maps, q) if how == "pas" else maps.amax((1, 2), keepdim=True)
+    return torch.where(top > torch.finfo(maps.dtype).tiny, (maps / top).clamp(max=1), 0)
+
+
+def _percentile(maps: Tensor, q: float) -> Tensor:
+    values = maps.flatten(1).sort(dim=1).values
+    return values[:, int(q * values.shape[1])][:, None, None]

@@ -1,0 +1,204 @@
+"""VGG16-GAP and ResNet50 on torchvision's layers, each with the place where attentive dropout sits.
+
+A forward pass gives the logits and the last feature map f at once; the map of class y is w_y . f_u (`cam.py`), so
+evaluation never runs a network twice. Parameters carry torchvision's names: its files load as they are.
+
+    vgg16     features (13 convolutions, no last pool) - conv6 3x3 -> 1024 + ReLU - GAP - fc      dropout: after conv4_3's ReLU
+    resnet50  conv1 ... layer4, strides cut for a large map - GAP - fc                            dropout: after layer4[0]
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import ResNet, ResNet50_Weights, VGG16_Weights
+from torchvision.models.resnet import Bottleneck
+
+from .losses import attentive_dropout
+from .utils import InputError, load_tensors
+
+ARCHS = ("vgg16", "resnet50")
+
+# The original ImageNet-1K weights, those of the literature: ResNet50's V2 recipe came later.
+IMAGENET_WEIGHTS = {"vgg16": VGG16_Weights.IMAGENET1K_V1, "resnet50": ResNet50_Weights.IMAGENET1K_V1}
+
+
+class Output(NamedTuple):
+    logits: Tensor  # N x K
+    features: Tensor  # N x C x H x W, f: after the last ReLU
+    features_dropped: Tensor | None  # the same of the dropped pass; None in eval mode and without attentive dropout
+
+
+class GAPNetwork(nn.Module):
+    """Shared forward pass. Subclasses define `before_dropout`, `after_dropout` and the linear layer `fc`.
+
+    gamma, p: attentive dropout's threshold and probability; None, None: no dropped pass (the vanilla CAM network).
+    """
+
+    gamma: float | None = None
+    p: float | None = None
+
+    def forward(self, images: Tensor) -> Output:
+        """images N x 3 x H x W, normalized -> Output. The dropped pass shares the layers before the dropout with the
+        clean one and touches neither the logits nor the map; batch norm sees the clean pass first, then the dropped."""
+        shared = self.before_dropout(images)
+        features = self.after_dropout(shared)
+        logits = self.fc(features.mean((2, 3)))
+        features_dropped = None
+        if self.training and self.gamma is not None:
+            features_dropped = self.after_dropout(attentive_dropout(shared, self.gamma, self.p))
+        return Output(logits, features, features_dropped)
+
+    def pretrained_layers(self) -> dict[str, Tensor]:
+        """The parameters and buffers that a pretrained file must have, by torchvision's names."""
+        raise NotImplementedError
+
+
+class VGG16GAP(GAPNetwork):
+    """stride 16: four pools, 224 -> 14 x 14. stride 8 leaves out the fourth pool. `width` scales every channel count."""
+
+    CHANNELS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
+    DROPOUT_AT = 23  # conv4_3 and its ReLU are features[21] and [22], the fourth pool is features[23]
+
+    def __init__(self, num_classes: int, stride: int = 16, width: float = 1.0):
+        super().__init__()
+        layers, channels = [], 3
+        for c in self.CHANNELS:
+            if c == "pool":
+                layers.append(nn.MaxPool2d(2))
+            else:
+                layers += [nn.Conv2d(channels, round(c * width), 3, padding=1), nn.ReLU(inplace=True)]
+                channels = round(c * width)
+        if stride == 8:
+            layers[self.DROPOUT_AT] = nn.Identity()
+        self.features = nn.Sequential(*layers)
+        self.conv6 = nn.Sequential(nn.Conv2d(channels, round(1024 * width), 3, padding=1), nn.ReLU(inplace=True))
+        self.fc = nn.Linear(round(1024 * width), num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.zeros_(self.fc.bias)
+
+    def before_dropout(self, images: Tensor) -> Tensor:
+        return self.features[: self.DROPOUT_AT](images)
+
+    def after_dropout(self, shared: Tensor) -> Tensor:
+        return self.conv6(self.features[self.DROPOUT_AT :](shared))
+
+    def pretrained_layers(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.state_dict().items() if k.startswith("features.")}
+
+
+class ResNet50GAP(GAPNetwork, ResNet):
+    """stride 8: layer3 and layer4 do not downsample, 224 -> 28 x 28; stride 16: layer4 does not, 14 x 14."""
+
+    def __init__(self, num_classes: int, stride: int = 8):
+        ResNet.__init__(self, Bottleneck, [3, 4, 6, 3], num_classes=num_classes)
+        for layer in {8: (self.layer3, self.layer4), 16: (self.layer4,)}[stride]:
+            layer[0].conv2.stride = layer[0].downsample[0].stride = (1, 1)
+
+    def before_dropout(self, images: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        return self.layer4[0](self.layer3(self.layer2(self.layer1(x))))
+
+    def after_dropout(self, shared: Tensor) -> Tensor:
+        return self.layer4[1:](shared)
+
+    def pretrained_layers(self) -> dict[str, Tensor]:
+        # Files older than PyTorch 0.4.1 have no num_batches_tracked; it is used by no forward pass here.
+        return {k: v for k, v in self.state_dict().items() if k[:3] != "fc." and not k.endswith("num_batches_tracked")}
+
+
+def build_model(
+    arch: str,
+    num_classes: int,
+    *,
+    stride: int,
+    width: float = 1.0,
+    gamma: float | None = None,
+    p: float | None = None,
+) -> GAPNetwork:
+    """A network with fresh weights (torch's default generator). stride: input pixels per location of the map, 8 or 16.
+
+    Raises InputError for an unknown `arch`, another stride, or a `width` other than 1 with resnet50.
+    """
+    if arch not in ARCHS:
+        raise InputError(f"unknown architecture {arch!r}: choose {' or '.join(ARCHS)}")
+    if stride not in (8, 16):
+        raise InputError(f"stride must be 8 or 16, got {stride}")
+    if arch == "vgg16":
+        model = VGG16GAP(num_classes, stride, width)
+    elif width == 1:
+        model = ResNet50GAP(num_classes, stride)
+    else:
+        raise InputError(f"width {width} needs vgg16: resnet50 has no width factor")
+    model.gamma, model.p = gamma, p
+    return model
+
+
+def load_pretrained(model: GAPNetwork, arch: str, weights: str, keep_fc: bool = False) -> None:
+    """Loads pretrained layers in place. weights: "none", "imagenet" (torchvision downloads and checks it) or a file.
+
+    A file holds tensors by torchvision's names, or is a checkpoint of this program. VGG16's fully connected layers are
+    left out; ResNet50's linear layer is loaded with `keep_fc` only (ImageNet-1K, whose classes it tells apart).
+    Raises InputError when the download fails, and for a wrong file, naming what is missing or of another shape.
+    """
+    if weights == "none":
+        return
+    if weights == "imagenet":
+        source, state = "torchvision's ImageNet weights", _download(arch)
+    else:
+        source, state = weights, load_tensors(Path(weights))
+        state = state.get("model", state)
+    wanted = model.pretrained_layers()
+    if keep_fc and arch == "resnet50":
+        wanted |= {k: v for k, v in model.state_dict().items() if k[:3] == "fc."}
+
+    missing = [k for k in wanted if not isinstance(state.get(k), Tensor)]
+    misshapen = [
+        f"{k} ({_shape(state[k])} in the file, {_shape(v)} in the model)"
+        for k, v in wanted.items()
+        if k not in missing and state[k].shape != v.shape
+    ]
+    problems = [f"{what}: {_shorten(keys)}" for what, keys in (("missing", missing), ("wrong shape", misshapen)) if keys]
+    if problems:
+        raise InputError(f"{source}: not weights of this {arch}; {'; '.join(problems)}")
+    model.load_state_dict({k: state[k] for k in wanted}, strict=False)
+
+
+def restore_weights(model: GAPNetwork, state: dict[str, Tensor], path: Path) -> None:
+    """Loads all of a checkpoint's weights in place. Raises InputError where they are another architecture's or another number of classes'."""
+    own = model.state_dict()
+    if state.keys() != own.keys():
+        odd = sorted(state.keys() ^ own.keys())[0]
+        raise InputError(f"{path}: weights of another architecture (its {odd} does not match)")
+    for name, value in own.items():
+        if state[name].shape != value.shape:
+            what = "of another number of classes" if name.startswith("fc.") else "of another architecture"
+            raise InputError(f"{path}: weights {what} ({name} is {_shape(state[name])} in the file, {_shape(value)} in the model)")
+    model.load_state_dict(state)
+
+
+def _download(arch: str) -> dict[str, Tensor]:
+    weights = IMAGENET_WEIGHTS[arch]
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:  # no network, no space, or a file whose checksum differs
+        cache = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
+        raise InputError(
+            f"could not download {weights.url} ({error}): fetch it elsewhere and put it at {cache} "
+            "or pass --weights FILE, or train from scratch with --weights none"
+        ) from error
+
+
+def _shape(x: Tensor) -> str:
+    return "x".join(map(str, x.shape)) or "scalar"
+
+
+def _shorten(names: list[str], n: int = 3) -> str:
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

@@ -1,0 +1,158 @@
+"""What the two scripts share that is in no paper: clear errors, seeds, files that are never half-written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator, NoReturn
+
+import numpy as np
+import torch
+import torchvision
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one line, as for all other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} ({self.prog} --help lists the flags)")
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. The message is one line: the file, line or flag, and the way out."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Around a script's main: bad input ends it with one line on stderr and exit code 2, Ctrl-C with 130."""
+    try:
+        yield
+    except InputError as error:
+        # A data loader's worker process wraps the message in its traceback, as text: its last line is ours.
+        sys.exit(_fail(str(error).strip().splitlines()[-1].rsplit(f"{InputError.__name__}: ", 1)[-1]))
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted\n")
+        sys.exit(130)
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return 2
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch (all devices). Same seed, same machine: same run, bit for bit on the CPU."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = False
+
+
+def random_states() -> dict[str, Any]:
+    """Torch's random states, for a checkpoint: all the randomness of a run that is not derived from (seed, epoch)."""
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def resolve_device(name: str) -> torch.device:
+    """"auto": the GPU where there is one. Raises InputError for a device torch does not know or cannot reach."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} cannot be used here ({reason}): pass --device cpu") from error
+    return device
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """--amp: "bf16", "off", or "auto": bf16 on GPUs that have it."""
+    on = amp == "bf16" or (amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
+
+
+def default_workers() -> int:
+    """Worker processes when --workers is not given: one per core this process may use, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; renames it to `path` when the block ends well, removes it when not.
+
+    A reader, a crash or a full disk never meets a half-written file. Raises InputError where nothing can be written.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Tensors, numbers, strings, lists and dicts only: what `load_tensors` reads without executing anything."""
+    with replacing(path) as part:
+        try:
+            torch.save(checkpoint, part)
+        except RuntimeError as error:  # torch's zip writer reports a full disk so
+            raise OSError(str(error).splitlines()[0]) from error
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Reads a file of torch.save onto the CPU, executing nothing in it. Raises InputError when absent or damaged."""
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:  # damaged zip, truncated pickle, foreign objects: torch raises a dozen types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path}: damaged, or not a file of tensors ({reason[:120]})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}, not a dictionary of tensors")
+    return value
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a result depends on besides its configuration: for config.json."""
+    try:
+        here = Path(__file__).parent
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        commit = git.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "git_commit": commit,
+    }

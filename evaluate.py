@@ -1,0 +1,315 @@
+"""Evaluates a trained run, or any method's score maps, by the protocol of Choe et al. (CVPR 2020).
+
+    python evaluate.py runs/CUB_vgg16_bridge                               the best checkpoint on test
+    python evaluate.py --score-maps DIR --dataset CUB --split test         another method's maps, same protocol
+    python evaluate.py runs/CUB_vgg16_bridge --images photo.jpg folder/    boxes and pictures for your own images
+
+It prints a table and writes RUN/results_<checkpoint>_<split>.json. Of a network it needs one forward pass per image.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, Iterable, Iterator, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from bridge_wsol import cam, figures, optim
+from bridge_wsol.boxes import LEVELS, level_boxes, scale_boxes
+from bridge_wsol.data import (
+    Split, image_files, load_masks, load_rgb, load_score_map, load_splits, open_image, test_loader, to_input,
+)
+from bridge_wsol.metrics import BoxAccuracy, PixelAveragePrecision, best_ious, label_ranks, top_k_accuracy
+from bridge_wsol.models import build_model, restore_weights
+from bridge_wsol.utils import (
+    InputError, Parser, autocast, default_workers, load_tensors, one_line_errors, replacing, resolve_device, write_json,
+)
+
+
+class MapBatch(NamedTuple):
+    """Score maps of some images of a split, whoever made them."""
+
+    indices: list[int]
+    maps: np.ndarray  # N x size x size float32 in [0, 1]
+    ranks: np.ndarray | None  # N, `label_ranks`; None without a classifier
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="a folder that train.py wrote")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    parser.add_argument("--split", choices=("test", "val"), default="test")
+    parser.add_argument("--normalize", choices=cam.NORMALIZATIONS, default="minmax", help="of the score map; the protocol's is minmax")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=default_workers(), help="processes that load images")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto", help="auto: bf16 on GPUs that have it")
+    parser.add_argument("--data-root", type=Path, help="default: the one the run was trained with, or data")
+    parser.add_argument("--splits", type=Path, help="default: the one the run was trained with, or data_splits")
+    parser.add_argument("--save-maps", type=Path, metavar="DIR", help="write each score map to DIR/<image id>.npy")
+    parser.add_argument("--pictures", type=int, default=0, metavar="N", help="draw N images of the split with boxes and CAM")
+    parser.add_argument("--score-maps", type=Path, metavar="DIR", help="evaluate the maps in DIR instead of a run; needs --dataset")
+    parser.add_argument("--dataset", help="with --score-maps: whose images the maps belong to")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the results file; with --images: the folder for boxes.json and pictures")
+    parser.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="images, or folders of them, to localize with RUN")
+    args = parser.parse_args(argv)
+    if (args.run is None) == (args.score_maps is None):
+        parser.error("give either a RUN folder or --score-maps DIR")
+    if args.score_maps and not args.dataset:
+        parser.error("--score-maps needs --dataset")
+    if args.score_maps and (args.images or args.save_maps):
+        parser.error("--images and --save-maps need a RUN, not --score-maps")
+    if args.dataset and args.run:
+        parser.error("--dataset goes with --score-maps; a RUN knows its own")
+    if args.batch_size < 1 or args.workers < 0 or args.pictures < 0:
+        parser.error("--batch-size must be at least 1, --workers and --pictures at least 0")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------- where maps come from
+
+
+@torch.inference_mode()
+def network_maps(
+    model: nn.Module, loader: DataLoader, *, device: torch.device, amp: str, normalization: str, image_size: int
+) -> Iterator[MapBatch]:
+    """The ground-truth class's CAM of every image, as a score map, and the rank of its class: one forward pass each."""
+    model.eval()
+    for images, labels, indices in loader:
+        with autocast(device, amp):
+            output = model(to_input(images, device))
+        maps = cam.class_activation_map(output.features, model.fc.weight, labels.to(device))
+        maps = cam.normalize(cam.resize(maps, image_size), normalization)
+        ranks = label_ranks(output.logits.float().cpu().numpy(), labels.numpy())
+        yield MapBatch(indices.tolist(), maps.cpu().numpy(), ranks)
+
+
+def file_maps(folder: Path, split: Split, image_size: int, normalization: str) -> Iterator[MapBatch]:
+    """The score maps of a folder, resized and normalized as the network's are. Raises InputError as `load_score_map` does."""
+    if not folder.is_dir():
+        raise InputError(f"--score-maps {folder}: no such folder")
+    for index, image in enumerate(split.ids):
+        score_map = torch.from_numpy(load_score_map(folder, image))[None]
+        maps = cam.normalize(cam.resize(score_map, image_size), normalization)
+        yield MapBatch([index], maps.numpy(), None)
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate_maps(
+    batches: Iterable[MapBatch],
+    split: Split,
+    *,
+    val_levels: dict[str, int] | None = None,
+    save_maps: Path | None = None,
+    keep: Iterable[int] = (),
+) -> dict[str, Any]:
+    """All metrics of a set of score maps: {"images", "metrics", "levels", "thresholds", "curves", "kept"}.
+
+    val_levels: levels chosen on val, for the accuracy at thresholds that did not see this split. keep: indices whose maps come back in
+    "kept". Metrics that need what is not there (boxes, masks, logits) are None.
+    """
+    accuracy, pixels, ranks, kept, keep = BoxAccuracy(), PixelAveragePrecision(), {}, {}, set(keep)
+    images = 0
+    for batch in batches:
+        for n, (index, score_map) in enumerate(zip(batch.indices, batch.maps)):
+            images += 1
+            size = score_map.shape[0]
+            if batch.ranks is not None:
+                ranks[index] = int(batch.ranks[n])
+            if index in split.boxes:
+                boxes = scale_boxes(split.boxes[index], tuple(split.sizes[index]), size)
+                accuracy.update(index, best_ious(score_map, boxes), ranks.get(index))
+            if index in split.masks:
+                pixels.update(score_map, *load_masks(split, index, size))
+            if save_maps is not None:
+                with replacing(save_maps / f"{split.ids[index]}.npy") as part, part.open("wb") as file:
+                    np.save(file, score_map)
+            if index in keep:
+                kept[index] = score_map
+
+    names = ("max_box_acc_v2", "max_box_acc", "gt_known_loc", "gt_known_loc_largest", "top1_loc", "top5_loc")
+    metrics: dict[str, Any] = dict.fromkeys((*names, "top1_cls", "top5_cls", "max_box_acc_v2_at_val_threshold", "pxap"))
+    result: dict[str, Any] = {"images": images, "metrics": metrics, "levels": None, "thresholds": None, "curves": None}
+    if split.boxes:
+        computed = accuracy.compute(val_levels)
+        metrics |= computed.pop("metrics")
+        result |= computed
+        result["thresholds"] = {name: level / LEVELS for name, level in result["levels"].items()}
+    if ranks:
+        metrics |= {f"top{k}_cls": top_k_accuracy(list(ranks.values()), k) for k in (1, 5)}
+    if split.masks:
+        metrics["pxap"] = pixels.compute()
+    return result | {"metrics": metrics, "kept": kept}
+
+
+def selection_score(metrics: dict[str, Any]) -> tuple[str, float]:
+    """(name, value) by which the best epoch is chosen on val: mean MaxBoxAccV2, PxAP where there are masks only (appendix B)."""
+    if metrics["max_box_acc_v2"] is not None:
+        return "MaxBoxAccV2", metrics["max_box_acc_v2"]["mean"]
+    return ("PxAP", metrics["pxap"]) if metrics["pxap"] is not None else ("Top-1 cls", metrics["top1_cls"])
+
+
+def write_results(path: Path, result: dict[str, Any], **head: Any) -> None:
+    """results_<checkpoint>_<split>.json (shared by train.py and this script)."""
+    write_json(path, head | {k: result[k] for k in ("images", "metrics", "thresholds", "curves")})
+
+
+def table(title: str, result: dict[str, Any]) -> str:
+    """The metrics as people read them; everything in percent, thresholds as fractions of the map's maximum."""
+    m, t = result["metrics"], result["thresholds"]
+    rows: list[tuple[str, float | None, str]] = []
+    if t is not None:
+        v2 = m["max_box_acc_v2"]
+        at_deltas = ", ".join(f"IoU {d}: {v2[d]:.2f} at threshold {t[d]:.3f}" for d in ("30", "50", "70"))
+        rows += [
+            ("MaxBoxAccV2", v2["mean"], at_deltas),
+            ("GT-known Loc", m["gt_known_loc"], "all contours, = MaxBoxAccV2 at IoU 50"),
+            ("GT-known Loc", m["gt_known_loc_largest"], f"largest contour, = MaxBoxAcc, at threshold {t['largest']:.3f}"),
+            ("Top-1 Loc", m["top1_loc"], "all contours"),
+            ("Top-5 Loc", m["top5_loc"], "all contours"),
+        ]
+        honest = m["max_box_acc_v2_at_val_threshold"]
+        if honest is not None:
+            rows.append(("MaxBoxAccV2", honest["mean"], "at the thresholds chosen on val"))
+    rows += [("PxAP", m["pxap"], ""), ("Top-1 cls", m["top1_cls"], ""), ("Top-5 cls", m["top5_cls"], "")]
+    lines = [f"  {name:<14}{value:6.2f}  {note}".rstrip() for name, value, note in rows if value is not None]
+    return "\n".join([f"{title}, {result['images']} images (percent)", *lines])
+
+
+# --------------------------------------------------------------------------------------------------------------- a run
+
+
+def load_run(run: Path, which: str, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """(network, checkpoint) of RUN/<which>.pt. Raises InputError for a folder that is no run, or a damaged checkpoint."""
+    path = run / f"{which}.pt"
+    if not path.exists():
+        raise InputError(f"{path}: no such checkpoint: RUN is a folder that train.py wrote")
+    checkpoint = load_tensors(path)
+    try:
+        c = checkpoint["config"]
+        model = build_model(c["arch"], checkpoint["num_classes"], stride=c["stride"], width=c["width"])
+        restore_weights(model, checkpoint["model"], path)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a checkpoint of train.py ({error} is missing or of the wrong kind)") from error
+    return model.to(device), checkpoint
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = resolve_device(args.device)
+    if args.score_maps:
+        return evaluate_score_maps(args)
+
+    model, checkpoint = load_run(args.run, args.checkpoint, device)
+    config = checkpoint["config"]
+    if args.images:
+        return localize_images(args, model, checkpoint, device)
+
+    data_root, splits_dir = args.data_root or Path(config["data_root"]), args.splits or Path(config["splits"])
+    splits, record = load_splits(config["dataset"], data_root, splits_dir, ("val", args.split), config["val_per_class"])
+    if record["num_classes"] != checkpoint["num_classes"]:
+        raise InputError(
+            f"{args.run / args.checkpoint}.pt was trained on {checkpoint['num_classes']} classes, "
+            f"{splits_dir / config['dataset']} has {record['num_classes']}"
+        )
+
+    def maps_of(split: Split) -> Iterator[MapBatch]:
+        loader = test_loader(split, args.batch_size, image_size=config["image_size"], workers=args.workers)
+        return network_maps(
+            model, loader, device=device, amp=args.amp, normalization=args.normalize, image_size=config["image_size"]
+        )
+
+    val_levels = (checkpoint["val"] or {}).get("levels")
+    if args.normalize != "minmax" and args.split != "val":  # the thresholds in the checkpoint are those of min-max maps
+        val_levels = evaluate_maps(maps_of(splits["val"]), splits["val"])["levels"]
+    split = splits[args.split]
+    drawn = np.linspace(0, len(split) - 1, min(args.pictures, len(split))).astype(int).tolist()
+    result = evaluate_maps(maps_of(split), split, val_levels=val_levels, save_maps=args.save_maps, keep=drawn)
+
+    name = f"{args.checkpoint}_{args.split}" + ("" if args.normalize == "minmax" else f"_{args.normalize}")
+    title = f"{config['dataset']} {args.split}, {config['arch']} {config['method']}, {args.checkpoint} checkpoint (epoch {checkpoint['epoch']})"
+    print(table(title, result))
+    out = args.out or args.run / f"results_{name}.json"
+    head = {key: config[key] for key in ("dataset", "arch", "method")}
+    write_results(out, result, **head, split=args.split, checkpoint=args.checkpoint, epoch=checkpoint["epoch"], normalize=args.normalize)
+    print(f"written to {out}")
+    if drawn:
+        folder = args.run / f"pictures_{name}"
+        for index in drawn:
+            draw_result(folder, split, index, result)
+        print(f"{len(drawn)} pictures in {folder}")
+
+
+def evaluate_score_maps(args: argparse.Namespace) -> None:
+    data_root, splits_dir = args.data_root or Path("data"), args.splits or Path("data_splits")
+    splits, _ = load_splits(args.dataset, data_root, splits_dir, (args.split,))
+    split = splits[args.split]
+    image_size = optim.image_size(args.dataset)
+    drawn = np.linspace(0, len(split) - 1, min(args.pictures, len(split))).astype(int).tolist()
+    result = evaluate_maps(file_maps(args.score_maps, split, image_size, args.normalize), split, keep=drawn)
+    print(table(f"{args.dataset} {args.split}, score maps of {args.score_maps}", result))
+    out = args.out or Path(f"results_{args.score_maps.resolve().name}_{args.split}.json")
+    nothing = dict.fromkeys(("arch", "method", "checkpoint"))
+    write_results(out, result, dataset=args.dataset, split=args.split, **nothing, normalize=args.normalize)
+    print(f"written to {out}")
+    for index in drawn:
+        draw_result(out.with_suffix(""), split, index, result)
+
+
+def draw_result(folder: Path, split: Split, index: int, result: dict[str, Any]) -> None:
+    """Fig. A4's form for one image of the split: ground truth blue, the largest contour at the set's threshold green."""
+    score_map = result["kept"][index]
+    size = score_map.shape[0]
+    predicted = truth = None
+    if index in split.boxes:
+        predicted = level_boxes(score_map).largest[result["levels"]["largest"]]
+        truth = scale_boxes(split.boxes[index], tuple(split.sizes[index]), size)
+    picture = figures.localization(load_rgb(split.path(index), size), score_map, predicted, truth)
+    with replacing(folder / f"{split.ids[index].replace('/', '_')}.png") as part:
+        picture.save(part, format="PNG")
+
+
+@torch.inference_mode()
+def localize_images(args: argparse.Namespace, model: nn.Module, checkpoint: dict[str, Any], device: torch.device) -> None:
+    """boxes.json and a picture for each of the user's own images: five classes, and the box of the first.
+
+    The box is the largest contour of the predicted class's map at the threshold chosen on val, in pixels of the original image.
+    """
+    size, levels = checkpoint["config"]["image_size"], (checkpoint["val"] or {}).get("levels")
+    if levels is None:
+        raise InputError(f"{args.run}: this run chose no threshold on val (it has no boxes)")
+    folder = args.out or args.run / "images"
+    model.eval()
+    found = []
+    for path in image_files(args.images):
+        picture = load_rgb(path, size)
+        with open_image(path) as image:
+            width, height = image.size
+        with autocast(device, args.amp):
+            output = model(to_input(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], device))
+        probabilities = output.logits[0].float().softmax(0)
+        top = probabilities.topk(min(5, len(probabilities)))
+        maps = cam.class_activation_map(output.features, model.fc.weight, top.indices[:1])
+        score_map = cam.normalize(cam.resize(maps, size), args.normalize)[0].cpu().numpy()
+        box = level_boxes(score_map).largest[levels["largest"]]
+        x0, y0, x1, y1 = box.tolist()
+        # The pixels x0 ... x1 of the map cover the fractions x0 / size ... (x1 + 1) / size of the image.
+        original = [x0 * width // size, y0 * height // size, (x1 + 1) * width // size - 1, (y1 + 1) * height // size - 1]
+        classes = [{"class": int(k), "probability": float(q)} for k, q in zip(top.indices, top.values)]
+        found.append({"image": str(path), "width": width, "height": height, "box": original, "top5": classes})
+        with replacing(folder / f"{len(found):05d}_{path.stem}.png") as part:
+            figures.localization(picture, score_map, box).save(part, format="PNG")
+        print(f"{path}: class {classes[0]['class']} ({100 * classes[0]['probability']:.1f} %), box {','.join(map(str, original))}")
+    write_json(folder / "boxes.json", found)
+    print(f"written to {folder}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
