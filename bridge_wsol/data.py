@@ -82,11 +82,12 @@ class Split:
 # ---------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_split(folder: Path, root: Path, name: str) -> Split:
+def read_split(folder: Path, root: Path, name: str, num_classes: int | None = None) -> Split:
     """Reads image_ids.txt, class_labels.txt and, where present, image_sizes.txt and localization.txt of one folder.
 
     Raises InputError naming file and line for a wrong number of fields, a value that is no number, an image that is not in
-    image_ids.txt or there twice, an image without label, a box with x1 < x0 or outside its image.
+    image_ids.txt or there twice, an image without label, a label below 0 or not below num_classes, a box with x1 < x0 or outside
+    its image.
     """
     ids = [image for _, (image,) in _lines(folder / "image_ids.txt", (1,))]
     index = {image: i for i, image in enumerate(ids)}
@@ -104,8 +105,9 @@ def read_split(folder: Path, root: Path, name: str) -> Split:
     path = folder / "class_labels.txt"
     for n, (image, label) in _lines(path, (2,)):
         labels[_index_of(image, index, path, n)] = value = _integers([label], path, n)[0]
-        if value < 0:
-            raise InputError(f"{path}:{n}: label {value} is out of range: labels start from 0")
+        if value < 0 or (num_classes is not None and value >= num_classes):
+            top = "" if num_classes is None else f" to {num_classes - 1}, the classes of train"
+            raise InputError(f"{path}:{n}: label {value} is out of range: labels run from 0{top}")
     _require_all(labels >= 0, ids, path, "label")
 
     sizes = None
@@ -195,35 +197,30 @@ def load_splits(
     if not folder.is_dir():
         raise InputError(f"{folder}: no lists of {dataset}: pass --splits DIR, a folder that holds {dataset}/train, val and test")
 
-    found = {}
     published_val = (folder / "val" / "image_ids.txt").exists()
-    if published_val and val_per_class is None:
-        val_root = data_root / CUBV2_ROOT if dataset == "CUB" else root
-        found["val"] = read_split(folder / "val", val_root, f"{dataset} val")
-        record["val"] = f"the list of {folder / 'val'}: {len(found['val'])} images"
-    if "test" in names:
-        found["test"] = read_split(folder / "test", root, f"{dataset} test")
-    if "train" in names or "val" not in found or (folder / "train").is_dir():
+    from_list = published_val and val_per_class is None
+    found, num_classes = {}, None
+    # The published lists of ILSVRC come without its train list: maps of its test images can be evaluated all the same.
+    if "train" in names or not from_list or (folder / "train").is_dir():
         found["train"] = train = read_split(folder / "train", root, f"{dataset} train")
-        absent = np.setdiff1d(np.arange(train.labels.max() + 1), train.labels)
+        num_classes = int(train.labels.max()) + 1
+        absent = np.setdiff1d(np.arange(num_classes), train.labels)
         if len(absent):
-            raise InputError(
-                f"{folder / 'train' / 'class_labels.txt'}: no image of class {absent[0]}; labels must run from 0 to {train.labels.max()}"
-            )
-        if "val" not in found:
+            path = folder / "train" / "class_labels.txt"
+            raise InputError(f"{path}: no image of class {absent[0]}; labels must run from 0 to {num_classes - 1}")
+        if not from_list:
             per_class = 2 if val_per_class is None else val_per_class
             found["train"], found["val"] = hold_out(train, per_class, dataset)
             why = "as --val-per-class says" if published_val else f"no published train-fullsup in {folder / 'val'}"
             record["val"] = f"held out from train: {per_class} images a class, {len(found['val'])} in all, the same for every seed ({why})"
-    # The published lists of ILSVRC come without its train list: maps of its test images can be evaluated all the same.
-    record["num_classes"] = num_classes = int(found.get("train", found[names[0]]).labels.max()) + 1
+    if from_list:
+        val_root = data_root / CUBV2_ROOT if dataset == "CUB" else root
+        found["val"] = read_split(folder / "val", val_root, f"{dataset} val", num_classes)
+        record["val"] = f"the list of {folder / 'val'}: {len(found['val'])} images"
+    if "test" in names:
+        found["test"] = read_split(folder / "test", root, f"{dataset} test", num_classes)
+    record["num_classes"] = num_classes or max(int(split.labels.max()) + 1 for split in found.values())
     for name in names:
-        too_high = np.flatnonzero(found[name].labels >= num_classes)
-        if len(too_high):
-            label, image = found[name].labels[too_high[0]], found[name].ids[too_high[0]]
-            raise InputError(
-                f"{folder / name / 'class_labels.txt'}: label {label} of {image} is out of range: train has {num_classes} classes"
-            )
         found[name].require_images()
     return {name: found[name] for name in names}, record
 

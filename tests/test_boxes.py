@@ -1,0 +1,137 @@
+"""Boxes of every level: hand-worked masks, and the contour tracer of the field's evaluators where it can be imported."""
+
+import numpy as np
+import pytest
+
+from bridge_wsol.boxes import iou_matrix, level_boxes, quantise
+
+
+def drawn(*rows: str) -> np.ndarray:
+    """A map from digits: 0 ... 9 stand for 0, 1/9, ... 1."""
+    return np.array([[int(x) for x in row] for row in rows], dtype=np.float32) / 9
+
+
+def at(found, level: int) -> list[tuple[int, ...]]:
+    return sorted(map(tuple, found.boxes[found.levels == level].tolist()))
+
+
+def test_iou_is_inclusive():
+    # 3 x 6 and 4 x 5 pixels sharing 2 x 4: 8 / (18 + 20 - 8); the same box; a box of one pixel; boxes that touch at no pixel.
+    a = [[0, 0, 2, 5], [4, 4, 4, 4]]
+    b = [[1, 2, 4, 6], [0, 0, 2, 5], [3, 0, 5, 5]]
+    expected = [[8 / 30, 1, 0], [1 / 20, 0, 1 / 18]]
+    np.testing.assert_allclose(iou_matrix(a, b), expected)
+
+
+def test_a_component_s_box_is_its_extent_plus_one_clipped():
+    found = level_boxes(drawn("00000", "09900", "09900", "00009"))
+    # (4, 3) touches (2, 2) by no corner: two components; the second ends at the border.
+    assert at(found, 0) == [(1, 1, 3, 3), (4, 3, 4, 3)]
+    assert found.largest[0].tolist() == [1, 1, 3, 3]
+
+
+def test_components_are_connected_over_corners_and_holes_are_not():
+    found = level_boxes(drawn("900000", "090000", "009000", "000000", "000000", "000000"))
+    assert at(found, 0) == [(0, 0, 3, 3)]
+    # The two dark pixels inside touch by a corner only: two holes, each with the box of the ring around it.
+    found = level_boxes(drawn("999990", "909990", "990990", "999990", "000000", "000000"))
+    assert at(found, 0) == [(0, 0, 3, 3), (0, 0, 5, 4), (1, 1, 4, 4)]
+
+
+def test_background_that_touches_the_border_is_no_hole():
+    assert at(level_boxes(drawn("99999", "90009", "90909", "90009", "99099")), 0) == [(0, 0, 4, 4), (2, 2, 3, 3)]
+    # The same ring closed: its outside, the hole in it, the island in the hole.
+    assert at(level_boxes(drawn("99999", "90009", "90909", "90009", "99999")), 0) == [(0, 0, 4, 4), (0, 0, 4, 4), (2, 2, 3, 3)]
+
+
+def test_every_level_has_its_own_boxes():
+    # 3 / 9 and 6 / 9 are quantised to 85 and 170: the mask at a level holds what is strictly above it.
+    found = level_boxes(drawn("000000", "033330", "036630", "033330", "000009", "000000"))
+    assert at(found, 84) == [(1, 1, 5, 5)]  # the pixel (5, 4) touches (4, 3) by the corner
+    assert at(found, 85) == [(2, 2, 4, 3), (5, 4, 5, 5)]
+    assert at(found, 169) == at(found, 85)
+    assert at(found, 170) == at(found, 254) == [(5, 4, 5, 5)]
+
+
+def test_largest_contour_is_by_polygon_area_with_holes_filled():
+    # Left: 6 pixels in a row, polygon area 0. Right: 2 x 2 pixels, area 1.
+    assert level_boxes(drawn("99999900", "00000000", "00000990", "00000990", "00000000")).largest[0].tolist() == [5, 2, 7, 4]
+    # A ring of 12 pixels around a 2 x 2 hole has area 9, more than a full square of 9 pixels (area 4).
+    ring = drawn("999900000", "900900999", "900900999", "999900999", "000000000")
+    assert level_boxes(ring).largest[0].tolist() == [0, 0, 4, 4]
+
+
+def test_equal_areas_go_to_the_first_in_reading_order():
+    assert level_boxes(drawn("0000990", "0990990", "0990000", "0000000")).largest[0].tolist() == [4, 0, 6, 2]
+
+
+def test_no_foreground_gives_the_zero_box():
+    found = level_boxes(np.zeros((4, 6)))
+    assert at(found, 0) == at(found, 254) == [(0, 0, 0, 0)]
+    assert (found.largest == 0).all() and found.largest.shape == (255, 4)
+    half = level_boxes(np.full((4, 6), 0.5))
+    assert at(half, 126) == [(0, 0, 5, 3)] and at(half, 127) == [(0, 0, 0, 0)]
+
+
+def test_one_pixel():
+    found = level_boxes(np.ones((1, 1)))
+    assert at(found, 254) == [(0, 0, 0, 0)] and found.levels.tolist() == list(range(255))
+
+
+def test_what_is_no_score_map_is_refused():
+    for wrong in (np.zeros(4), np.zeros((2, 2, 2)), np.zeros((0, 3))):
+        with pytest.raises(ValueError, match="H x W"):
+            level_boxes(wrong)
+    for value in (np.nan, 1.01, -0.01, np.inf):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            level_boxes(np.array([[0.5, value]]))
+
+
+def test_quantisation_is_the_floor():
+    assert quantise(np.array([[0.0, 0.9999 / 255, 1 / 255 + 1e-9, 0.5, 254.999 / 255, 1.0]])).tolist() == [[0, 0, 1, 127, 254, 255]]
+
+
+def random_maps(count: int, largest: int):
+    """Maps of many kinds: noise, smooth, plateaus, binary, blocks, rings, nested rings, cut by the border, one row, constant."""
+    rng = np.random.default_rng(0)
+    kinds = ("noise", "smooth", "plateaus", "binary", "blocks", "rings", "nested", "border", "constant")
+    for i in range(count):
+        height, width = rng.integers(1, largest + 1, 2) if i % 7 else (1, int(rng.integers(1, largest + 1)))
+        y, x = np.mgrid[:height, :width]
+        noise, kind = rng.random((height, width)), kinds[i % len(kinds)]
+        if kind == "smooth":
+            waves = rng.normal(size=(4, 4))
+            noise = sum(a * np.sin(b * x / 3 + c) * np.cos(d * y / 3 + c) for a, b, c, d in waves)
+        elif kind == "plateaus":
+            noise = np.floor(noise * 5)
+        elif kind == "binary":
+            noise = (noise < rng.random()).astype(float)
+        elif kind == "blocks":
+            noise = np.kron(rng.integers(0, 6, (height // 3 + 1, width // 3 + 1)), np.ones((3, 3)))[:height, :width]
+        elif kind in ("rings", "nested"):
+            r = np.hypot(y - rng.random() * height, x - rng.random() * width)
+            noise = np.sin(r * rng.uniform(0.5, 2)) + (0.2 * noise if kind == "nested" else 0)
+            noise = np.round(noise * 4) if rng.random() < 0.5 else noise
+        elif kind == "border":
+            noise = np.exp(-np.hypot(y, x - width) / 5) + 0.05 * noise
+        elif kind == "constant":
+            noise = np.full((height, width), rng.integers(0, 2))
+        spread = noise.max() - noise.min()
+        yield ((noise - noise.min()) / spread if spread else np.clip(noise, 0, 1)).astype(np.float32)
+
+
+def test_agrees_with_the_contour_tracer():
+    cv2 = pytest.importorskip("cv2")
+    for score_map in random_maps(45, 24):
+        found, v = level_boxes(score_map), quantise(score_map)
+        height, width = v.shape
+        for level in range(255):
+            contours, _ = cv2.findContours((v > level).astype(np.uint8), cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
+            boxes, areas = [], []
+            for contour in contours:
+                (x0, y0), (x1, y1) = contour.reshape(-1, 2).min(0), contour.reshape(-1, 2).max(0)
+                boxes.append((int(x0), int(y0), min(int(x1) + 1, width - 1), min(int(y1) + 1, height - 1)))
+                areas.append(cv2.contourArea(contour))
+            assert at(found, level) == sorted(boxes or [(0, 0, 0, 0)])
+            largest = {box for box, area in zip(boxes, areas) if area == max(areas)} or {(0, 0, 0, 0)}
+            assert tuple(found.largest[level].tolist()) in largest

@@ -1,0 +1,91 @@
+"""The decomposition, the resize against its published kernel, the normalizations on maps small enough to sort by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from bridge_wsol.cam import class_activation_map, decompose, normalize, resize
+
+
+def test_the_three_factors_multiply_to_the_map():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(4, 32, 7, 5, generator=generator).relu()
+    features[0, :, 2, 2] = 0
+    weight, labels = torch.randn(10, 32, generator=generator), torch.tensor([3, 3, 0, 9])
+    cam, factors = class_activation_map(features, weight, labels), decompose(features, weight, labels)
+    product = factors.weight_norm[:, None, None] * factors.F * factors.S
+    torch.testing.assert_close(product, cam, rtol=1e-5, atol=1e-5)
+    assert (factors.F >= 0).all() and (factors.S.abs() <= 1 + 1e-6).all() and factors.S[0, 2, 2] == 0
+    loops = torch.stack([sum(weight[y, c] * features[n, c] for c in range(32)) for n, y in enumerate(labels)])
+    torch.testing.assert_close(cam, loops, rtol=1e-5, atol=1e-5)
+
+
+def test_maps_are_float32_under_autocast():
+    features, weight, labels = torch.rand(1, 8, 3, 3), torch.randn(2, 8), torch.tensor([1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = class_activation_map(features, weight, labels)
+        factors = decompose(features, weight, labels)
+    torch.testing.assert_close(inside, class_activation_map(features, weight, labels), rtol=0, atol=0)
+    assert {x.dtype for x in factors} == {torch.float32}
+
+
+def bicubic_matrix(n, size):
+    """Rows of the 1-D bicubic resize n -> size: a = -0.75, half-pixel centres, borders repeated."""
+    a, matrix = -0.75, np.zeros((size, n))
+    for i in range(size):
+        x = (i + 0.5) * n / size - 0.5
+        for j in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
+            d = abs(x - j)
+            w = (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+            matrix[i, min(max(j, 0), n - 1)] += w
+    return matrix
+
+
+def test_resize_is_the_protocol_s_bicubic():
+    small = np.random.default_rng(0).normal(size=(14, 14))
+    kernel = bicubic_matrix(14, 224)
+    got = resize(torch.tensor(small, dtype=torch.float32)[None], 224)[0].numpy()
+    np.testing.assert_allclose(got, kernel @ small @ kernel.T, atol=1e-5)
+    same = torch.rand(2, 224, 224)
+    assert torch.equal(resize(same, 224), same)
+
+
+def test_minmax_of_each_image():
+    maps = torch.tensor([[[1.0, 3.0], [2.0, 5.0]], [[-4.0, 0.0], [0.0, 4.0]]])
+    expected = torch.tensor([[[0.0, 0.5], [0.25, 1.0]], [[0.0, 0.5], [0.5, 1.0]]])
+    torch.testing.assert_close(normalize(maps), expected)
+
+
+# 1 ... 20 in disorder: the value at index int(0.9 * 20) = 18 of the sorted ones is 19, at int(0.45 * 20) = 9 it is 10.
+TWENTY = torch.randperm(20, generator=torch.Generator().manual_seed(0)).view(1, 4, 5) + 1.0
+
+
+@pytest.mark.parametrize("how, percentile, expected", [
+    ("max", None, TWENTY / 20),
+    ("pas", None, ((TWENTY - 1) / 18).clamp(max=1)),
+    ("pas", 0.5, ((TWENTY - 1) / 10).clamp(max=1)),
+    ("ivr", None, (TWENTY - 10).clamp(min=0) / 10),
+    ("ivr", 0.0, (TWENTY - 1) / 19),
+])
+def test_percentile_normalizations_on_a_map_sorted_by_hand(how, percentile, expected):
+    torch.testing.assert_close(normalize(TWENTY, how, percentile), expected)
+
+
+def test_max_drops_negative_values():
+    torch.testing.assert_close(normalize(torch.tensor([[[-2.0, 1.0], [4.0, 0.0]]]), "max"), torch.tensor([[[0.0, 0.25], [1.0, 0.0]]]))
+
+
+@pytest.mark.parametrize("how", ["minmax", "max", "pas", "ivr"])
+def test_constant_and_non_finite_maps_become_zeros(how):
+    maps = torch.rand(5, 3, 3)
+    maps[0], maps[1], maps[2, 0, 0], maps[3, 1, 1] = 2.5, 0.0, float("nan"), float("inf")
+    normalized = normalize(maps, how)
+    assert (normalized[:4] == 0).all() and normalized[4].max() == 1
+    assert (normalize(-torch.rand(1, 3, 3) - 1, "max") == 0).all()
+
+
+def test_unknown_normalizations_are_refused():
+    with pytest.raises(ValueError, match="minmax, max, pas, ivr"):
+        normalize(TWENTY, "softmax")
+    with pytest.raises(ValueError, match="percentile"):
+        normalize(TWENTY, "ivr", 1.0)

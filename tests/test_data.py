@@ -1,0 +1,282 @@
+"""Split files good and bad, CUB's lists against the published ones, images of every kind, order and crops for any number of workers."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from bridge_wsol import data
+from bridge_wsol.data import hold_out, load_masks, load_splits, read_split, test_loader, to_input, train_loader
+from bridge_wsol.utils import InputError
+from conftest import make_tiny, write_split
+
+GOOD = {
+    "image_ids": ["a/1.jpg", "b/2.jpg"],
+    "class_labels": ["b/2.jpg,1", "a/1.jpg,0"],
+    "image_sizes": ["a/1.jpg,50,40", "b/2.jpg,60,30"],
+    "localization": ["a/1.jpg,0,0,49,39", "b/2.jpg,1,2,3,4", "b/2.jpg,5,6,7,8", "a/1.jpg,m/1.png,m/i.png", "a/1.jpg,m/2.png,"],
+}
+
+
+def test_reads_boxes_and_masks_of_each_image(tmp_path):
+    write_split(tmp_path, **GOOD)
+    split = read_split(tmp_path, tmp_path, "good")
+    assert split.ids == ["a/1.jpg", "b/2.jpg"] and split.labels.tolist() == [0, 1] and split.sizes.tolist() == [[50, 40], [60, 30]]
+    assert split.boxes[0].tolist() == [[0, 0, 49, 39]] and split.boxes[1].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert split.masks == {0: (["m/1.png", "m/2.png"], ["m/i.png"])}
+    second = split.take([1], "second")
+    assert second.ids == ["b/2.jpg"] and second.boxes[0].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]] and not second.masks
+
+
+@pytest.mark.parametrize("file, line, broken, words", [
+    ("image_ids", 2, "a/1.jpg", "listed before"),
+    ("image_ids", 2, "../2.jpg", "leaves the data root"),
+    ("image_ids", 1, "/etc/passwd", "leaves the data root"),
+    ("class_labels", 2, "a/1.jpg,0,1", "3 comma-separated fields where 2"),
+    ("class_labels", 1, "b/2.jpg", "1 comma-separated fields where 2"),
+    ("class_labels", 1, "b/2.jpg,one", "whole numbers"),
+    ("class_labels", 1, "b/2.jpg,-1", "label -1 is out of range"),
+    ("class_labels", 1, "b/2.jpg,2", "label 2 is out of range: labels run from 0 to 1"),
+    ("class_labels", 1, "c/3.jpg,0", "c/3.jpg is not in"),
+    ("image_sizes", 2, "b/2.jpg,60", "2 comma-separated fields where 3"),
+    ("image_sizes", 2, "b/2.jpg,0,30", "must be positive"),
+    ("localization", 2, "b/2.jpg,3,2,1,4", "box 3,2,1,4 needs"),
+    ("localization", 2, "b/2.jpg,1,5,3,4", "box 1,5,3,4 needs"),
+    ("localization", 2, "b/2.jpg,-1,2,3,4", "box -1,2,3,4 needs"),
+    ("localization", 1, "a/1.jpg,0,0,50,39", "leaves its image of 50 x 40"),
+    ("localization", 2, "b/2.jpg,1,2,3", "4 comma-separated fields where 3 or 5"),
+    ("localization", 2, "b/2.jpg,1,2,3,4.5", "whole numbers"),
+])
+def test_a_bad_line_is_named(tmp_path, file, line, broken, words):
+    files = {name: list(lines) for name, lines in GOOD.items()}
+    files[file][line - 1] = broken
+    write_split(tmp_path, **files)
+    with pytest.raises(InputError) as raised:
+        read_split(tmp_path, tmp_path, "bad", num_classes=2)
+    assert f"{tmp_path / file}.txt:{line}: " in str(raised.value) and words in str(raised.value)
+
+
+def test_missing_parts_are_named(tmp_path):
+    with pytest.raises(InputError, match="image_ids.txt: cannot be read"):
+        read_split(tmp_path, tmp_path, "none")
+    write_split(tmp_path, **{**GOOD, "class_labels": GOOD["class_labels"][:1]})
+    with pytest.raises(InputError, match="class_labels.txt: no label for a/1.jpg"):
+        read_split(tmp_path, tmp_path, "bad")
+    write_split(tmp_path, **{**GOOD, "image_sizes": []})
+    with pytest.raises(InputError, match="localization.txt:1: boxes need .*image_sizes.txt"):
+        read_split(tmp_path, tmp_path, "bad")
+    (tmp_path / "image_ids.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_split(tmp_path, tmp_path, "bad")
+
+
+def test_hold_out_is_the_same_every_time_and_leaves_each_class_an_image(tmp_path):
+    data_root, splits = make_tiny(tmp_path)
+    train_split = read_split(splits / "tiny" / "train", data_root / "tiny", "train")
+    kept, held = hold_out(train_split, 2, "tiny")
+    assert sorted(kept.ids + held.ids) == sorted(train_split.ids) and np.bincount(held.labels).tolist() == [2, 2, 2]
+    assert hold_out(train_split, 2, "tiny")[1].ids == held.ids
+    assert np.bincount(hold_out(train_split, 100, "tiny")[0].labels).tolist() == [1, 1, 1]
+    boxes = {image: box.tolist() for image, box in zip(train_split.ids, train_split.boxes.values())}
+    assert all(held.boxes[i].tolist() == boxes[image] for i, image in enumerate(held.ids))
+
+
+def test_val_is_the_published_list_unless_told_otherwise(tmp_path):
+    data_root, splits = make_tiny(tmp_path)
+    found, record = load_splits("tiny", data_root, splits, ("train", "val", "test"))
+    assert [len(found[name]) for name in ("train", "val", "test")] == [18, 6, 9] and "the list of" in record["val"]
+    found, record = load_splits("tiny", data_root, splits, ("train", "val"), val_per_class=1)
+    assert [len(found[name]) for name in ("train", "val")] == [15, 3] and "1 images a class, 3 in all" in record["val"]
+    shutil.rmtree(splits / "tiny" / "val")
+    found, record = load_splits("tiny", data_root, splits, ("train", "val"))
+    assert [len(found[name]) for name in ("train", "val")] == [12, 6] and "held out from train" in record["val"]
+
+
+def test_test_maps_can_be_evaluated_without_a_train_list(tmp_path):
+    data_root, splits = make_tiny(tmp_path)
+    shutil.rmtree(splits / "tiny" / "train")
+    assert len(load_splits("tiny", data_root, splits, ("test",))[0]["test"]) == 9
+
+
+def test_missing_images_are_counted_before_training(tmp_path):
+    data_root, splits = make_tiny(tmp_path)
+    for name in ("04.png", "05.png"):
+        (data_root / "tiny" / "test" / name).unlink()
+    with pytest.raises(InputError, match=r"test/04.png: no such image \(2 of the 9 of tiny test are missing\)"):
+        load_splits("tiny", data_root, splits, ("train", "val", "test"))
+
+
+# ------------------------------------------------------------------------------------------------------------------ CUB
+
+
+def test_cub_lists_are_the_published_ones_line_for_line(real_data, tmp_path):
+    found, record = load_splits("CUB", real_data, tmp_path, ("train", "val", "test"))
+    assert "a subset, 10 of 200 classes, 543 of 11788 images" in record["lists"] and record["num_classes"] == 10
+    assert [len(found[name]) for name in ("train", "val", "test")] == [280, 20, 243]
+    for split in ("train", "test"):
+        for name in ("image_ids", "class_labels", "image_sizes", "localization"):
+            published = (real_data / "wsol-metadata" / "CUB" / split / f"{name}.txt").read_text().splitlines()
+            built = (tmp_path / "CUB" / split / f"{name}.txt").read_text().splitlines()
+            assert built == [line for line in published if int(line[:3]) <= 10]
+
+
+def test_lists_follow_the_official_files_they_were_built_from(real_data, tmp_path):
+    official = tmp_path / "CUB_200_2011"
+    official.mkdir()
+    for name in data.CUB_FILES:
+        shutil.copy(real_data / "CUB_200_2011" / name, official)
+    (official / "images").symlink_to(real_data / "CUB_200_2011" / "images")
+    folder = tmp_path / "splits" / "CUB"
+    first = data.ensure_cub_lists(official, folder)
+    (folder / "train" / "image_ids.txt").write_text("untouched\n")
+    assert data.ensure_cub_lists(official, folder) == first and (folder / "train" / "image_ids.txt").read_text() == "untouched\n"
+    lines = (official / "images.txt").read_text().splitlines()
+    (official / "images.txt").write_text("\n".join(lines[:100]))
+    assert "100 of 11788 images" in data.ensure_cub_lists(official, folder)
+    assert (folder / "train" / "image_ids.txt").read_text() != "untouched\n"
+    (folder / "built_from.json").unlink()  # lists that came from elsewhere stay
+    assert "found in" in data.ensure_cub_lists(official, folder)
+
+
+def test_published_lists_pass_the_checksums_and_one_changed_line_does_not(real_data):
+    lists = {
+        split: {
+            name: (real_data / "wsol-metadata" / "CUB" / split / f"{name}.txt").read_text().splitlines()
+            for name in ("image_ids", "class_labels", "image_sizes", "localization")
+        }
+        for split in ("train", "test")
+    }
+    data._verify_lists("CUB", lists)
+    lists["test"]["localization"][7] = lists["test"]["localization"][7].replace(",", ",1", 1)
+    with pytest.raises(InputError, match="test/localization.txt .* differs from the published list"):
+        data._verify_lists("CUB", lists)
+
+
+def test_published_lists_load(real_data):
+    metadata = real_data / "wsol-metadata"
+    expected = json.loads((data.Path(data.__file__).parents[1] / "data_splits" / "checksums.json").read_text())
+    for key, files in expected.items():
+        dataset, name = key.split("/")
+        if not (metadata / key).exists():
+            continue
+        split = read_split(metadata / key, real_data, key, {"CUB": 200, "ILSVRC": 1000, "OpenImages": 100}[dataset])
+        assert len(split) == files["image_ids"]["lines"]
+        located = sum(map(len, split.boxes.values())) + sum(len(masks.instances) for masks in split.masks.values())
+        assert located == files.get("localization", {"lines": 0})["lines"]
+
+
+def test_incomplete_official_files_are_named(tmp_path):
+    with pytest.raises(InputError, match="CUB_200_2011: no such folder: unpack"):
+        data.ensure_cub_lists(tmp_path / "CUB_200_2011", tmp_path / "CUB")
+    official = tmp_path / "CUB_200_2011"
+    official.mkdir()
+    for name, text in {"images.txt": "1 a/1.jpg\n", "image_class_labels.txt": "1 1\n", "train_test_split.txt": "1 1\n"}.items():
+        (official / name).write_text(text)
+    with pytest.raises(InputError, match="bounding_boxes.txt: no such file"):
+        data.ensure_cub_lists(official, tmp_path / "CUB")
+    (official / "bounding_boxes.txt").write_text("1 1.0 2.0 three 4.0\n")
+    with pytest.raises(InputError, match=r"image 1 \(a/1.jpg\) has no usable label, split or box"):
+        data.ensure_cub_lists(official, tmp_path / "CUB")
+    assert not (tmp_path / "CUB").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+
+def test_images_of_every_mode_become_rgb(tmp_path):
+    grey = np.arange(40 * 30, dtype=np.uint8).reshape(40, 30)
+    for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "I", "F", "LA"):
+        path = tmp_path / f"{mode}.tif"
+        Image.fromarray(grey).convert(mode).save(path)
+        assert np.asarray(data.load_rgb(path, 16)).shape == (16, 16, 3)
+
+
+def test_unreadable_images_are_named(tmp_path):
+    (tmp_path / "text.jpg").write_text("no image")
+    noise = np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+    for name in ("half.jpg", "half.png"):
+        Image.fromarray(noise).save(tmp_path / name)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:3000])
+    for name, words in (("text.jpg", "not an image"), ("half.jpg", "truncated"), ("half.png", "truncated"), ("none.jpg", "no such image")):
+        with pytest.raises(InputError, match=f"{name}: {words}"):
+            data.load_rgb(tmp_path / name, 16)
+
+
+def test_masks_are_the_union_of_instances_and_ignore_is_what_remains(tmp_path):
+    pixels = {"a": [[0, 255], [0, 0]], "b": [[0, 0], [1, 0]], "i": [[255, 255], [0, 0]]}
+    for name, values in pixels.items():
+        Image.fromarray(np.array(values, dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    split = data.Split("s", tmp_path, ["x"], np.zeros(1), masks={0: data.Masks(["a.png", "b.png"], ["i.png"])})
+    mask, ignore = load_masks(split, 0, 4)
+    assert mask.astype(int).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
+    assert ignore.astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_an_image_of_another_size_than_listed_is_refused(tmp_path):
+    data_root, splits = make_tiny(tmp_path)
+    split = read_split(splits / "tiny" / "test", data_root / "tiny", "test")
+    Image.new("RGB", (33, 44)).save(split.path(5))
+    with pytest.raises(InputError, match="test/05.png: 33 x 44 pixels where the list has"):
+        list(test_loader(split, 4, image_size=32, workers=0))
+
+
+def epoch_of(loader, epoch):
+    loader.sampler.epoch = epoch
+    return [(images, labels) for images, labels in loader]
+
+
+def test_batches_do_not_depend_on_workers_and_change_with_epoch_and_seed(tmp_path):
+    data_root, splits = make_tiny(tmp_path)
+    split = read_split(splits / "tiny" / "train", data_root / "tiny", "train")
+
+    def loader(workers, seed):
+        return train_loader(split, 4, resize_size=40, image_size=32, seed=seed, workers=workers)
+
+    alone, helped, other_seed = loader(0, 1), loader(2, 1), loader(0, 2)
+    first = epoch_of(alone, 1)
+    assert [len(labels) for _, labels in first] == [4, 4, 4, 4, 2]
+    epoch_of(alone, 2)
+    for epoch in (2, 1):  # out of order, with workers that persist
+        for (images, labels), (same_images, same_labels) in zip(epoch_of(alone, epoch), epoch_of(helped, epoch)):
+            assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
+    assert not torch.equal(first[0][0], epoch_of(alone, 2)[0][0]) and not torch.equal(first[0][0], epoch_of(other_seed, 1)[0][0])
+    state = torch.get_rng_state()
+    epoch_of(alone, 3)
+    assert torch.equal(state, torch.get_rng_state())  # attentive dropout draws from this stream
+
+
+def test_training_crops_are_windows_of_the_resized_image_flipped_or_not(tmp_path):
+    data_root, splits = make_tiny(tmp_path)
+    split = read_split(splits / "tiny" / "train", data_root / "tiny", "train")
+    images = data.TrainImages(split, resize_size=12, image_size=10, seed=0)
+    whole = np.asarray(data.load_rgb(split.path(3), 12)).transpose(2, 0, 1)
+    windows = {(flip, x, y): whole[:, y : y + 10, x : x + 10][:, :, :: -1 if flip else 1] for flip in (0, 1) for x in range(3) for y in range(3)}
+    seen = set()
+    for epoch in range(200):
+        crop = images[epoch, 3][0].numpy()
+        seen |= {key for key, window in windows.items() if np.array_equal(window, crop)}
+        assert any(np.array_equal(window, crop) for window in windows.values())
+    assert len(seen) == 18
+
+
+def test_normalization_is_imagenet_s():
+    pixels = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    expected = [(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    assert to_input(pixels, torch.device("cpu")).flatten().tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage, words", [
+    (lambda path: path.unlink(), "no such image"),
+    (lambda path: path.write_bytes(path.read_bytes()[:200]), "truncated or damaged image"),
+    (lambda path: path.write_text("text"), "not an image"),
+])
+def test_a_bad_training_image_ends_the_run_with_its_name(tiny, fails, tmp_path, monkeypatch, workers, damage, words):
+    monkeypatch.setattr(data.Split, "require_images", lambda self: None)  # as if it broke after the check at the start
+    path = tmp_path / "data" / "tiny" / "train" / "03.png"
+    damage(path)
+    fails(train.main, [*tiny, "--workers", workers, "--out", tmp_path / "run"], path, words)

@@ -1,0 +1,235 @@
+"""The losses against hand-worked maps, plain loops over the formulas, and finite differences."""
+
+import ast
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from bridge_wsol import losses
+from bridge_wsol.losses import alignment_losses, attentive_dropout, consistency_loss, cosine_map, feature_norm, minmax
+
+
+def hand_worked():
+    """Four locations with f = (3,4), (0,1), (0,0), (4,3); classes w_0 = (1,-1), w_1 = (0,1).
+
+    F = 5, 1, 0, 5 and F-hat = 1, 0.2, 0, 1. With r = 1 / (5 sqrt 2): S_0 = -r, -5r, 0, r and S_1 = 0.8, 1, 0, 0.6.
+    """
+    features = torch.tensor([[[3.0, 0.0], [0.0, 4.0]], [[4.0, 1.0], [0.0, 3.0]]], dtype=torch.float64)[None]
+    return features, torch.tensor([[1.0, -1.0], [0.0, 1.0]], dtype=torch.float64)
+
+
+def test_maps_of_the_hand_worked_case():
+    features, weight = hand_worked()
+    r = 1 / (5 * math.sqrt(2))
+    torch.testing.assert_close(feature_norm(features), torch.tensor([[[5.0, 1.0], [0.0, 5.0]]], dtype=torch.float64))
+    torch.testing.assert_close(minmax(feature_norm(features)), torch.tensor([[[1.0, 0.2], [0.0, 1.0]]], dtype=torch.float64))
+    expected = torch.tensor([[[-r, -5 * r], [0.0, r]], [[0.8, 1.0], [0.0, 0.6]]], dtype=torch.float64)[None]
+    torch.testing.assert_close(cosine_map(features, weight), expected)
+
+
+def test_alignment_losses_of_the_hand_worked_case():
+    features, weight = hand_worked()
+    r = 1 / (5 * math.sqrt(2))
+    l_sim, l_norm = alignment_losses(features, weight, torch.tensor([0]), tau_fg=0.6, tau_bg=0.3)
+    assert float(l_sim) == pytest.approx((-5 * r + 0) / 2 - (-r + r) / 2, abs=1e-12)
+    assert float(l_norm) == pytest.approx((1 + 0.2) / 2 - 1, abs=1e-12)
+    # With the maximum over classes, S = 0.8, 1, 0, 0.6: nothing is negative, three locations are positive.
+    same_l_sim, l_norm = alignment_losses(features, weight, torch.tensor([0]), 0.6, 0.3, norm_class="max")
+    assert float(same_l_sim) == float(l_sim)
+    assert float(l_norm) == pytest.approx(0 - (1 + 0.2 + 1) / 3, abs=1e-12)
+
+
+def test_thresholds_are_strict_and_leave_the_middle_out():
+    features, weight = hand_worked()
+    r = 1 / (5 * math.sqrt(2))
+    # F-hat = 0.2 is neither above 0.2 nor below it: fg = the two ones, bg = the zero vector, whose S is 0.
+    l_sim, _ = alignment_losses(features, weight, torch.tensor([0]), tau_fg=0.2, tau_bg=0.2)
+    assert float(l_sim) == pytest.approx(0 - (-r + r) / 2, abs=1e-12)
+
+
+def test_batch_is_averaged_and_an_image_without_any_set_adds_zero():
+    features, weight = hand_worked()
+    both = torch.cat([features, torch.zeros_like(features)])
+    one = alignment_losses(features, weight, torch.tensor([0]), 0.6, 0.3)
+    two = alignment_losses(both, weight, torch.tensor([0, 1]), 0.6, 0.3)
+    for a, b in zip(one, two):
+        assert float(b) == pytest.approx(float(a) / 2, abs=1e-12)
+
+
+def by_the_formulas(features, weight, labels, tau_fg, tau_bg, norm_class):
+    """Loops over images and locations, in NumPy."""
+    l_sim = l_norm = 0.0
+    for f, y in zip(features, labels):
+        locations = [(i, j) for i in range(f.shape[1]) for j in range(f.shape[2])]
+        F = {u: math.sqrt(sum(x * x for x in f[:, u[0], u[1]])) for u in locations}
+        low, high = min(F.values()), max(F.values())
+        F_hat = {u: (F[u] - low) / (high - low) for u in locations}
+
+        def cosine(k, u):
+            return float(f[:, u[0], u[1]] @ weight[k]) / (F[u] * math.sqrt(float(weight[k] @ weight[k]))) if F[u] else 0.0
+
+        S_y = {u: cosine(y, u) for u in locations}
+        S = S_y if norm_class == "target" else {u: max(cosine(k, u) for k in range(len(weight))) for u in locations}
+
+        def mean(values):
+            values = list(values)
+            return sum(values) / len(values) if values else 0.0
+
+        l_sim += mean(S_y[u] for u in locations if F_hat[u] < tau_bg) - mean(S_y[u] for u in locations if F_hat[u] > tau_fg)
+        l_norm += mean(F_hat[u] for u in locations if S[u] < 0) - mean(F_hat[u] for u in locations if S[u] > 0)
+    return l_sim / len(features), l_norm / len(features)
+
+
+@pytest.mark.parametrize("norm_class", ["target", "max"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_alignment_losses_equal_the_formulas(norm_class, dtype, tolerance):
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        features = np.maximum(rng.normal(size=(3, 6, 5, 4)), 0) * rng.random((3, 1, 5, 4)) ** 3
+        features[0, :, 1, 1] = 0
+        weight, labels = rng.normal(size=(4, 6)), rng.integers(0, 4, 3)
+        expected = by_the_formulas(features, weight, labels, 0.5, 0.2, norm_class)
+        tensors = torch.tensor(features, dtype=dtype), torch.tensor(weight, dtype=dtype), torch.tensor(labels)
+        got = alignment_losses(*tensors, 0.5, 0.2, norm_class)
+        assert [float(x) for x in got] == pytest.approx(expected, abs=tolerance)
+
+
+def test_gradients_equal_finite_differences():
+    generator = torch.Generator().manual_seed(1)
+    features = (torch.rand(2, 3, 3, 4, generator=generator, dtype=torch.float64) + 0.1).requires_grad_()
+    weight = torch.randn(5, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    labels = torch.tensor([1, 4])
+    assert gradcheck(feature_norm, features)
+    assert gradcheck(lambda f: minmax(feature_norm(f)), features)
+    assert gradcheck(cosine_map, (features, weight))
+    for norm_class in ("target", "max"):
+        assert gradcheck(lambda f, w: alignment_losses(f, w, labels, 0.6, 0.3, norm_class), (features, weight))
+    assert gradcheck(consistency_loss, (features, features.detach().flip(0).requires_grad_()))
+
+
+def test_own_rows_for_each_image_give_that_class_of_the_full_map():
+    features, weight, labels = torch.rand(3, 8, 4, 4), torch.randn(5, 8), torch.tensor([4, 0, 2])
+    full = cosine_map(features, weight)
+    torch.testing.assert_close(cosine_map(features, weight[labels][:, None])[:, 0], full[torch.arange(3), labels])
+
+
+@pytest.mark.parametrize("norm_class", ["target", "max"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("case", ["zero vectors", "all zero", "constant", "nearly constant", "denormal", "zero weight"])
+def test_gradients_stay_finite_where_the_formulas_are_not(case, dtype, norm_class):
+    features = torch.rand(2, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight = torch.ones(2, 4, dtype=torch.float64) - 2 * torch.eye(2, 4, dtype=torch.float64)
+    if case == "zero vectors":
+        features[:, :, 1] = 0
+    elif case == "all zero":
+        features[:] = 0
+    elif case == "constant":
+        features[:] = 0.3
+    elif case == "nearly constant":
+        features[:] = 0.3
+        features[0, 0, 0, 0] += 1e-7
+    elif case == "denormal":
+        features *= torch.finfo(dtype).tiny / 100
+    else:
+        weight[:] = 0
+    features, weight = features.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+        l_sim, l_norm = alignment_losses(features, weight, torch.tensor([0, 1]), 0.6, 0.3, norm_class)
+        loss = l_sim + l_norm + consistency_loss(features, attentive_dropout(features, 0.8, 0.5))
+    loss.backward()
+    assert loss.isfinite()
+    for gradient in (features.grad, weight.grad):
+        assert gradient is None or (gradient.isfinite().all() and gradient.abs().max() < 1e8)
+
+
+def test_zero_vector_passes_no_gradient_and_constant_map_neither():
+    features = torch.rand(1, 4, 2, 2, dtype=torch.float64)
+    features[:, :, 0, 0] = 0
+    features.requires_grad_()
+    cosine_map(features, torch.randn(3, 4, dtype=torch.float64)).sum().backward()
+    assert (features.grad[:, :, 0, 0] == 0).all() and (features.grad[:, :, 1, 1] != 0).all()
+
+    constant = torch.full((1, 3, 3), 7.0, requires_grad=True)
+    value = minmax(constant)
+    value.sum().backward()
+    assert (value == 0).all() and (constant.grad == 0).all()
+
+
+def test_masks_carry_no_gradient():
+    features, weight = torch.rand(2, 4, 3, 3, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    l_sim, l_norm = alignment_losses(features, weight, torch.tensor([0, 3]), 0.6, 0.3, "max")
+    # L_norm depends on the weight through its sets alone; L_sim on the rows of the ground-truth classes alone.
+    assert torch.autograd.grad(l_norm, weight, retain_graph=True, allow_unused=True)[0] is None
+    (gradient,) = torch.autograd.grad(l_sim, weight)
+    assert gradient.abs().sum(1).nonzero().flatten().tolist() == [0, 3]
+
+
+def test_autocast_does_not_change_a_value():
+    features, weight, labels = torch.rand(2, 64, 7, 7), torch.randn(9, 64), torch.tensor([1, 2])
+    outside = alignment_losses(features, weight, labels, 0.6, 0.3, "max"), feature_norm(features), cosine_map(features, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = alignment_losses(features, weight, labels, 0.6, 0.3, "max"), feature_norm(features), cosine_map(features, weight)
+    torch.testing.assert_close(inside, outside, rtol=0, atol=0)
+
+
+def test_attentive_dropout_zeroes_the_candidates_and_nothing_else():
+    # Channel means of image 0: 1.0, 0.81, 0.8, 0.1 -> candidates above 0.8 * 1.0 are the first two. Image 1 is ten times as strong.
+    means = torch.tensor([[1.0, 0.81], [0.8, 0.1]])
+    features = torch.stack([torch.stack([means * 1.5, means * 0.5]), torch.stack([means * 10, means * 10])]).requires_grad_()
+    dropped = attentive_dropout(features, gamma=0.8, p=1.0)
+    keep = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    torch.testing.assert_close(dropped, features * keep, rtol=0, atol=0)
+    dropped.sum().backward()
+    torch.testing.assert_close(features.grad, keep.expand_as(features))
+
+
+def test_attentive_dropout_draws_each_candidate_by_itself():
+    features = torch.ones(200, 3, 10, 10)
+    torch.manual_seed(0)
+    zeroed = attentive_dropout(features, gamma=0.5, p=0.3) == 0
+    assert (zeroed.all(1) | ~zeroed.any(1)).all()  # all channels of a location or none
+    zeroed = zeroed[:, 0].double()
+    assert float(zeroed.mean()) == pytest.approx(0.3, abs=0.015)  # 20,000 draws: five deviations are 0.016
+    assert float(zeroed.mean((1, 2)).std()) < 0.1 and float(zeroed.mean(0).std()) < 0.06  # neither by image nor by location
+
+
+def test_attentive_dropout_without_probability_or_without_candidates_changes_nothing():
+    features = torch.rand(2, 3, 4, 4)
+    assert attentive_dropout(features, 0.8, 0.0) is features
+    assert (attentive_dropout(torch.zeros(2, 3, 4, 4), 0.8, 1.0) == 0).all()
+    torch.testing.assert_close(attentive_dropout(features, 1.0, 1.0), features)  # nothing exceeds the maximum
+
+
+def test_consistency_loss_is_the_mean_absolute_difference_and_reaches_both_passes():
+    clean = torch.tensor([1.0, 4.0]).view(1, 2, 1, 1).requires_grad_()
+    dropped = torch.tensor([3.0, 0.0]).view(1, 2, 1, 1).requires_grad_()
+    loss = consistency_loss(clean, dropped)
+    loss.backward()
+    assert loss.item() == 3.0
+    assert clean.grad.flatten().tolist() == [-0.5, 0.5] and dropped.grad.flatten().tolist() == [0.5, -0.5]
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="norm_class"):
+        alignment_losses(*hand_worked(), torch.tensor([0]), 0.6, 0.3, norm_class="mean")
+    with pytest.raises(ValueError, match="C = 2"):
+        cosine_map(hand_worked()[0], torch.ones(3, 5))
+
+
+def test_losses_imports_torch_alone_and_works_in_an_empty_folder(tmp_path):
+    tree = ast.parse(Path(losses.__file__).read_text())
+    modules = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {module.split(".")[0] for module in modules} == {"torch", "__future__"}
+
+    shutil.copy(losses.__file__, tmp_path)
+    code = "import torch, losses; print(losses.__file__, losses.minmax(torch.arange(4.).view(1, 2, 2)).max().item())"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert printed.split() == [str(tmp_path / "losses.py"), "1.0"]

@@ -1,0 +1,181 @@
+"""The networks against torchvision's own, which layers run once and which twice, and weights files."""
+
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.vgg import cfgs, make_layers
+
+from bridge_wsol.models import build_model, load_pretrained
+from bridge_wsol.utils import InputError
+
+
+def counted(model, *modules):
+    """How often each module runs in one forward pass of `model` on a random image."""
+    counts = [0] * len(modules)
+    for i, module in enumerate(modules):
+        module.register_forward_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
+    output = model(torch.rand(2, 3, 64, 64))
+    return counts, output
+
+
+@pytest.mark.parametrize("arch, stride, width, channels, side", [
+    ("vgg16", 16, 1 / 16, 64, 14), ("vgg16", 8, 1 / 16, 64, 28), ("resnet50", 8, 1.0, 2048, 28), ("resnet50", 16, 1.0, 2048, 14),
+])
+def test_one_forward_gives_logits_and_a_large_map(arch, stride, width, channels, side):
+    model = build_model(arch, 7, stride=stride, width=width).eval()
+    with torch.inference_mode():
+        output = model(torch.rand(1, 3, 224, 224))
+    assert output.logits.shape == (1, 7) and output.features.shape == (1, channels, side, side)
+    assert (output.features >= 0).all() and output.features_dropped is None
+    expected = output.features.mean((2, 3)) @ model.fc.weight.T + model.fc.bias
+    torch.testing.assert_close(output.logits, expected)
+
+
+def test_full_width_has_the_paper_s_channels():
+    model = build_model("vgg16", 200, stride=16)
+    assert model.conv6[0].weight.shape == (1024, 512, 3, 3) and model.fc.weight.shape == (200, 1024)
+    assert [layer.out_channels for layer in model.features if isinstance(layer, nn.Conv2d)] == [c for c in cfgs["D"] if c != "M"]
+
+
+def test_vgg16_layers_are_torchvision_s_without_the_last_pool():
+    theirs = make_layers([c if c == "M" else c // 16 for c in cfgs["D"]])[:-1].eval()
+    ours = build_model("vgg16", 3, stride=16, width=1 / 16).eval()
+    ours.features.load_state_dict(theirs.state_dict())
+    images = torch.rand(2, 3, 64, 64)
+    seen = []
+    ours.conv6.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    ours(images)
+    torch.testing.assert_close(seen[0], theirs(images))
+
+
+def test_resnet50_loads_torchvision_s_weights_and_agrees_up_to_the_first_changed_stride():
+    theirs = torchvision.models.resnet50(weights=None).eval()
+    ours = build_model("resnet50", 1000, stride=16).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images, seen = torch.rand(1, 3, 64, 64), []
+    for model in (theirs, ours):
+        model.layer3.register_forward_hook(lambda *call: seen.append(call[-1]))
+        model(images)
+    torch.testing.assert_close(*seen)
+
+
+@pytest.mark.parametrize("arch, width, shared, repeated", [
+    ("vgg16", 1 / 16, "features.22", "features.23"), ("resnet50", 1.0, "layer4.0", "layer4.1"),
+])
+def test_the_dropped_pass_shares_the_layers_before_the_dropout(arch, width, shared, repeated):
+    model = build_model(arch, 3, stride=16, width=width, gamma=0.5, p=0.9)
+    layers = dict(model.named_modules())
+    modules = [layers[shared], layers[repeated], model.fc]
+    counts, output = counted(model.train(), *modules)
+    assert counts == [1, 2, 1]  # the linear layer sees the clean pass alone
+    assert output.features_dropped.shape == output.features.shape
+    assert not torch.equal(output.features_dropped, output.features)
+
+    counts, output = counted(model.eval(), *modules)
+    assert counts == [1, 1, 1] and output.features_dropped is None
+
+
+def test_vanilla_network_has_no_dropped_pass():
+    model = build_model("vgg16", 3, stride=16, width=1 / 16).train()
+    assert model(torch.rand(1, 3, 64, 64)).features_dropped is None
+
+
+def test_without_probability_both_passes_are_equal():
+    model = build_model("vgg16", 3, stride=16, width=1 / 16, gamma=0.8, p=0.0).train()
+    output = model(torch.rand(1, 3, 64, 64))
+    torch.testing.assert_close(output.features_dropped, output.features, rtol=0, atol=0)
+
+
+def test_gradient_reaches_every_layer_through_both_passes():
+    model = build_model("vgg16", 3, stride=16, width=1 / 16, gamma=0.5, p=0.9).train()
+    output = model(torch.rand(2, 3, 64, 64))
+    ((output.features - output.features_dropped).abs().mean() + output.logits.sum()).backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_vgg16_loads_a_file_in_torchvision_s_format(tmp_path):
+    features = make_layers(cfgs["D"])
+    state = {f"features.{k}": v for k, v in features.state_dict().items()} | {"classifier.0.weight": torch.zeros(2, 2)}
+    torch.save(state, tmp_path / "vgg16.pth")
+    model = build_model("vgg16", 10, stride=16)
+    new_layer = model.conv6[0].weight.clone()
+    load_pretrained(model, "vgg16", str(tmp_path / "vgg16.pth"))
+    for name, value in features.state_dict().items():
+        torch.testing.assert_close(model.features.state_dict()[name], value, rtol=0, atol=0)
+    torch.testing.assert_close(model.conv6[0].weight, new_layer, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("keep_fc", [False, True])
+def test_resnet50_keeps_the_linear_layer_on_imagenet_only(tmp_path, keep_fc):
+    theirs = torchvision.models.resnet50(weights=None)
+    torch.save({k: v for k, v in theirs.state_dict().items() if "num_batches_tracked" not in k}, tmp_path / "resnet50.pth")
+    model = build_model("resnet50", 1000, stride=8)
+    load_pretrained(model, "resnet50", str(tmp_path / "resnet50.pth"), keep_fc=keep_fc)
+    assert torch.equal(model.layer4[2].conv3.weight, theirs.layer4[2].conv3.weight)
+    assert torch.equal(model.bn1.running_var, theirs.bn1.running_var)
+    assert torch.equal(model.fc.weight, theirs.fc.weight) == keep_fc
+
+
+def test_a_wrong_weights_file_is_described(tmp_path):
+    model = build_model("vgg16", 10, stride=16, width=1 / 16)
+    state = {k: v for k, v in model.state_dict().items() if k.startswith("features.")}
+    del state["features.0.bias"]
+    state["features.2.weight"] = torch.zeros(3, 3)
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(InputError, match=r"odd.pth.*missing: features.0.bias; wrong shape: features.2.weight \(3x3 in the file, 4x4x3x3"):
+        load_pretrained(model, "vgg16", str(tmp_path / "odd.pth"))
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
+    with pytest.raises(InputError, match=r"missing: features.0.weight, features.0.bias, features.2.weight and 23 more"):
+        load_pretrained(model, "vgg16", str(tmp_path / "resnet18.pth"))
+    (tmp_path / "text.pth").write_text("not weights")
+    for name, words in (("text.pth", "damaged"), ("absent.pth", "no such file")):
+        with pytest.raises(InputError, match=f"{name}: {words}"):
+            load_pretrained(model, "vgg16", str(tmp_path / name))
+
+
+def test_a_weights_file_is_never_executed(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "harmed"), "w"))
+
+    torch.save({"features.0.weight": Harm()}, tmp_path / "harm.pth")
+    with pytest.raises(InputError, match="harm.pth: damaged, or not a file of tensors"):
+        load_pretrained(build_model("vgg16", 2, stride=16, width=1 / 16), "vgg16", str(tmp_path / "harm.pth"))
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_imagenet_weights_come_from_torchvision_checked_and_unexecuted(monkeypatch):
+    features, calls = make_layers(cfgs["D"]), []
+
+    def download(url, *args, **kwargs):
+        calls.append((url, kwargs))
+        return {f"features.{k}": v for k, v in features.state_dict().items()}
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
+    model = build_model("vgg16", 10, stride=16)
+    load_pretrained(model, "vgg16", "imagenet")
+    assert torch.equal(model.features[0].weight, features[0].weight)
+    ((url, kwargs),) = calls
+    assert url.endswith("vgg16-397923af.pth") and kwargs["check_hash"] and kwargs["weights_only"]
+
+
+@pytest.mark.parametrize("error", [URLError("no network"), RuntimeError("invalid hash value"), TimeoutError("timed out")])
+def test_a_failed_download_says_how_to_go_on(monkeypatch, error):
+    def download(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
+    with pytest.raises(InputError) as raised:
+        load_pretrained(build_model("resnet50", 10, stride=8), "resnet50", "imagenet")
+    message = str(raised.value)
+    assert "resnet50-0676ba61.pth" in message and "--weights FILE" in message and "--weights none" in message
+    assert "\n" not in message
+
+
+def test_unknown_networks_are_refused():
+    for arguments in ({"arch": "vgg19", "stride": 16}, {"arch": "vgg16", "stride": 32}, {"arch": "resnet50", "stride": 8, "width": 0.5}):
+        with pytest.raises(InputError):
+            build_model(num_classes=3, **arguments)

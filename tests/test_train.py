@@ -1,0 +1,396 @@
+"""The two scripts end to end on the small data set: files, identities between runs, resume, and one line for every bad input."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import train
+from bridge_wsol.utils import InputError
+from conftest import REPOSITORY, make_tiny, tiny_flags
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def lines_of(run):
+    """log.jsonl without what the clock decides."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "seconds")} for line in lines]
+
+
+def same_run(a, b):
+    assert lines_of(a) == lines_of(b)
+    assert read_json(a / "results_best_test.json") == read_json(b / "results_best_test.json")
+    for name in ("last.pt", "best.pt"):
+        ours, theirs = weights(a / name), weights(b / name)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    return True
+
+
+def test_a_run_leaves_its_files_and_says_what_it_did(trained, trained_once):
+    (_, run), (_, printed) = trained, trained_once
+    assert {path.name for path in run.iterdir()} == {"config.json", "log.jsonl", "best.pt", "last.pt", "results_best_test.json"}
+
+    config = read_json(run / "config.json")
+    assert config["config"]["lambda_sim"] == {"value": 0.5, "source": "preset: authors' released configuration"}
+    assert config["config"]["weights"] == {"value": "none", "source": "flag"}
+    assert config["config"]["seed"] == {"value": 0, "source": "default"}
+    assert {"python", "torch", "torchvision", "device", "git_commit"} <= config["environment"].keys()
+    assert config["data"]["val"] in printed and config["data"]["num_classes"] == 3
+
+    warm, after = lines_of(run)
+    assert warm["epoch"] == 1 and {"loss", "l_ce", "l_drop", "lr", "lr_new", "top1", "val"} <= warm.keys() and "l_sim" not in warm
+    assert warm["loss"] == pytest.approx(warm["l_ce"] + 3 * warm["l_drop"], abs=1e-5)
+    weighted = after["l_ce"] + 3 * after["l_drop"] + 0.5 * after["l_sim"] + 0.15 * after["l_norm"]
+    assert after["loss"] == pytest.approx(weighted, abs=1e-5)
+    assert re.search(r"epoch 2/2  loss .* l_ce .* l_drop .* l_sim .* l_norm .* val MaxBoxAccV2 .* images/s  0h00m00s left", printed)
+
+
+def test_results_have_the_documented_form(trained):
+    _, run = trained
+    result = read_json(run / "results_best_test.json")
+    assert result["dataset"] == "tiny" and result["split"] == "test" and result["images"] == 9
+    v2 = {"30", "50", "70", "mean"}
+    metrics = result["metrics"]
+    assert metrics.keys() == {
+        "max_box_acc_v2", "max_box_acc", "gt_known_loc", "gt_known_loc_largest", "top1_loc", "top5_loc", "top1_cls", "top5_cls",
+        "max_box_acc_v2_at_val_threshold", "pxap",
+    }
+    assert metrics["max_box_acc_v2"].keys() == metrics["max_box_acc_v2_at_val_threshold"].keys() == v2
+    assert metrics["top5_cls"] == 100 and 0 < metrics["pxap"] <= 100  # three classes; the set has masks too
+    for name in ("30", "50", "70", "largest"):
+        assert len(result["curves"][name]) == 255
+        assert result["curves"][name][round(result["thresholds"][name] * 255)] == max(result["curves"][name])
+    assert max(result["curves"]["50"]) == metrics["gt_known_loc"] == metrics["max_box_acc_v2"]["50"]
+    assert max(result["curves"]["largest"]) == metrics["max_box_acc"] == metrics["gt_known_loc_largest"]
+
+
+def test_evaluate_repeats_the_numbers_of_training(trained, capsys, tmp_path):
+    _, run = trained
+    capsys.readouterr()
+    before = read_json(run / "results_best_test.json")
+    flags = ["--device", "cpu", "--workers", "0", "--batch-size", "8", "--data-root", str(tmp_path / "data"), "--splits", str(tmp_path / "splits")]
+    evaluate.main([str(run), *flags])
+    assert read_json(run / "results_best_test.json") == before
+    printed = capsys.readouterr().out
+    for name in ("MaxBoxAccV2", "GT-known Loc", "Top-1 Loc", "Top-5 Loc", "PxAP", "Top-1 cls"):
+        assert name in printed
+    evaluate.main([str(run), "--checkpoint", "last", "--split", "val", *flags])
+    assert read_json(run / "results_last_val.json")["metrics"]["max_box_acc_v2"] == lines_of(run)[-1]["val"]["max_box_acc_v2"]
+
+
+def test_saved_maps_evaluate_to_the_same_numbers(trained, tmp_path):
+    flags, run = trained
+    maps = tmp_path / "maps"
+    evaluate.main([str(run), "--save-maps", str(maps), "--device", "cpu", "--batch-size", "8"])
+    of_run = read_json(run / "results_best_test.json")
+    data_flags = flags[: flags.index("--weights")]
+    evaluate.main(["--score-maps", str(maps), "--split", "test", "--out", str(tmp_path / "r.json"), *data_flags])
+    of_maps = read_json(tmp_path / "r.json")
+    assert of_maps["curves"] == of_run["curves"] and of_maps["thresholds"] == of_run["thresholds"]
+    for name in ("max_box_acc_v2", "gt_known_loc", "gt_known_loc_largest", "pxap"):
+        assert of_maps["metrics"][name] == of_run["metrics"][name]
+    for name in ("top1_loc", "top5_loc", "top1_cls", "top5_cls", "max_box_acc_v2_at_val_threshold"):
+        assert of_maps["metrics"][name] is None
+    # The other way of naming a map, without the image's extension, in double precision.
+    for path in maps.rglob("*.png.npy"):
+        np.save(path.with_name(path.name.replace(".png", "")), np.load(path).astype(np.float64))
+        path.unlink()
+    evaluate.main(["--score-maps", str(maps), "--split", "test", "--out", str(tmp_path / "r2.json"), *data_flags])
+    assert read_json(tmp_path / "r2.json") == of_maps
+
+
+def test_perfect_maps_get_a_hundred_and_maps_of_the_wrong_place_nothing(tiny, tmp_path):
+    """The whole path from image sizes over scaled boxes to metrics, with maps that are known to be right."""
+    data_flags = tiny[: tiny.index("--weights")]
+    test = tmp_path / "splits" / "tiny" / "test"
+    sizes = {image: (int(w), int(h)) for image, w, h in (line.split(",") for line in (test / "image_sizes.txt").read_text().split())}
+    boxes = [line.split(",") for line in (test / "localization.txt").read_text().split() if len(line.split(",")) == 5]
+    for image, *box in boxes:
+        x0, y0, x1, y1 = (int(v) * 64 // n for v, n in zip(box, sizes[image] * 2))
+        right, wrong = np.zeros((2, 64, 64), dtype=np.float32)
+        right[y0:y1, x0:x1], wrong[-3:, -3:] = 1, 1  # the box of a component ends one pixel after it
+        for folder, score_map in (("right", right), ("wrong", wrong)):
+            path = tmp_path / folder / f"{image}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, score_map)
+    for folder, expected in (("right", 100.0), ("wrong", 0.0)):
+        out = tmp_path / f"{folder}.json"
+        evaluate.main(["--score-maps", str(tmp_path / folder), "--out", str(out), *data_flags])
+        metrics = read_json(out)["metrics"]
+        assert metrics["max_box_acc_v2"] == {"30": expected, "50": expected, "70": expected, "mean": expected}
+        assert metrics["max_box_acc"] == expected
+
+
+def test_same_seed_same_run_and_workers_do_not_matter(trained, tmp_path):
+    flags, run = trained
+    train.main([*flags, "--workers", "2", "--out", str(tmp_path / "again")])
+    assert same_run(run, tmp_path / "again")
+    train.main([*flags, "--seed", "1", "--out", str(tmp_path / "other")])
+    assert lines_of(run) != lines_of(tmp_path / "other")
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_resumed_equals_uninterrupted(trained, tmp_path, workers):
+    flags, run = trained
+    train.main([*flags, "--epochs", "1", "--workers", workers, "--out", str(tmp_path / "half")])
+    assert not same_log(run, tmp_path / "half")
+    with (tmp_path / "half" / "log.jsonl").open("a") as log:  # as after a crash between log and checkpoint
+        log.write('{"epoch": 2, "loss": 9}\n')
+    train.main([*flags, "--epochs", "2", "--workers", workers, "--out", str(tmp_path / "half"), "--resume"])
+    assert same_run(run, tmp_path / "half")
+
+
+def same_log(a, b):
+    return lines_of(a) == lines_of(b)
+
+
+def test_resume_with_nothing_to_resume_starts_and_with_everything_done_evaluates(trained, tmp_path):
+    flags, run = trained
+    train.main([*flags, "--out", str(tmp_path / "new"), "--resume"])
+    assert same_run(run, tmp_path / "new")
+    before = (run / "last.pt").read_bytes()
+    train.main([*flags, "--out", str(run), "--resume"])
+    assert same_run(run, tmp_path / "new") and (run / "last.pt").read_bytes() == before
+
+
+def test_vanilla_runs_through_the_same_path(tiny, tmp_path):
+    run = tmp_path / "cam"
+    train.main([*tiny, "--method", "cam", "--out", str(run)])
+    for line in lines_of(run):
+        assert line["loss"] == line["l_ce"] and not {"l_drop", "l_sim", "l_norm"} & line.keys()
+    result = read_json(run / "results_best_test.json")
+    assert result["method"] == "cam" and result["metrics"]["max_box_acc_v2"]["mean"] is not None
+
+
+def test_each_loss_changes_the_run_and_only_after_the_warm_stage(tiny, tmp_path):
+    runs = {}
+    for name, flags in {"all": [], "no sim": ["--lambda-sim", "0"], "no norm": ["--lambda-norm", "0"]}.items():
+        runs[name] = tmp_path / name.replace(" ", "_")
+        train.main([*tiny, "--out", str(runs[name]), *flags])
+    for name in ("no sim", "no norm"):
+        assert lines_of(runs["all"])[0] == lines_of(runs[name])[0]
+        a, b = weights(runs["all"] / "last.pt"), weights(runs[name] / "last.pt")
+        assert not torch.equal(a["conv6.0.weight"], b["conv6.0.weight"])
+
+
+def test_batch_size_changes_after_the_warm_stage(tiny, tmp_path, monkeypatch):
+    sizes = []
+    whole = train.train_one_epoch
+    monkeypatch.setattr(train, "train_one_epoch", lambda *a: sizes.append((a[4], a[1].batch_size)) or whole(*a))
+    train.main([*tiny, "--out", str(tmp_path / "run")])
+    train.main([*tiny, "--batch-size", "6", "--out", str(tmp_path / "both")])
+    assert sizes == [(1, 4), (2, 8), (1, 6), (2, 6)]
+
+
+def test_best_is_the_epoch_with_the_best_val(tiny, tmp_path):
+    run = tmp_path / "run"
+    train.main([*tiny, "--epochs", "5", "--lr", "0.02", "--out", str(run)])
+    scores = [line["val"]["max_box_acc_v2"]["mean"] for line in lines_of(run)]
+    assert len(set(scores)) > 1
+    assert torch.load(run / "best.pt", weights_only=True)["epoch"] == 1 + int(np.argmax(scores))
+    assert torch.load(run / "last.pt", weights_only=True)["epoch"] == 5
+
+
+def test_val_every_skips_epochs_but_not_the_last(tiny, tmp_path):
+    train.main([*tiny, "--epochs", "3", "--val-every", "2", "--out", str(tmp_path / "run")])
+    assert ["val" in line for line in lines_of(tmp_path / "run")] == [False, True, True]
+
+
+def test_weights_of_a_run_start_another(trained, tmp_path):
+    flags, run = trained
+    train.main([*flags, "--weights", str(run / "best.pt"), "--epochs", "1", "--out", str(tmp_path / "next")])
+    assert lines_of(tmp_path / "next")[0] != lines_of(run)[0]
+
+
+def test_pictures_and_own_images(trained, tmp_path):
+    _, run = trained
+    evaluate.main([str(run), "--pictures", "2", "--device", "cpu", "--workers", "0"])
+    pictures = sorted((run / "pictures_best_test").iterdir())
+    assert [path.name for path in pictures] == ["test_00.png.png", "test_08.png.png"]
+    assert Image.open(pictures[0]).size == (64, 128)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("L", (300, 100), 80).save(photos / "grey.jpg")
+    Image.effect_noise((50, 200), 90).convert("RGBA").save(photos / "noise.png")
+    evaluate.main([str(run), "--images", str(photos), "--device", "cpu"])
+    found = read_json(run / "images" / "boxes.json")
+    assert [(entry["width"], entry["height"]) for entry in found] == [(300, 100), (50, 200)]
+    for entry in found:
+        x0, y0, x1, y1 = entry["box"]
+        assert 0 <= x0 <= x1 < entry["width"] and 0 <= y0 <= y1 < entry["height"]
+        assert sum(k["probability"] for k in entry["top5"]) == pytest.approx(1)
+
+
+def test_other_normalizations_get_their_own_thresholds_and_file(trained):
+    _, run = trained
+    evaluate.main([str(run), "--normalize", "ivr", "--device", "cpu", "--workers", "0"])
+    result = read_json(run / "results_best_test_ivr.json")
+    assert result["normalize"] == "ivr" and result["metrics"]["max_box_acc_v2_at_val_threshold"] is not None
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_bad_input_to_train(tiny, fails, tmp_path):
+    (tmp_path / "file").write_text("")
+    out = ["--out", tmp_path / "run"]
+    fails(train.main, [*tiny, *out, "--data-root", tmp_path / "nowhere"], "--data-root", tmp_path / "nowhere", "no such folder")
+    fails(train.main, [*tiny, *out, "--splits", tmp_path / "nowhere"], "--splits DIR")
+    fails(train.main, [*tiny, *out, "--dataset", "OpenImages", "--arch", "resnet50"], "no preset for --dataset OpenImages --arch resnet50")
+    fails(train.main, [*tiny, *out, "--arch", "vgg19"], "--arch")
+    fails(train.main, [*tiny, "--out", tmp_path / "file" / "run"], tmp_path / "file", "cannot be")
+    fails(train.main, [*tiny, *out, "--device", "tpu9"], "--device tpu9", "--device cpu")
+    for flag, value in (("--epochs", 0), ("--lr", "nan"), ("--lr", "much"), ("--p", 1.5), ("--tau-fg", -1), ("--batch-size", 0), ("--val-per-class", 0)):
+        fails(train.main, [*tiny, *out, flag, value], flag, value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_where_there_is_none(tiny, fails, tmp_path):
+    fails(train.main, [*tiny, "--device", "cuda", "--out", tmp_path / "run"], "--device cuda", "pass --device cpu")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file, line, broken, words", [
+    ("class_labels", 2, "train/01.png,1,2", "3 comma-separated fields"),
+    ("class_labels", 2, "train/01.png,-1", "label -1 is out of range"),
+    ("localization", 1, "train/00.png,9,9,3,12", "box 9,9,3,12"),
+])
+def test_bad_split_lines_end_training(tiny, fails, tmp_path, file, line, broken, words):
+    path = tmp_path / "splits" / "tiny" / "train" / f"{file}.txt"
+    lines = path.read_text().splitlines()
+    lines[line - 1] = broken
+    path.write_text("\n".join(lines))
+    fails(train.main, [*tiny, "--out", tmp_path / "run"], f"{path}:{line}: ", words)
+
+
+def test_a_test_label_that_train_does_not_have(tiny, fails, tmp_path):
+    path = tmp_path / "splits" / "tiny" / "test" / "class_labels.txt"
+    path.write_text(path.read_text().replace("test/04.png,1", "test/04.png,3"))
+    fails(train.main, [*tiny, "--out", tmp_path / "run"], f"{path}:5: ", "label 3 is out of range", "0 to 2")
+
+
+def test_an_existing_run_is_refused_and_untouched(trained, fails):
+    flags, run = trained
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    fails(train.main, [*flags, "--out", run], run, "--resume")
+    fails(train.main, [*flags, "--out", run, "--resume", "--lr", 0.5], "--lr 0.5", "0.004")
+    fails(train.main, [*flags, "--out", run, "--resume", "--arch", "resnet50"], "--arch resnet50", "vgg16")
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_a_run_whose_loss_is_not_finite_stops_and_keeps_its_checkpoint(trained, fails):
+    flags, run = trained
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    checkpoint["model"]["fc.bias"][0] = float("nan")
+    torch.save(checkpoint, run / "last.pt")
+    before = (run / "last.pt").read_bytes()
+    fails(train.main, [*flags, "--out", run, "--resume", "--epochs", 3], "epoch 3", "not finite", "l_ce nan")
+    assert (run / "last.pt").read_bytes() == before
+
+
+def test_bad_checkpoints(trained, fails, tmp_path):
+    _, run = trained
+    fails(evaluate.main, [tmp_path / "nowhere"], "best.pt", "no such checkpoint")
+    for name, damage in (("cut", lambda b: b[: len(b) // 2]), ("empty", lambda b: b""), ("noise", lambda b: bytes(reversed(b)))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "best.pt").write_bytes(damage((run / "best.pt").read_bytes()))
+        fails(evaluate.main, [tmp_path / name], tmp_path / name / "best.pt", "damaged")
+    torch.save({"something": 1}, tmp_path / "empty" / "best.pt")
+    fails(evaluate.main, [tmp_path / "empty"], "not a checkpoint of train.py")
+
+
+def test_a_checkpoint_of_another_architecture_or_class_count(trained, fails, tmp_path):
+    _, run = trained
+    for name, change, words in (
+        ("arch", lambda c: c["config"].update(arch="resnet50", width=1.0), "another architecture"),
+        ("classes", lambda c: c.update(num_classes=5), "another number of classes"),
+    ):
+        checkpoint = torch.load(run / "best.pt", weights_only=True)
+        change(checkpoint)
+        (tmp_path / name).mkdir()
+        torch.save(checkpoint, tmp_path / name / "best.pt")
+        fails(evaluate.main, [tmp_path / name, "--device", "cpu"], tmp_path / name / "best.pt", words)
+    # The same data set with one class fewer.
+    splits = tmp_path / "splits2"
+    shutil.copytree(tmp_path / "splits", splits)
+    for path in splits.rglob("*.txt"):
+        numbers = [f"{i:02d}.png" for i in range(2, 30, 3)]
+        path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if line.split(",")[0][-6:] not in numbers))
+    fails(evaluate.main, [run, "--splits", splits, "--device", "cpu"], "3 classes", "has 2")
+
+
+def test_bad_score_maps(tiny, fails, tmp_path):
+    data_flags = tiny[: tiny.index("--weights")]
+    maps = tmp_path / "maps"
+    arguments = ["--score-maps", maps, *data_flags, "--out", tmp_path / "r.json"]
+    fails(evaluate.main, arguments, maps, "no such folder")
+    (maps / "test").mkdir(parents=True)
+    for i in range(9):
+        np.save(maps / "test" / f"{i:02d}.png.npy", np.random.default_rng(i).random((7, 9)))
+    path = maps / "test" / "05.png.npy"
+    good = np.load(path)
+    cases = {
+        "holds NaN": np.where(good > 0.5, np.nan, good),
+        "values in [0.": good + 0.7,
+        "values in [-": good - 0.7,
+        "2-D array": good[None],
+        "holds floats": good.astype(str),
+    }
+    for words, bad in cases.items():
+        np.save(path, bad)
+        fails(evaluate.main, arguments, path, words)
+    np.savez(tmp_path / "z.npz", good)
+    for blob in (b"", path.read_bytes()[:100], b"text", (tmp_path / "z.npz").read_bytes()):
+        path.write_bytes(blob)
+        fails(evaluate.main, arguments, path)
+    np.save(path, np.array([[{"an": "object"}]]), allow_pickle=True)
+    fails(evaluate.main, arguments, path, "not a .npy array")
+    path.unlink()
+    fails(evaluate.main, arguments, path, "no score map for test/05.png")
+    assert not (tmp_path / "r.json").exists()
+    np.save(path, good)
+    evaluate.main([str(argument) for argument in arguments])
+    assert read_json(tmp_path / "r.json")["images"] == 9
+
+
+def test_contradicting_flags_of_evaluate(fails, tmp_path):
+    fails(evaluate.main, [], "RUN", "--score-maps")
+    fails(evaluate.main, ["--score-maps", tmp_path], "--dataset")
+    fails(evaluate.main, ["run", "--dataset", "CUB"], "--dataset")
+    fails(evaluate.main, ["run", "--batch-size", 0], "--batch-size")
+
+
+def test_the_scripts_themselves_end_with_one_line_and_exit_code_2(tmp_path):
+    for script, arguments in (("train.py", ["--dataset", "CUB", "--data-root", "nowhere"]), ("evaluate.py", ["nowhere"])):
+        ended = subprocess.run([sys.executable, REPOSITORY / script, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "nowhere" in ended.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ real birds
+
+
+@pytest.mark.parametrize("method", ["bridge", "cam"])
+def test_ten_classes_of_cub(real_data, tiny_preset, tmp_path, method):
+    flags = ["--data-root", real_data, "--splits", tmp_path / "splits", "--weights", "none", "--epochs", 2, "--warm-epochs", 1]
+    run = tmp_path / "run"
+    train.main([str(x) for x in ["--dataset", "CUB", "--arch", "vgg16", "--method", method, *flags, "--out", run, "--device", "cpu"]])
+    evaluate.main([str(run), "--device", "cpu"])
+    result = read_json(run / "results_best_test.json")
+    assert result["images"] == 243 and result["metrics"]["pxap"] is None
+    assert 0 < result["metrics"]["max_box_acc_v2"]["mean"] < 100
+    assert "a subset" in read_json(run / "config.json")["data"]["lists"]
