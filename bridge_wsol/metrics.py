@@ -22,9 +22,7 @@ def best_ious(score_map: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """
     found = level_boxes(score_map)
     ious = np.zeros((2, LEVELS))
-    ious[0] = np.maximum.reduceat(
-        iou_matrix(found.boxes, boxes).max(1), np.searchsorted(found.levels, np.arange(LEVELS))
-    )
+    np.maximum.at(ious[0], found.levels, iou_matrix(found.boxes, boxes).max(1))
     ious[1] = iou_matrix(found.largest, boxes).max(1)
     return ious
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from bridge_wsol.boxes import iou_matrix, level_boxes, quantise
+from bridge_wsol.boxes import iou_matrix, level_boxes
+from plain_boxes import quantise
 
 
 def drawn(*rows: str) -> np.ndarray:
