@@ -10,6 +10,8 @@ It prints a table and writes RUN/results_<checkpoint>_<split>.json. Of a network
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 from pathlib import Path
 from typing import Any, Iterable, Iterator, NamedTuple
 
@@ -21,12 +23,13 @@ from torch.utils.data import DataLoader
 from bridge_wsol import cam, figures, optim
 from bridge_wsol.boxes import LEVELS, level_boxes, scale_boxes
 from bridge_wsol.data import (
-    Split, image_files, load_masks, load_rgb, load_score_map, load_splits, open_image, test_loader, to_input,
+    Masks, Split, image_files, load_masks, load_rgb, load_score_map, load_splits, open_image, test_loader, to_input,
 )
-from bridge_wsol.metrics import BoxAccuracy, PixelAveragePrecision, best_ious, label_ranks, top_k_accuracy
+from bridge_wsol.metrics import BoxAccuracy, Localization, PixelAveragePrecision, label_ranks, localize, top_k_accuracy
 from bridge_wsol.models import build_model, restore_weights
 from bridge_wsol.utils import (
-    InputError, Parser, autocast, default_workers, load_tensors, one_line_errors, replacing, resolve_device, write_json,
+    InputError, Parser, autocast, default_workers, load_tensors, one_line_errors, ordered_map, replacing, resolve_device, write_json,
+    write_text,
 )
 
 
@@ -35,7 +38,8 @@ class MapBatch(NamedTuple):
 
     indices: list[int]
     maps: np.ndarray  # N x size x size float32 in [0, 1]
-    ranks: np.ndarray | None  # N, `label_ranks`; None without a classifier
+    ranks: list[int] | None = None  # `label_ranks`; None without a classifier
+    predicted: list[int] | None = None  # the first class of each
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -45,12 +49,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", choices=("test", "val"), default="test")
     parser.add_argument("--normalize", choices=cam.NORMALIZATIONS, default="minmax", help="of the score map; the protocol's is minmax")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=default_workers(), help="processes that load images")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="processes that load images, and as many that sweep their maps")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto", help="auto: bf16 on GPUs that have it")
     parser.add_argument("--data-root", type=Path, help="default: the one the run was trained with, or data")
     parser.add_argument("--splits", type=Path, help="default: the one the run was trained with, or data_splits")
     parser.add_argument("--save-maps", type=Path, metavar="DIR", help="write each score map to DIR/<image id>.npy")
+    parser.add_argument("--per-image", type=Path, metavar="FILE.csv", help="write class, IoU and box of every image")
     parser.add_argument("--pictures", type=int, default=0, metavar="N", help="draw N images of the split with boxes and CAM")
     parser.add_argument("--score-maps", type=Path, metavar="DIR", help="evaluate the maps in DIR instead of a run; needs --dataset")
     parser.add_argument("--dataset", help="with --score-maps: whose images the maps belong to")
@@ -84,8 +89,9 @@ def network_maps(
             output = model(to_input(images, device))
         maps = cam.class_activation_map(output.features, model.fc.weight, labels.to(device))
         maps = cam.normalize(cam.resize(maps, image_size), normalization)
-        ranks = label_ranks(output.logits.float().cpu().numpy(), labels.numpy())
-        yield MapBatch(indices.tolist(), maps.cpu().numpy(), ranks)
+        logits = output.logits.float().cpu().numpy()
+        ranks = label_ranks(logits, labels.numpy())
+        yield MapBatch(indices.tolist(), maps.cpu().numpy(), ranks.tolist(), logits.argmax(1).tolist())
 
 
 def file_maps(folder: Path, split: Split, image_size: int, normalization: str) -> Iterator[MapBatch]:
@@ -95,47 +101,83 @@ def file_maps(folder: Path, split: Split, image_size: int, normalization: str) -
     for index, image in enumerate(split.ids):
         score_map = torch.from_numpy(load_score_map(folder, image))[None]
         maps = cam.normalize(cam.resize(score_map, image_size), normalization)
-        yield MapBatch([index], maps.numpy(), None)
+        yield MapBatch([index], maps.numpy())
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+class Job(NamedTuple):
+    """What a worker process needs of one image."""
+
+    index: int
+    score_map: np.ndarray
+    boxes: np.ndarray | None  # G x 4 in the map's pixels
+    root: Path
+    masks: Masks | None
+
+
+def measure(job: Job) -> tuple[int, Localization | None, PixelAveragePrecision | None]:
+    """The part of the evaluation that runs beside the network: the sweep over all levels, the histogram of the pixels."""
+    localization = pixels = None
+    if job.boxes is not None:
+        localization = localize(job.score_map, job.boxes)
+    if job.masks is not None:
+        pixels = PixelAveragePrecision()
+        pixels.update(job.score_map, *load_masks(job.root, job.masks, len(job.score_map)))
+    return job.index, localization, pixels
 
 
 def evaluate_maps(
     batches: Iterable[MapBatch],
     split: Split,
     *,
+    workers: int,
     val_levels: dict[str, int] | None = None,
     save_maps: Path | None = None,
+    per_image: Path | None = None,
     keep: Iterable[int] = (),
 ) -> dict[str, Any]:
     """All metrics of a set of score maps: {"images", "metrics", "levels", "thresholds", "curves", "kept"}.
 
-    val_levels: levels chosen on val, for the accuracy at thresholds that did not see this split. keep: indices whose maps come back in
-    "kept". Metrics that need what is not there (boxes, masks, logits) are None.
+    workers: processes that sweep the maps while the network makes the next ones; the results do not depend on their number.
+    val_levels: levels chosen on val, for the accuracy at thresholds that did not see this split. per_image: a CSV file to write.
+    keep: indices whose maps come back in "kept". Metrics that need what is not there (boxes, masks, logits) are None.
     """
-    accuracy, pixels, ranks, kept, keep = BoxAccuracy(), PixelAveragePrecision(), {}, {}, set(keep)
-    images = 0
-    for batch in batches:
-        for n, (index, score_map) in enumerate(zip(batch.indices, batch.maps)):
-            images += 1
-            size = score_map.shape[0]
+    accuracy, pixels, kept, keep = BoxAccuracy(), PixelAveragePrecision(), {}, set(keep)
+    seen: list[int] = []
+    ranks: dict[int, int] = {}
+    predicted: dict[int, int] = {}
+    largest: dict[int, np.ndarray] = {}
+
+    def jobs() -> Iterator[Job]:
+        for batch in batches:
+            seen.extend(batch.indices)
             if batch.ranks is not None:
-                ranks[index] = int(batch.ranks[n])
-            if index in split.boxes:
-                boxes = scale_boxes(split.boxes[index], tuple(split.sizes[index]), size)
-                accuracy.update(index, best_ious(score_map, boxes), ranks.get(index))
-            if index in split.masks:
-                pixels.update(score_map, *load_masks(split, index, size))
-            if save_maps is not None:
-                with replacing(save_maps / f"{split.ids[index]}.npy") as part, part.open("wb") as file:
-                    np.save(file, score_map)
-            if index in keep:
-                kept[index] = score_map
+                ranks.update(zip(batch.indices, batch.ranks))
+                predicted.update(zip(batch.indices, batch.predicted))
+            for index, score_map in zip(batch.indices, batch.maps):
+                if save_maps is not None:
+                    with replacing(save_maps / f"{split.ids[index]}.npy") as part, part.open("wb") as file:
+                        np.save(file, score_map)
+                if index in keep:
+                    kept[index] = score_map
+                boxes = split.boxes.get(index)
+                if boxes is not None:
+                    boxes = scale_boxes(boxes, tuple(split.sizes[index]), len(score_map))
+                yield Job(index, score_map, boxes, split.root, split.masks.get(index))
+
+    for index, localization, image_pixels in ordered_map(measure, jobs(), workers):
+        if localization is not None:
+            accuracy.update(index, localization.ious, ranks.get(index))
+            if per_image is not None:
+                largest[index] = localization.largest
+        if image_pixels is not None:
+            pixels.merge(image_pixels)
 
     names = ("max_box_acc_v2", "max_box_acc", "gt_known_loc", "gt_known_loc_largest", "top1_loc", "top5_loc")
     metrics: dict[str, Any] = dict.fromkeys((*names, "top1_cls", "top5_cls", "max_box_acc_v2_at_val_threshold", "pxap"))
-    result: dict[str, Any] = {"images": images, "metrics": metrics, "levels": None, "thresholds": None, "curves": None}
+    result: dict[str, Any] = {"images": len(seen), "metrics": metrics, "levels": None, "thresholds": None, "curves": None, "kept": kept}
     if split.boxes:
         computed = accuracy.compute(val_levels)
         metrics |= computed.pop("metrics")
@@ -145,7 +187,32 @@ def evaluate_maps(
         metrics |= {f"top{k}_cls": top_k_accuracy(list(ranks.values()), k) for k in (1, 5)}
     if split.masks:
         metrics["pxap"] = pixels.compute()
-    return result | {"metrics": metrics, "kept": kept}
+    if per_image is not None:
+        write_per_image(per_image, split, seen, accuracy, largest, predicted, result["levels"])
+    return result
+
+
+def write_per_image(
+    path: Path,
+    split: Split,
+    indices: list[int],
+    accuracy: BoxAccuracy,
+    largest: dict[int, np.ndarray],
+    predicted: dict[int, int],
+    levels: dict[str, int] | None,
+) -> None:
+    """A CSV line an image: its IoU at each chosen threshold, and the largest contour's box at its own, in pixels of the map."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["id", "label", "predicted", "iou_30", "iou_50", "iou_70", "iou_largest", "x0", "y0", "x1", "y1"])
+    for index in indices:
+        row: list[Any] = [split.ids[index], split.labels[index], predicted.get(index, "")]
+        if index in largest:
+            ious = accuracy.ious[index]
+            row += [f"{ious[0, levels[name]]:.6f}" for name in ("30", "50", "70")]
+            row += [f"{ious[1, levels['largest']]:.6f}", *largest[index][levels["largest"]]]
+        rows.writerow(row + [""] * (11 - len(row)))
+    write_text(path, text.getvalue())
 
 
 def selection_score(metrics: dict[str, Any]) -> tuple[str, float]:
@@ -227,10 +294,12 @@ def main(argv: list[str] | None = None) -> None:
 
     val_levels = (checkpoint["val"] or {}).get("levels")
     if args.normalize != "minmax" and args.split != "val":  # the thresholds in the checkpoint are those of min-max maps
-        val_levels = evaluate_maps(maps_of(splits["val"]), splits["val"])["levels"]
+        val_levels = evaluate_maps(maps_of(splits["val"]), splits["val"], workers=args.workers)["levels"]
     split = splits[args.split]
     drawn = np.linspace(0, len(split) - 1, min(args.pictures, len(split))).astype(int).tolist()
-    result = evaluate_maps(maps_of(split), split, val_levels=val_levels, save_maps=args.save_maps, keep=drawn)
+    result = evaluate_maps(
+        maps_of(split), split, workers=args.workers, val_levels=val_levels, save_maps=args.save_maps, per_image=args.per_image, keep=drawn
+    )
 
     name = f"{args.checkpoint}_{args.split}" + ("" if args.normalize == "minmax" else f"_{args.normalize}")
     title = f"{config['dataset']} {args.split}, {config['arch']} {config['method']}, {args.checkpoint} checkpoint (epoch {checkpoint['epoch']})"
@@ -252,7 +321,8 @@ def evaluate_score_maps(args: argparse.Namespace) -> None:
     split = splits[args.split]
     image_size = optim.image_size(args.dataset)
     drawn = np.linspace(0, len(split) - 1, min(args.pictures, len(split))).astype(int).tolist()
-    result = evaluate_maps(file_maps(args.score_maps, split, image_size, args.normalize), split, keep=drawn)
+    batches = file_maps(args.score_maps, split, image_size, args.normalize)
+    result = evaluate_maps(batches, split, workers=args.workers, per_image=args.per_image, keep=drawn)
     print(table(f"{args.dataset} {args.split}, score maps of {args.score_maps}", result))
     out = args.out or Path(f"results_{args.score_maps.resolve().name}_{args.split}.json")
     nothing = dict.fromkeys(("arch", "method", "checkpoint"))

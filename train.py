@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--val-per-class", type=int, metavar="N", help="hold N images a class out from train for val (2 where val has no list)")
     parser.add_argument("--val-every", type=int, metavar="N", help="choose the best among every N-th epoch and the last (default 1)")
     parser.add_argument("--seed", type=int, metavar="N")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that load images (default: one a core, at most 8)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that load images, and as many that sweep maps (default: one a core, at most 8)")
     parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--amp", choices=("auto", "bf16", "off"), help="auto (default): bf16 on GPUs that have it")
     group = parser.add_argument_group("preset values, under their paper names (default: bridge_wsol/optim.py for --dataset and --arch)")
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
         entry: dict[str, Any] = {"epoch": epoch, **losses, "lr": rates[0], "lr_new": rates[1]}
         is_best = False
         if epoch % c.val_every == 0 or epoch == c.epochs:
-            val = evaluate_maps(network_maps(model, val_loader, **evaluation), splits["val"])
+            val = evaluate_maps(network_maps(model, val_loader, **evaluation), splits["val"], workers=c.workers)
             val = {"epoch": epoch, "metrics": val["metrics"], "levels": val["levels"]}
             entry["val"] = val["metrics"]
             is_best = best is None or selection_score(val["metrics"])[1] > best["score"]
@@ -207,7 +207,8 @@ def main(argv: list[str] | None = None) -> None:
 
     model, checkpoint = load_run(out, "best", device)
     loader = test_loader(splits["test"], c.batch_size, image_size=c.image_size, workers=c.workers)
-    result = evaluate_maps(network_maps(model, loader, **evaluation), splits["test"], val_levels=checkpoint["val"]["levels"])
+    maps = network_maps(model, loader, **evaluation)
+    result = evaluate_maps(maps, splits["test"], workers=c.workers, val_levels=checkpoint["val"]["levels"])
     print(table(f"{c.dataset} test, {c.arch} {c.method}, best checkpoint (epoch {checkpoint['epoch']})", result))
     head = {"dataset": c.dataset, "arch": c.arch, "method": c.method, "split": "test", "checkpoint": "best"}
     write_results(out / "results_best_test.json", result, **head, epoch=checkpoint["epoch"], normalize="minmax")

@@ -345,16 +345,16 @@ def load_rgb(path: Path, size: int) -> Image.Image:
             raise InputError(f"{path}: truncated or damaged image ({str(error).splitlines()[0][:120]})") from error
 
 
-def load_masks(split: Split, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def load_masks(root: Path, masks: Masks, size: int) -> tuple[np.ndarray, np.ndarray]:
     """(mask, ignore) of an image, size x size bool: the union of its instances, and what its ignore image adds to it."""
     mask, ignore = np.zeros((2, size, size), dtype=bool)
-    for paths, region in zip(split.masks[index], (mask, ignore)):
+    for paths, region in zip(masks, (mask, ignore)):
         for relative in paths:
-            with open_image(split.root / relative) as image:
+            with open_image(root / relative) as image:
                 try:
                     pixels = np.asarray(image.convert("L"))
                 except (OSError, ValueError, SyntaxError) as error:
-                    raise InputError(f"{split.root / relative}: truncated or damaged mask ({error})") from error
+                    raise InputError(f"{root / relative}: truncated or damaged mask ({error})") from error
             # Nearest neighbour as the field's evaluator has it: the pixel at floor(x * width / size).
             rows, columns = (np.arange(size) * n // size for n in pixels.shape)
             region |= pixels[rows[:, None], columns] > 0.5

@@ -6,7 +6,7 @@ is at least delta, and a threshold is chosen once for the whole set, never per i
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import numpy as np
 
@@ -15,16 +15,20 @@ from .boxes import LEVELS, iou_matrix, level_boxes
 DELTAS = (30, 50, 70)  # IoU thresholds of MaxBoxAccV2, percent
 
 
-def best_ious(score_map: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Best IoU with any ground-truth box at every level: 2 x 255 float64, row 0 over all contours, row 1 the largest one's.
+class Localization(NamedTuple):
+    """What one image's map says at every level."""
 
-    score_map H x W in [0, 1]; boxes G x 4 in the map's pixels, G >= 1.
-    """
+    ious: np.ndarray  # 2 x 255 float64, best IoU with any ground-truth box: row 0 over all contours, row 1 the largest one's
+    largest: np.ndarray  # 255 x 4 int64, the largest contour's box
+
+
+def localize(score_map: np.ndarray, boxes: np.ndarray) -> Localization:
+    """Boxes of every level against the ground truth: score_map H x W in [0, 1]; boxes G x 4 in the map's pixels, G >= 1."""
     found = level_boxes(score_map)
     ious = np.zeros((2, LEVELS))
     np.maximum.at(ious[0], found.levels, iou_matrix(found.boxes, boxes).max(1))
     ious[1] = iou_matrix(found.largest, boxes).max(1)
-    return ious
+    return Localization(ious, found.largest)
 
 
 def label_ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -60,7 +64,7 @@ class BoxAccuracy:
         self.ranks: dict[int, int] = {}  # index -> rank of the true class; absent when there are no logits
 
     def update(self, index: int, ious: np.ndarray, rank: int | None = None) -> None:
-        """One image: its index in the split, its `best_ious`, and its `label_ranks` where there is a classifier."""
+        """One image: its index in the split, the `ious` of its `localize`, and its `label_ranks` where there is a classifier."""
         if index in self.ious:
             raise ValueError(f"image {index} was counted before")
         self.ious[index] = ious

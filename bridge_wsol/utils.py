@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import random
 import subprocess
 import sys
+from collections import deque
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Iterator, NoReturn
+from typing import Any, Callable, Iterable, Iterator, NoReturn, TypeVar
 
 import numpy as np
 import torch
 import torchvision
+
+
+T, R = TypeVar("T"), TypeVar("R")
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,6 +96,31 @@ def default_workers() -> int:
     """Worker processes when --workers is not given: one per core this process may use, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, cores)
+
+
+def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """function(item) for each item, in order, on `workers` processes (0: here and now), so that the next items can be made meanwhile.
+
+    At most four items a worker are under way: a fast producer does not fill the memory.
+    """
+    if workers == 0:
+        yield from map(function, items)
+        return
+    # Forked workers share this process's memory and start at once; they touch neither torch nor a GPU.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    with ProcessPoolExecutor(workers, multiprocessing.get_context(method)) as pool:
+        under_way: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                under_way.append(pool.submit(function, item))
+                if len(under_way) >= 4 * workers:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        except BrokenProcessPool as error:
+            raise InputError(f"a worker process was killed ({error}): out of memory? Pass a smaller --workers, or 0") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

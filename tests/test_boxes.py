@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from bridge_wsol.boxes import iou_matrix, level_boxes
+import plain_boxes
 from plain_boxes import quantise
 
 
@@ -136,3 +137,25 @@ def test_agrees_with_the_contour_tracer():
             assert at(found, level) == sorted(boxes or [(0, 0, 0, 0)])
             largest = {box for box, area in zip(boxes, areas) if area == max(areas)} or {(0, 0, 0, 0)}
             assert tuple(found.largest[level].tolist()) in largest
+
+
+def table(found) -> np.ndarray:
+    rows = np.column_stack([found.levels, found.boxes])
+    return rows[np.lexsort(rows.T[::-1])]
+
+
+@pytest.mark.parametrize("count, largest", [(360, 20), (18, 64)])
+def test_the_sweep_equals_plain_labeling_at_every_level(count, largest):
+    for i, score_map in enumerate(random_maps(count, largest)):
+        swept, labeled = level_boxes(score_map), plain_boxes.level_boxes(score_map)
+        np.testing.assert_array_equal(table(swept), table(labeled), err_msg=f"map {i}")
+        np.testing.assert_array_equal(swept.largest, labeled.largest, err_msg=f"map {i}")
+
+
+def test_maps_beyond_16_bit_pixel_numbers():
+    rng = np.random.default_rng(0)
+    coarse = rng.random((9, 11))
+    score_map = np.kron(coarse, np.ones((30, 30)))[:260, :300]  # 78,000 pixels
+    swept, labeled = level_boxes(score_map), plain_boxes.level_boxes(score_map)
+    np.testing.assert_array_equal(table(swept), table(labeled))
+    np.testing.assert_array_equal(swept.largest, labeled.largest)

@@ -210,8 +210,7 @@ def test_masks_are_the_union_of_instances_and_ignore_is_what_remains(tmp_path):
     pixels = {"a": [[0, 255], [0, 0]], "b": [[0, 0], [1, 0]], "i": [[255, 255], [0, 0]]}
     for name, values in pixels.items():
         Image.fromarray(np.array(values, dtype=np.uint8)).save(tmp_path / f"{name}.png")
-    split = data.Split("s", tmp_path, ["x"], np.zeros(1), masks={0: data.Masks(["a.png", "b.png"], ["i.png"])})
-    mask, ignore = load_masks(split, 0, 4)
+    mask, ignore = load_masks(tmp_path, data.Masks(["a.png", "b.png"], ["i.png"]), 4)
     assert mask.astype(int).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
     assert ignore.astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bridge_wsol.boxes import scale_boxes
-from bridge_wsol.metrics import BoxAccuracy, PixelAveragePrecision, best_ious, label_ranks, top_k_accuracy
+from bridge_wsol.metrics import BoxAccuracy, PixelAveragePrecision, label_ranks, localize, top_k_accuracy
 
 
 def ious(**at_level: float) -> np.ndarray:
@@ -82,20 +82,20 @@ def test_merging_in_any_order_gives_the_same_and_no_image_twice():
         BoxAccuracy().compute()
 
 
-def test_best_ious_of_a_worked_map():
+def test_ious_of_a_worked_map():
     # 10 x 10: a 4 x 4 square of value 1 in a 6 x 6 square of value 0.5. With +1 on the right, boxes are 3,3,7,7 and 2,2,8,8.
     score_map = np.zeros((10, 10), dtype=np.float32)
     score_map[2:8, 2:8], score_map[3:7, 3:7] = 0.5, 1.0
-    found = best_ious(score_map, np.array([[3, 3, 7, 7], [0, 0, 1, 1]]))
+    found = localize(score_map, np.array([[3, 3, 7, 7], [0, 0, 1, 1]])).ious
     # At levels 0 ... 126 (floor(0.5 * 255) = 127) the box is 7 x 7 against 5 x 5, above it is exact.
     assert found[0, :127] == pytest.approx(25 / 49) and (found[0, 127:] == 1).all()
     np.testing.assert_array_equal(found[0], found[1])
 
 
 def test_a_map_without_foreground_has_the_zero_box():
-    found = best_ious(np.zeros((10, 10)), np.array([[0, 0, 1, 1]]))
-    assert (found == 1 / 4).all()
-    assert (best_ious(np.zeros((10, 10)), np.array([[5, 5, 8, 8]])) == 0).all()
+    found = localize(np.zeros((10, 10)), np.array([[0, 0, 1, 1]]))
+    assert (found.ious == 1 / 4).all() and (found.largest == 0).all()
+    assert (localize(np.zeros((10, 10)), np.array([[5, 5, 8, 8]])).ious == 0).all()
 
 
 def test_boxes_are_scaled_with_truncation():

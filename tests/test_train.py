@@ -1,8 +1,11 @@
 """The two scripts end to end on the small data set: files, identities between runs, resume, and one line for every bad input."""
 
+import csv
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -13,7 +16,8 @@ from PIL import Image
 
 import evaluate
 import train
-from bridge_wsol.utils import InputError
+from bridge_wsol.boxes import iou_matrix
+from bridge_wsol.utils import InputError, ordered_map
 from conftest import REPOSITORY, make_tiny, tiny_flags
 
 
@@ -111,6 +115,75 @@ def test_saved_maps_evaluate_to_the_same_numbers(trained, tmp_path):
         path.unlink()
     evaluate.main(["--score-maps", str(maps), "--split", "test", "--out", str(tmp_path / "r2.json"), *data_flags])
     assert read_json(tmp_path / "r2.json") == of_maps
+
+
+def test_results_and_per_image_lines_do_not_depend_on_workers(trained, tmp_path):
+    flags, run = trained
+    evaluate.main([str(run), "--save-maps", str(tmp_path / "maps"), "--device", "cpu", "--workers", "2"])
+    written = []
+    for workers in ("0", "1", "4", "4"):
+        out, lines = tmp_path / f"r{len(written)}.json", tmp_path / f"r{len(written)}.csv"
+        arguments = ["--score-maps", str(tmp_path / "maps"), "--out", str(out), "--per-image", str(lines), "--workers", workers]
+        evaluate.main([*arguments, *flags[: flags.index("--weights")]])
+        written.append((out.read_bytes(), lines.read_bytes()))
+    assert len(set(written)) == 1
+
+
+def test_per_image_lines_add_up_to_the_metrics(trained, tmp_path):
+    _, run = trained
+    evaluate.main([str(run), "--per-image", str(tmp_path / "lines.csv"), "--device", "cpu", "--workers", "2"])
+    result = read_json(run / "results_best_test.json")
+    with (tmp_path / "lines.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == [f"test/{i:02d}.png" for i in range(9)]
+    for name, delta in (("30", 0.3), ("50", 0.5), ("70", 0.7), ("largest", 0.5)):
+        share = 100 * sum(float(row[f"iou_{name}"]) >= delta for row in rows) / 9
+        assert share == pytest.approx(result["curves"][name][round(result["thresholds"][name] * 255)])
+    right = [row["label"] == row["predicted"] for row in rows]
+    assert 100 * sum(right) / 9 == pytest.approx(result["metrics"]["top1_cls"])
+    located = [float(row["iou_50"]) >= 0.5 and ok for row, ok in zip(rows, right)]
+    assert 100 * sum(located) / 9 == pytest.approx(result["metrics"]["top1_loc"])
+    # The printed box gives the printed IoU.
+    for row in rows:
+        split = (tmp_path / "splits" / "tiny" / "test" / "localization.txt").read_text().splitlines()
+        truth = next(line.split(",")[1:] for line in split if line.startswith(row["id"]) and len(line.split(",")) == 5)
+        sizes = (tmp_path / "splits" / "tiny" / "test" / "image_sizes.txt").read_text().splitlines()
+        width, height = next(map(int, line.split(",")[1:]) for line in sizes if line.startswith(row["id"]))
+        scaled = [int(int(value) * 64 / side) for value, side in zip(truth, (width, height, width, height))]
+        iou = iou_matrix([[int(row[k]) for k in ("x0", "y0", "x1", "y1")]], [scaled])[0, 0]
+        assert iou == pytest.approx(float(row["iou_largest"]), abs=1e-6)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_bad_mask_is_named_from_any_process(trained, fails, tmp_path, workers):
+    _, run = trained
+    mask = tmp_path / "data" / "tiny" / "masks" / "test_03.png"
+    mask.write_bytes(mask.read_bytes()[:60])
+    paths = ["--data-root", tmp_path / "data", "--splits", tmp_path / "splits"]
+    fails(evaluate.main, [run, "--device", "cpu", "--workers", workers, *paths], mask)
+    assert mask.name not in (run / "results_best_test.json").read_text()
+
+
+def kill_own_process(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_ends_the_evaluation_with_a_line():
+    with pytest.raises(InputError, match="a worker process was killed .* --workers"):
+        list(ordered_map(kill_own_process, range(50), 2))
+
+
+def test_ordered_map_keeps_the_order_and_does_not_run_ahead():
+    made = []
+
+    def items():
+        for i in range(40):
+            made.append(i)
+            yield i
+
+    results = ordered_map(abs, items(), 2)
+    assert next(results) == 0 and len(made) <= 9
+    assert list(results) == list(range(1, 40))
 
 
 def test_perfect_maps_get_a_hundred_and_maps_of_the_wrong_place_nothing(tiny, tmp_path):

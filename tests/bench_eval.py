@@ -1,0 +1,92 @@
+"""Whole evaluation in images/s, and the share of input, network and sweep.
+
+    python tests/bench_eval.py [--arch vgg16] [--images 128] [--workers N] [--device cpu]
+
+Images of CUB's usual size (500 x 375 JPEG) and boxes drawn at random in a temporary folder, a network with random weights at 224 x 224:
+the times do not depend on what it has learned. Each stage is timed alone, then all of them together as evaluate.py runs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bridge_wsol.data import Split, test_loader
+from bridge_wsol.metrics import localize
+from bridge_wsol.models import ARCHS, build_model
+from bridge_wsol.utils import default_workers, resolve_device
+from evaluate import MapBatch, evaluate_maps, network_maps
+
+
+def drawn_split(folder: Path, n: int) -> Split:
+    rng = np.random.default_rng(0)
+    ids = [f"{i}.jpg" for i in range(n)]
+    for name in ids:
+        coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(folder / name, quality=90)
+    x0, y0 = rng.integers(0, 200, n), rng.integers(0, 150, n)
+    boxes = {i: np.array([[x0[i], y0[i], x0[i] + 250, y0[i] + 200]]) for i in range(n)}
+    return Split("bench", folder, ids, rng.integers(0, 200, n), np.tile([500, 375], (n, 1)), boxes)
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", choices=ARCHS, default="vgg16")
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=default_workers())
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    device = resolve_device(args.device)
+
+    with tempfile.TemporaryDirectory() as folder:
+        split = drawn_split(Path(folder), args.images)
+        torch.manual_seed(0)
+        model = build_model(args.arch, 200, stride={"vgg16": 16, "resnet50": 8}[args.arch]).to(device)
+
+        def loader(workers: int):
+            return test_loader(split, args.batch_size, image_size=224, workers=workers)
+
+        def maps(batches) -> list[MapBatch]:
+            return list(network_maps(model, batches, device=device, amp="auto", normalization="minmax", image_size=224))
+
+        batches = list(loader(0))
+        maps(batches[:1])  # warm-up
+        made: list[MapBatch] = []
+        one_core = torch.get_num_threads()
+        torch.set_num_threads(1)
+        alone = {"input, one process": timed(lambda: list(loader(0)))}
+        torch.set_num_threads(one_core)
+        alone["network"] = timed(lambda: made.extend(maps(batches)))
+        truth = split.boxes[0]
+        alone["sweep, one process"] = timed(lambda: [localize(m, truth) for batch in made for m in batch.maps])
+        together = timed(lambda: evaluate_maps(
+            network_maps(model, loader(args.workers), device=device, amp="auto", normalization="minmax", image_size=224),
+            split, workers=args.workers,
+        ))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.arch}, {args.images} images at 224 x 224, {name}")
+    total = sum(alone.values())
+    for stage, seconds in alone.items():
+        print(f"  {stage:<22}{args.images / seconds:9.1f} images/s alone   {100 * seconds / total:5.1f} % of the work")
+    print(f"  {f'all, {args.workers} workers':<22}{args.images / together:9.1f} images/s, {total / together:.2f} x one after another")
+
+
+if __name__ == "__main__":
+    main()
