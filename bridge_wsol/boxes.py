@@ -18,11 +18,16 @@ instead of 8 and a border of one pixel around the image: what is connected to th
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 LEVELS = 255
+
+# glibc hands freed arrays of this module's size back to the kernel, and each new one faults its pages in again: a fifth of the sweep's
+# time. Once a large block was freed (whose pages are never touched), it keeps them.
+np.empty(2**24, dtype=np.uint8)
 
 
 class LevelBoxes(NamedTuple):
@@ -57,7 +62,8 @@ def level_boxes(score_map: np.ndarray) -> LevelBoxes:
     components = np.minimum(_boxes(extents[row, :, level], W) + [0, 0, 1, 1], limit)
 
     # The background with its border: c = 255 - v, and level t of the mask is level 254 - t of the background.
-    background = np.pad(HEIGHT_MAX - height_map, 1, constant_values=HEIGHT_MAX)
+    background = np.full((H + 2, W + 2), HEIGHT_MAX, dtype=np.int32)
+    background[1:-1, 1:-1] -= height_map
     c = background >> 8
     dark = _Basins(background, eight=False, border_is_one=True)
     dark_merges = dark.merges(c)
@@ -101,7 +107,7 @@ def _heights(score_map: np.ndarray) -> np.ndarray:
         raise ValueError(f"a score map is H x W, got shape {score_map.shape}")
     if not (score_map.min() >= 0 and score_map.max() <= 1):  # false for NaN as well
         raise ValueError("a score map lies in [0, 1]; this one has values outside, or NaN")
-    return (score_map * 255 * 256).astype(np.int32)
+    return (score_map * (255 * 256)).astype(np.int32)
 
 
 class _Basins:
@@ -112,9 +118,9 @@ class _Basins:
 
     def __init__(self, heights: np.ndarray, eight: bool, border_is_one: bool = False):
         H, W = heights.shape
-        bits = 16 if H * W < 2**16 else 32
-        key = heights.astype(np.uint32 if bits == 16 else np.uint64)
-        key = (key << bits) | np.arange(H * W, dtype=key.dtype).reshape(H, W)  # distinct: of equal heights the last pixel
+        pixel = _pixels(H, W)[0]
+        bits, kind = (16, np.uint32) if H * W < 2**16 else (32, np.uint64)
+        key = (heights.astype(kind) << kind(bits)) | pixel.astype(kind).reshape(H, W)  # distinct: of equal heights the last pixel
         self.shape, self.eight, self.border_is_one = (H, W), eight, border_is_one
 
         rows = key.copy()
@@ -123,14 +129,16 @@ class _Basins:
         source, top = (rows, rows.copy()) if eight else (key, rows)
         np.maximum(top[1:], source[:-1], out=top[1:])
         np.maximum(top[:-1], source[1:], out=top[:-1])
-        uphill = (top & key.dtype.type(2**bits - 1)).astype(np.intp)
+        uphill = (top & kind(2**bits - 1)).astype(np.intp)
         if border_is_one:
             uphill[[0, -1]] = uphill[:, [0, -1]] = 0
         uphill = uphill.ravel()
-        while not np.array_equal(further := uphill[uphill], uphill):  # each round doubles the steps taken
+        for _ in range(4):  # each round doubles the steps taken; paths shorter than 16 are rare enough not to ask
+            uphill = uphill[uphill]
+        while not np.array_equal(further := uphill[uphill], uphill):
             uphill = further
 
-        self.peaks = np.flatnonzero(uphill == np.arange(H * W))
+        self.peaks = np.flatnonzero(uphill == pixel)
         number = np.empty(H * W, dtype=np.intp)
         number[self.peaks] = np.arange(len(self.peaks))
         self.labels = number[uphill]
@@ -138,7 +146,8 @@ class _Basins:
 
     def _touching_pixels(self) -> tuple[np.ndarray, np.ndarray]:
         """Pairs of neighbouring pixels of different basins."""
-        (H, W), labels = self.shape, self.labels.reshape(self.shape)
+        W, small = self.shape[1], np.uint16 if len(self.peaks) < 2**16 else np.int64
+        labels = self.labels.astype(small).reshape(self.shape)
         pairs = [(labels[:, :-1] != labels[:, 1:], 0, 1), (labels[:-1] != labels[1:], 0, W)]
         if self.eight:
             pairs += [(labels[:-1, :-1] != labels[1:, 1:], 0, W + 1), (labels[:-1, 1:] != labels[1:, :-1], 1, W)]
@@ -189,29 +198,22 @@ class _Basins:
 
     def extents(self, v: np.ndarray) -> np.ndarray:
         """B x 4 x 255: of each basin alone, the first pixel (in reading order), the least x, and the negated greatest x and last pixel."""
-        W = self.shape[1]
-        pixel = np.arange(v.size)
-        x = pixel % W
-        smallest = np.full((4, len(self.peaks) * 256), v.size, dtype=np.int64)
+        smallest = np.full((4, len(self.peaks) * 256), v.size)
         where = self.labels * 256 + v.ravel()
-        for row, value in zip(smallest, (pixel, x, -x, -pixel)):
-            np.minimum.at(row, where, value)
+        for row, values in zip(smallest, _pixels(*self.shape)):
+            np.minimum.at(row, where, values)
         smallest = smallest.reshape(4, len(self.peaks), 256)[:, :, :0:-1]  # a pixel of value v is in the masks of levels below v
         return np.minimum.accumulate(smallest, axis=2)[:, :, ::-1].transpose(1, 0, 2).copy()
 
     def double_areas(self, v: np.ndarray) -> np.ndarray:
         """B x 255: of each basin alone, twice the polygon area: a 2 x 2 block counts 2 where all four pixels are in, 1 where three are."""
-        v, labels = v.astype(np.uint8), self.labels.reshape(self.shape)
-        quarters = (slice(-1), slice(-1)), (slice(-1), slice(1, None)), (slice(1, None), slice(-1)), (slice(1, None), slice(1, None))
-        p, q, r, s = (v[quarter] for quarter in quarters)
-        low, high, low2, high2 = np.minimum(p, q), np.maximum(p, q), np.minimum(r, s), np.maximum(r, s)
+        v, labels, n = v.astype(np.uint8), self.labels.reshape(self.shape), len(self.peaks)
+        p, q, r, s = v[:-1, :-1], v[:-1, 1:], v[1:, :-1], v[1:, 1:]
+        low, high, low2, high2 = np.minimum(p, s), np.maximum(p, s), np.minimum(q, r), np.maximum(q, r)
         all_four, three = np.minimum(low, low2), np.minimum(np.maximum(low, low2), np.minimum(high, high2))
-        # Three of four pixels touch each other: the block is of the component of its highest pixel.
-        p, q, r, s = (labels[quarter] for quarter in quarters)
-        owner = np.where(high >= high2, np.where(v[quarters[0]] >= v[quarters[1]], p, q), np.where(v[quarters[2]] >= v[quarters[3]], r, s))
-        owner = owner.ravel() * 256
-        where = np.concatenate([owner + all_four.ravel(), owner + three.ravel()])
-        blocks = np.bincount(where, minlength=len(self.peaks) * 256).reshape(len(self.peaks), 256)
+        # Three of four pixels touch each other, and the higher one of a diagonal is among the three: the block is of its component.
+        owner = np.where(p >= s, labels[:-1, :-1], labels[1:, 1:]) * 256
+        blocks = sum(np.bincount((owner + level).ravel(), minlength=n * 256) for level in (all_four, three)).reshape(n, 256)
         return blocks[:, :0:-1].cumsum(axis=1)[:, ::-1].copy()
 
     def way_out(self, merges: list[tuple[int, int, int]]) -> np.ndarray:
@@ -220,6 +222,13 @@ class _Basins:
         for saddle, onto, row in reversed(merges):
             level[row] = min(saddle, level[onto])
         return level
+
+
+@lru_cache(maxsize=8)
+def _pixels(H: int, W: int) -> tuple[np.ndarray, ...]:
+    """Of every pixel in reading order: its index, x, -x, and minus its index."""
+    pixel = np.arange(H * W)
+    return pixel, pixel % W, -(pixel % W), -pixel
 
 
 def _merged(alone: np.ndarray, merges: list[tuple[int, int, int]], add: np.ufunc = np.minimum) -> np.ndarray:
