@@ -16,7 +16,9 @@ from PIL import Image
 
 import evaluate
 import train
+from bridge_wsol import cam
 from bridge_wsol.boxes import iou_matrix
+from bridge_wsol.data import load_splits, test_loader, to_input
 from bridge_wsol.utils import InputError, ordered_map
 from conftest import REPOSITORY, make_tiny, tiny_flags
 
@@ -94,6 +96,26 @@ def test_evaluate_repeats_the_numbers_of_training(trained, capsys, tmp_path):
         assert name in printed
     evaluate.main([str(run), "--checkpoint", "last", "--split", "val", *flags])
     assert read_json(run / "results_last_val.json")["metrics"]["max_box_acc_v2"] == lines_of(run)[-1]["val"]["max_box_acc_v2"]
+
+
+def test_maps_are_the_ground_truth_class_s_from_one_forward_pass(trained, tmp_path):
+    _, run = trained
+    model, checkpoint = evaluate.load_run(run, "best", torch.device("cpu"))
+    split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("test",))[0]["test"]
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    loader = test_loader(split, 4, image_size=64, workers=0)
+    batches = list(evaluate.network_maps(model, loader, device=torch.device("cpu"), amp="off", normalization="minmax", image_size=64))
+    assert len(passes) == 3 and [i for batch in batches for i in batch.indices] == list(range(9))
+    images, labels, _ = next(iter(loader))
+    with torch.inference_mode():
+        output = model(to_input(images, torch.device("cpu")))
+    for n, label in enumerate(labels.tolist()):
+        of_class = sum(model.fc.weight[label, c] * output.features[n, c] for c in range(output.features.shape[1]))
+        expected = cam.normalize(cam.resize(of_class[None], 64))[0].detach().numpy()
+        np.testing.assert_allclose(batches[0].maps[n], expected, atol=1e-3)
+        assert batches[0].ranks[n] == (output.logits[n] > output.logits[n, label]).sum()
+    assert len(set(labels.tolist())) == 3
 
 
 def test_saved_maps_evaluate_to_the_same_numbers(trained, tmp_path):
