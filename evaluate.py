@@ -264,7 +264,7 @@ def load_run(run: Path, which: str, device: torch.device) -> tuple[nn.Module, di
         restore_weights(model, checkpoint["model"], path)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a checkpoint of train.py ({error} is missing or of the wrong kind)") from error
-    return model.to(device), checkpoint
+    return model.to(device, memory_format=torch.channels_last), checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:

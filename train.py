@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if checkpoint is None:
         load_pretrained(model, c.arch, c.weights, keep_fc=c.dataset == "ILSVRC")
-    model.to(device)
+    model.to(device, memory_format=torch.channels_last)
     optimizer = optim.build_optimizer(
         model, c.arch, lr=c.lr, lr_new=c.lr_new, momentum=c.momentum, nesterov=c.nesterov, weight_decay=c.weight_decay
     )

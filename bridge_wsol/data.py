@@ -18,12 +18,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .demo import draw_demo, draw_pretraining
 from .utils import InputError, write_text
 
 SPLITS = ("train", "val", "test")
 
 # Where under --data-root the image ids of a data set start; a data set not named here is a folder of its own name.
 IMAGE_ROOTS = {"CUB": "CUB_200_2011/images"}
+# Data sets that this package draws, on first use.
+DRAWN = {"demo": draw_demo, "demo-pretrain": draw_pretraining}
 CUBV2_ROOT = "CUBV2"  # the images of CUB's published train-fullsup, a download of its own
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -184,11 +187,13 @@ def load_splits(
 ) -> tuple[dict[str, Split], dict[str, Any]]:
     """The named splits of a data set and a record of where they come from, for config.json and the log.
 
-    CUB's lists are built from its official files the first time. val is the published train-fullsup where its list is there;
+    demo is drawn, and CUB's lists are built from its official files, the first time. val is the published train-fullsup where its list is there;
     otherwise, or when val_per_class says so, that many images of each class are held out from train (default 2).
     Raises InputError for what `read_split` names, missing images, and labels outside 0 ... K - 1, K the classes of train.
     """
     root = data_root / IMAGE_ROOTS.get(dataset, dataset)
+    if dataset in DRAWN:
+        DRAWN[dataset](data_root, splits_dir)
     if not data_root.is_dir():
         raise InputError(f"--data-root {data_root}: no such folder")
     folder, record = splits_dir / dataset, {}
@@ -446,12 +451,13 @@ def _to_tensor(pixels: np.ndarray) -> Tensor:
 
 
 def to_input(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 N x 3 x H x W -> float32 on the device, normalized with ImageNet's mean and deviation.
+    """uint8 N x 3 x H x W -> float32 on the device, normalized with ImageNet's mean and deviation, channels last.
 
     Bytes cross to the device, not floats: a quarter of the traffic.
     """
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images.to(device, non_blocking=True).float() / 255 - mean) / std
+    images = (images.to(device, non_blocking=True).float() / 255 - mean) / std
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 class EpochSampler(Sampler):

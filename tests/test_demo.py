@@ -1,0 +1,73 @@
+"""The drawn data set: the same bytes every time, exact boxes and masks, every class, nothing half-done."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bridge_wsol import demo
+from bridge_wsol.data import load_masks, load_splits
+from bridge_wsol.utils import InputError
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(demo, "DEMO_COUNTS", {"train": 32, "val": 16, "test": 16})
+    monkeypatch.setattr(demo, "PRETRAINING_COUNTS", {"train": 35, "val": 35, "test": 35})
+
+
+def files(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_drawn_twice_the_bytes_are_the_same_and_the_second_time_nothing_is_drawn(few, tmp_path):
+    for place in ("a", "b"):
+        demo.draw_demo(tmp_path / place / "data", tmp_path / place / "splits")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    picture = tmp_path / "a" / "data" / "demo" / "test" / "00003.png"
+    picture.write_bytes(b"touched")
+    demo.draw_demo(tmp_path / "a" / "data", tmp_path / "a" / "splits")
+    assert picture.read_bytes() == b"touched"
+    (tmp_path / "a" / "data" / "demo" / "complete.txt").unlink()  # as after an interruption
+    demo.draw_demo(tmp_path / "a" / "data", tmp_path / "a" / "splits")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+@pytest.mark.parametrize("dataset, classes", [("demo", 16), ("demo-pretrain", 35)])
+def test_boxes_and_masks_are_exact(few, tmp_path, dataset, classes):
+    splits, record = load_splits(dataset, tmp_path / "data", tmp_path / "splits", ("train", "val", "test"))
+    assert record["num_classes"] == classes
+    seen = set()
+    for split in splits.values():
+        assert set(split.labels.tolist()) == set(range(classes)) and len(split.boxes) == len(split.masks) == len(split)
+        for i in range(len(split)):
+            mask, ignore = load_masks(split.root, split.masks[i], demo.SIZE)
+            y, x = np.nonzero(mask)
+            assert split.boxes[i].tolist() == [[x.min(), y.min(), x.max(), y.max()]] and not ignore.any()
+            assert 0.02 < mask.mean() < 0.75
+            seen.add(split.path(i).read_bytes())
+    assert len(seen) == sum(map(len, splits.values()))  # no picture of train in test
+
+
+def test_the_head_is_inside_the_bird_and_has_the_species_colour():
+    for species, (hue, saturation, value) in enumerate(demo.HEADS.values()):
+        for genus in range(len(demo.GENERA)):
+            label = genus * len(demo.HEADS) + species
+            picture = demo.draw_bird(np.random.default_rng([7, label]), label)
+            assert not (picture.part & ~picture.mask).any() and 0.01 < picture.part.sum() / picture.mask.sum() < 0.4
+            colour = np.median(np.asarray(picture.image)[picture.part], axis=0)
+            expected = np.array(demo._rgb(hue, saturation, value))
+            others = [np.array(demo._rgb(*other)) for other in demo.HEADS.values()]
+            distances = [np.abs(colour - other).sum() for other in others]
+            assert int(np.argmin(distances)) == species, (species, colour, expected)
+
+
+def test_a_place_that_cannot_be_written_is_named(few, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file.*cannot be written"):
+        demo.draw_demo(tmp_path / "file", tmp_path / "splits")
+
+
+def test_pictures_have_the_documented_form(few, tmp_path):
+    demo.draw_demo(tmp_path / "data", tmp_path / "splits")
+    with Image.open(tmp_path / "data" / "demo" / "val" / "00000.png") as image:
+        assert image.size == (demo.SIZE, demo.SIZE) and image.mode == "RGB"
