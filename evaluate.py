@@ -260,7 +260,7 @@ def load_run(run: Path, which: str, device: torch.device) -> tuple[nn.Module, di
     checkpoint = load_tensors(path)
     try:
         c = checkpoint["config"]
-        model = build_model(c["arch"], checkpoint["num_classes"], stride=c["stride"], width=c["width"])
+        model = build_model(c["arch"], checkpoint["num_classes"], stride=c["stride"], width=c["width"], batch_norm=c["batch_norm"])
         restore_weights(model, checkpoint["model"], path)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a checkpoint of train.py ({error} is missing or of the wrong kind)") from error

@@ -1,5 +1,6 @@
 """Trains a network by the method of Kim et al. (CVPR 2022) and evaluates it on test.
 
+    python train.py                                            the embedded demo: nothing to download, minutes on a CPU
     python train.py --dataset CUB --arch vgg16                 the paper's run, every value from the preset
     python train.py --dataset CUB --arch vgg16 --method cam    the vanilla classifier through the same path
     python train.py --dataset CUB --arch vgg16 --resume        goes on after an interruption
@@ -43,14 +44,14 @@ FREE_ON_RESUME = ("epochs", "val_every", "workers", "device", "amp", "data_root"
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--dataset", required=True, help="CUB, ILSVRC or OpenImages")
+    parser.add_argument("--dataset", default="demo", help="demo (default, drawn on first use), CUB, ILSVRC or OpenImages")
     parser.add_argument("--arch", choices=ARCHS, default="vgg16")
     parser.add_argument("--method", choices=optim.METHODS, default="bridge", help="cam: the vanilla classifier")
     parser.add_argument("--out", type=Path, default=None, help="default: runs/DATASET_ARCH_METHOD")
     parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out, with its values")
     parser.add_argument("--data-root", metavar="DIR", help="the data set as distributed (default data)")
     parser.add_argument("--splits", metavar="DIR", help="lists of images, labels and boxes (default data_splits)")
-    parser.add_argument("--weights", metavar="W", help="imagenet (torchvision's, the default), none, or a file of them")
+    parser.add_argument("--weights", metavar="W", help="imagenet (torchvision's, the default but for demo), none, or a file of them")
     parser.add_argument("--val-per-class", type=int, metavar="N", help="hold N images a class out from train for val (2 where val has no list)")
     parser.add_argument("--val-every", type=int, metavar="N", help="choose the best among every N-th epoch and the last (default 1)")
     parser.add_argument("--seed", type=int, metavar="N")
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         if what in record:
             print(f"{what}: {record[what]}")
     model = build_model(
-        c.arch, record["num_classes"], stride=c.stride, width=c.width, **({"gamma": c.gamma, "p": c.p} if c.lambda_drop else {})
+        c.arch, record["num_classes"], stride=c.stride, width=c.width, batch_norm=c.batch_norm, **({"gamma": c.gamma, "p": c.p} if c.lambda_drop else {})
     )
     if checkpoint is None:
         load_pretrained(model, c.arch, c.weights, keep_fc=c.dataset == "ILSVRC")

@@ -341,9 +341,16 @@ def open_image(path: Path) -> Image.Image:
         raise InputError(f"{path}: not an image that can be read ({str(error).splitlines()[0][:120]})") from error
 
 
-def load_rgb(path: Path, size: int) -> Image.Image:
-    """Decodes an image of any mode and resizes it straight to size x size (bilinear, antialiased as torchvision's on PIL images)."""
+def load_rgb(path: Path, size: int, listed: np.ndarray | None = None) -> Image.Image:
+    """Decodes an image of any mode and resizes it straight to size x size (bilinear, antialiased as torchvision's on PIL images).
+
+    Raises InputError for an image that cannot be read, or is not of the listed (width, height), which its boxes were drawn on.
+    """
     with open_image(path) as image:
+        if listed is not None and image.size != tuple(listed):
+            raise InputError(
+                f"{path}: {image.size[0]} x {image.size[1]} pixels where the list has {listed[0]} x {listed[1]}: its boxes would not fit"
+            )
         try:
             return image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
         except (OSError, ValueError, SyntaxError, IndexError) as error:
@@ -435,15 +442,9 @@ class TestImages(Dataset):
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        path, sizes = self.split.path(index), self.split.sizes
-        if sizes is not None:
-            with open_image(path) as image:
-                if image.size != tuple(sizes[index]):
-                    raise InputError(
-                        f"{path}: {image.size[0]} x {image.size[1]} pixels where the list has {sizes[index][0]} x {sizes[index][1]}: "
-                        "its boxes would not fit"
-                    )
-        return _to_tensor(np.asarray(load_rgb(path, self.image_size))), int(self.split.labels[index]), index
+        listed = None if self.split.sizes is None else self.split.sizes[index]
+        image = load_rgb(self.split.path(index), self.image_size, listed)
+        return _to_tensor(np.asarray(image)), int(self.split.labels[index]), index
 
 
 def _to_tensor(pixels: np.ndarray) -> Tensor:

@@ -9,6 +9,7 @@ evaluation never runs a network twice. Parameters carry torchvision's names: its
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from torchvision.models import ResNet, ResNet50_Weights, VGG16_Weights
 from torchvision.models.resnet import Bottleneck
 
 from .losses import attentive_dropout
-from .utils import InputError, load_tensors
+from .utils import InputError, load_tensors, one_line_errors, save_checkpoint
 
 ARCHS = ("vgg16", "resnet50")
 
@@ -58,24 +59,33 @@ class GAPNetwork(nn.Module):
 
 
 class VGG16GAP(GAPNetwork):
-    """stride 16: four pools, 224 -> 14 x 14. stride 8 leaves out the fourth pool. `width` scales every channel count."""
+    """stride 16: four pools, 224 -> 14 x 14. stride 8 leaves out the fourth pool. `width` scales every channel count.
+
+    batch_norm: torchvision's vgg16_bn, for pretraining from scratch; the paper's network has none.
+    """
 
     CHANNELS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
-    DROPOUT_AT = 23  # conv4_3 and its ReLU are features[21] and [22], the fourth pool is features[23]
 
-    def __init__(self, num_classes: int, stride: int = 16, width: float = 1.0):
+    def __init__(self, num_classes: int, stride: int = 16, width: float = 1.0, batch_norm: bool = False):
         super().__init__()
+
+        def convolution(channels: int, c: int) -> list[nn.Module]:
+            norm = [nn.BatchNorm2d(c)] if batch_norm else []
+            return [nn.Conv2d(channels, c, 3, padding=1), *norm, nn.ReLU(inplace=True)]
+
         layers, channels = [], 3
         for c in self.CHANNELS:
             if c == "pool":
                 layers.append(nn.MaxPool2d(2))
             else:
-                layers += [nn.Conv2d(channels, round(c * width), 3, padding=1), nn.ReLU(inplace=True)]
+                layers += convolution(channels, round(c * width))
                 channels = round(c * width)
+        # The dropout sits between conv4_3's ReLU, features[22] without batch norm, and the fourth pool, features[23].
+        self.dropout_at = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)][3]
         if stride == 8:
-            layers[self.DROPOUT_AT] = nn.Identity()
+            layers[self.dropout_at] = nn.Identity()
         self.features = nn.Sequential(*layers)
-        self.conv6 = nn.Sequential(nn.Conv2d(channels, round(1024 * width), 3, padding=1), nn.ReLU(inplace=True))
+        self.conv6 = nn.Sequential(*convolution(channels, round(1024 * width)))
         self.fc = nn.Linear(round(1024 * width), num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -85,10 +95,10 @@ class VGG16GAP(GAPNetwork):
         nn.init.zeros_(self.fc.bias)
 
     def before_dropout(self, images: Tensor) -> Tensor:
-        return self.features[: self.DROPOUT_AT](images)
+        return self.features[: self.dropout_at](images)
 
     def after_dropout(self, shared: Tensor) -> Tensor:
-        return self.conv6(self.features[self.DROPOUT_AT :](shared))
+        return self.conv6(self.features[self.dropout_at :](shared))
 
     def pretrained_layers(self) -> dict[str, Tensor]:
         return {k: v for k, v in self.state_dict().items() if k.startswith("features.")}
@@ -120,23 +130,24 @@ def build_model(
     *,
     stride: int,
     width: float = 1.0,
+    batch_norm: bool = False,
     gamma: float | None = None,
     p: float | None = None,
 ) -> GAPNetwork:
     """A network with fresh weights (torch's default generator). stride: input pixels per location of the map, 8 or 16.
 
-    Raises InputError for an unknown `arch`, another stride, or a `width` other than 1 with resnet50.
+    Raises InputError for an unknown `arch`, another stride, or a `width` other than 1 or `batch_norm` with resnet50.
     """
     if arch not in ARCHS:
         raise InputError(f"unknown architecture {arch!r}: choose {' or '.join(ARCHS)}")
     if stride not in (8, 16):
         raise InputError(f"stride must be 8 or 16, got {stride}")
     if arch == "vgg16":
-        model = VGG16GAP(num_classes, stride, width)
-    elif width == 1:
+        model = VGG16GAP(num_classes, stride, width, batch_norm)
+    elif width == 1 and not batch_norm:
         model = ResNet50GAP(num_classes, stride)
     else:
-        raise InputError(f"width {width} needs vgg16: resnet50 has no width factor")
+        raise InputError("width and batch_norm are vgg16's: resnet50 has neither option")
     model.gamma, model.p = gamma, p
     return model
 
@@ -145,7 +156,8 @@ def load_pretrained(model: GAPNetwork, arch: str, weights: str, keep_fc: bool = 
     """Loads pretrained layers in place. weights: "none", "imagenet" (torchvision downloads and checks it) or a file.
 
     A file holds tensors by torchvision's names, or is a checkpoint of this program. VGG16's fully connected layers are
-    left out; ResNet50's linear layer is loaded with `keep_fc` only (ImageNet-1K, whose classes it tells apart).
+    left out, and vgg16_bn's batch norm is folded into the convolutions of a network without; ResNet50's linear layer is loaded with
+    `keep_fc` only (ImageNet-1K, whose classes it tells apart).
     Raises InputError when the download fails, and for a wrong file, naming what is missing or of another shape.
     """
     if weights == "none":
@@ -156,6 +168,8 @@ def load_pretrained(model: GAPNetwork, arch: str, weights: str, keep_fc: bool = 
         source, state = weights, load_tensors(Path(weights))
         state = state.get("model", state)
     wanted = model.pretrained_layers()
+    if arch == "vgg16" and any(k.endswith("running_mean") for k in state) and not any(k.endswith("running_mean") for k in wanted):
+        state = fold_batch_norm(state)
     if keep_fc and arch == "resnet50":
         wanted |= {k: v for k, v in model.state_dict().items() if k[:3] == "fc."}
 
@@ -169,6 +183,29 @@ def load_pretrained(model: GAPNetwork, arch: str, weights: str, keep_fc: bool = 
     if problems:
         raise InputError(f"{source}: not weights of this {arch}; {'; '.join(problems)}")
     model.load_state_dict({k: state[k] for k in wanted}, strict=False)
+
+
+def fold_batch_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The `features` of torchvision's vgg16_bn as those of vgg16: the same function in eval mode, without the batch norm.
+
+    BN(w * x + b) = (w k) * x + (b - mean) k + beta with k = gamma / sqrt(var + eps).
+    """
+    numbers = sorted(int(name.split(".")[1]) for name, value in state.items() if name.startswith("features.") and value.dim() == 4)
+    plain = [f"features.{i}" for i, layer in enumerate(VGG16GAP(1, width=1 / 64).features) if isinstance(layer, nn.Conv2d)]
+    folded = {}
+    for number, new in zip(numbers, plain):
+        old, norm = f"features.{number}", f"features.{number + 1}"
+        k = state[f"{norm}.weight"] / torch.sqrt(state[f"{norm}.running_var"] + nn.BatchNorm2d(1).eps)
+        folded[f"{new}.weight"] = state[f"{old}.weight"] * k[:, None, None, None]
+        folded[f"{new}.bias"] = (state[f"{old}.bias"] - state[f"{norm}.running_mean"]) * k + state[f"{norm}.bias"]
+    return folded
+
+
+def export_backbone(checkpoint: Path, out: Path) -> None:
+    """Writes the pretrained layers of a VGG16 checkpoint of train.py as a weights file in half precision, batch norm folded."""
+    model_state = load_tensors(checkpoint)["model"]
+    folded = fold_batch_norm(model_state) if any(k.endswith("running_mean") for k in model_state) else model_state
+    save_checkpoint(out, {k: v.half().contiguous() for k, v in folded.items() if k.startswith("features.")})
 
 
 def restore_weights(model: GAPNetwork, state: dict[str, Tensor], path: Path) -> None:
@@ -202,3 +239,10 @@ def _shape(x: Tensor) -> str:
 
 def _shorten(names: list[str], n: int = 3) -> str:
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
+if __name__ == "__main__":  # python -m bridge_wsol.models CHECKPOINT OUT
+    with one_line_errors():
+        if len(sys.argv) != 3:
+            raise InputError("usage: python -m bridge_wsol.models CHECKPOINT OUT")
+        export_backbone(Path(sys.argv[1]), Path(sys.argv[2]))

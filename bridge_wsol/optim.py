@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ CODE = "authors' released configuration"
 ANSWER = "authors' answer in an issue of their code"
 CHOE = "Choe et al."
 OURS = "our choice"
+
+DEMO_WEIGHTS = str(Path(__file__).with_name("demo_vgg16.pth"))  # a quarter of VGG16's width, pretrained on drawn shapes: demo.py
 
 # stride: input pixels per location of the map (16: 224 -> 14 x 14, 8: 28 x 28).
 # decay_at: epochs, counted from 1, from which the learning rates are multiplied by decay_factor once more.
@@ -62,12 +65,33 @@ PRESETS: dict[tuple[str, str], dict[str, tuple[Any, str]]] = {
         "warm_batch_size": (32, OURS), "batch_size": (32, OURS),
         "norm_class": ("target", C5), "stride": (16, CHOE),
     },
+    # The drawn data set, on a quarter of VGG16's width and 14 x 14 maps of 112 x 112 pixels: minutes on two CPU cores. lambda_drop
+    # is not tuned yet.
+    ("demo", "vgg16"): {
+        "lr": (1e-3, OURS), "lr_new": (2e-2, OURS),
+        "lambda_sim": (1.0, OURS), "lambda_norm": (2.0, OURS), "lambda_drop": (0.0, OURS),
+        "tau_fg": (0.25, OURS), "tau_bg": (0.15, OURS), "gamma": (0.8, OURS), "p": (0.5, OURS),
+        "epochs": (10, OURS), "warm_epochs": (5, OURS), "decay_at": ([9], OURS), "decay_factor": (0.2, OURS),
+        "warm_batch_size": (32, OURS), "batch_size": (32, OURS),
+        "norm_class": ("target", OURS), "stride": (8, OURS), "width": (0.25, OURS), "resize_size": (128, OURS), "image_size": (112, OURS),
+        "weights": (DEMO_WEIGHTS, OURS),
+    },
+    # What bridge_wsol/demo_vgg16.pth was pretrained on, from scratch.
+    ("demo-pretrain", "vgg16"): {
+        "lr": (3e-2, OURS), "lr_new": (3e-2, OURS),
+        "lambda_sim": (0.0, OURS), "lambda_norm": (0.0, OURS), "lambda_drop": (0.0, OURS),
+        "tau_fg": (0.25, OURS), "tau_bg": (0.15, OURS), "gamma": (0.8, OURS), "p": (0.5, OURS),
+        "epochs": (5, OURS), "warm_epochs": (5, OURS), "decay_at": ([4, 5], OURS), "decay_factor": (0.2, OURS),
+        "warm_batch_size": (32, OURS), "batch_size": (32, OURS),
+        "norm_class": ("target", OURS), "stride": (8, OURS), "width": (0.25, OURS), "resize_size": (128, OURS), "image_size": (112, OURS),
+        "weights": ("none", OURS), "batch_norm": (True, OURS),
+    },
 }
 
-# The same for every preset.
+# The same for every preset that does not say otherwise.
 COMMON: dict[str, tuple[Any, str]] = {
     "momentum": (0.9, B), "nesterov": (True, CODE), "weight_decay": (5e-4, B),
-    "resize_size": (256, CHOE), "image_size": (224, CHOE), "width": (1.0, "the paper's networks"),
+    "resize_size": (256, CHOE), "image_size": (224, CHOE), "width": (1.0, "the paper's networks"), "batch_norm": (False, "the paper's networks"),
 }
 
 # The vanilla classifier: the same run with cross-entropy alone.

@@ -1,10 +1,15 @@
 """The drawn data set: the same bytes every time, exact boxes and masks, every class, nothing half-done."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from bridge_wsol import demo
+import train
+from bridge_wsol import demo, optim
 from bridge_wsol.data import load_masks, load_splits
 from bridge_wsol.utils import InputError
 
@@ -71,3 +76,18 @@ def test_pictures_have_the_documented_form(few, tmp_path):
     demo.draw_demo(tmp_path / "data", tmp_path / "splits")
     with Image.open(tmp_path / "data" / "demo" / "val" / "00000.png") as image:
         assert image.size == (demo.SIZE, demo.SIZE) and image.mode == "RGB"
+
+
+def test_the_default_run_uses_the_shipped_backbone(few, tmp_path):
+    weights = Path(optim.DEMO_WEIGHTS)
+    assert weights.stat().st_size <= 3_000_000
+    flags = ["--data-root", tmp_path / "data", "--splits", tmp_path / "splits", "--device", "cpu", "--workers", "0"]
+    train.main([str(flag) for flag in [*flags, "--epochs", 2, "--warm-epochs", 1, "--lr", 1e-9, "--out", tmp_path / "run"]])
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert config["dataset"]["value"] == "demo" and config["weights"]["value"] == optim.DEMO_WEIGHTS
+    shipped = torch.load(weights, weights_only=True)
+    trained = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    for name, value in shipped.items():  # at a rate that moves nothing
+        torch.testing.assert_close(trained[name], value.float(), rtol=1e-4, atol=1e-4)
+    metrics = json.loads((tmp_path / "run" / "results_best_test.json").read_text())["metrics"]
+    assert metrics["max_box_acc_v2"]["mean"] > 0 and metrics["pxap"] > 0

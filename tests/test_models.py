@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from bridge_wsol.models import build_model, load_pretrained
+from bridge_wsol.models import build_model, export_backbone, load_pretrained
 from bridge_wsol.utils import InputError
 
 
@@ -106,6 +106,37 @@ def test_vgg16_loads_a_file_in_torchvision_s_format(tmp_path):
     for name, value in features.state_dict().items():
         torch.testing.assert_close(model.features.state_dict()[name], value, rtol=0, atol=0)
     torch.testing.assert_close(model.conv6[0].weight, new_layer, rtol=0, atol=0)
+
+
+def test_batch_norm_of_vgg16_bn_is_folded_into_the_convolutions(tmp_path):
+    theirs = torchvision.models.VGG(make_layers([c if c == "M" else c // 16 for c in cfgs["D"]], batch_norm=True), 2, init_weights=False)
+    torch.manual_seed(0)
+    for module in theirs.features:
+        if isinstance(module, nn.BatchNorm2d):  # statistics and affine parameters as after training
+            for tensor in (module.weight.data, module.running_var):
+                tensor.uniform_(0.5, 1.5)
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.normal_(std=0.2)
+    torch.save({f"features.{k}": v for k, v in theirs.features.state_dict().items()}, tmp_path / "vgg16_bn.pth")
+    images = torch.rand(2, 3, 64, 64)
+    expected = theirs.features[:-1].eval()(images)
+    for batch_norm in (False, True):
+        ours = build_model("vgg16", 3, stride=16, width=1 / 16, batch_norm=batch_norm).eval()
+        load_pretrained(ours, "vgg16", str(tmp_path / "vgg16_bn.pth"))
+        torch.testing.assert_close(ours.features(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_backbone_is_exported_in_half_precision(tmp_path):
+    trained = build_model("vgg16", 3, stride=8, width=1 / 16, batch_norm=True)
+    trained(torch.rand(4, 3, 64, 64))  # moves the running statistics
+    torch.save({"model": trained.state_dict()}, tmp_path / "last.pt")
+    export_backbone(tmp_path / "last.pt", tmp_path / "small.pth")
+    state = torch.load(tmp_path / "small.pth", weights_only=True)
+    assert {value.dtype for value in state.values()} == {torch.float16} and len(state) == 26
+    ours = build_model("vgg16", 9, stride=8, width=1 / 16).eval()
+    load_pretrained(ours, "vgg16", str(tmp_path / "small.pth"))
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(ours.features(images), trained.eval().features(images), rtol=0.02, atol=0.01)
 
 
 @pytest.mark.parametrize("keep_fc", [False, True])
