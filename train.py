@@ -206,13 +206,17 @@ def main(argv: list[str] | None = None) -> None:
         left = (time.perf_counter() - started) / (epoch - done) * (c.epochs - epoch)
         print(epoch_line(entry, c.epochs, is_best, left), flush=True)
 
-    model, checkpoint = load_run(out, "best", device)
     loader = test_loader(splits["test"], c.batch_size, image_size=c.image_size, workers=c.workers)
-    maps = network_maps(model, loader, **evaluation)
-    result = evaluate_maps(maps, splits["test"], workers=c.workers, val_levels=checkpoint["val"]["levels"])
-    print(table(f"{c.dataset} test, {c.arch} {c.method}, best checkpoint (epoch {checkpoint['epoch']})", result))
-    head = {"dataset": c.dataset, "arch": c.arch, "method": c.method, "split": "test", "checkpoint": "best"}
-    write_results(out / "results_best_test.json", result, **head, epoch=checkpoint["epoch"], normalize="minmax")
+    results: dict[int, dict[str, Any]] = {}
+    for which in ("best", "last"):
+        model, checkpoint = load_run(out, which, device)
+        epoch = checkpoint["epoch"]
+        if epoch not in results:
+            maps = network_maps(model, loader, **evaluation)
+            results[epoch] = evaluate_maps(maps, splits["test"], workers=c.workers, val_levels=checkpoint["val"]["levels"])
+            print(table(f"{c.dataset} test, {c.arch} {c.method}, {which} checkpoint (epoch {epoch})", results[epoch]))
+        head = {"dataset": c.dataset, "arch": c.arch, "method": c.method, "split": "test", "checkpoint": which, "epoch": epoch}
+        write_results(out / f"results_{which}_test.json", results[epoch], **head, normalize="minmax")
     print(f"written to {out}")
 
 

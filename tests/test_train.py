@@ -48,7 +48,7 @@ def same_run(a, b):
 
 def test_a_run_leaves_its_files_and_says_what_it_did(trained, trained_once):
     (_, run), (_, printed) = trained, trained_once
-    assert {path.name for path in run.iterdir()} == {"config.json", "log.jsonl", "best.pt", "last.pt", "results_best_test.json"}
+    assert {path.name for path in run.iterdir()} == {"config.json", "log.jsonl", "best.pt", "last.pt", "results_best_test.json", "results_last_test.json"}
 
     config = read_json(run / "config.json")
     assert config["config"]["lambda_sim"] == {"value": 0.5, "source": "preset: authors' released configuration"}
@@ -298,6 +298,10 @@ def test_best_is_the_epoch_with_the_best_val(tiny, tmp_path):
     assert len(set(scores)) > 1
     assert torch.load(run / "best.pt", weights_only=True)["epoch"] == 1 + int(np.argmax(scores))
     assert torch.load(run / "last.pt", weights_only=True)["epoch"] == 5
+    best, last = (read_json(run / f"results_{which}_test.json") for which in ("best", "last"))
+    assert (best["checkpoint"], last["checkpoint"]) == ("best", "last") and last["epoch"] == 5 != best["epoch"] == 1 + int(np.argmax(scores))
+    evaluate.main([str(run), "--checkpoint", "last", "--device", "cpu", "--batch-size", "8"])
+    assert read_json(run / "results_last_test.json") == last and last["curves"] != best["curves"]
 
 
 def test_val_every_skips_epochs_but_not_the_last(tiny, tmp_path):
