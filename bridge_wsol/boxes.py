@@ -173,14 +173,11 @@ class _Basins:
         if self.border_is_one:
             peak[0] = 256  # the border's row goes on to the end
         group, merges = list(range(n)), []
-
-        def find(i: int) -> int:
-            while group[i] != i:
-                group[i] = i = group[group[i]]
-            return i
-
         for a, b, saddle in zip(a.tolist(), b.tolist(), (code & 255).tolist()):
-            a, b = find(a), find(b)
+            while group[a] != a:  # to the row that goes on, halving the path for the next time
+                group[a] = a = group[group[a]]
+            while group[b] != b:
+                group[b] = b = group[group[b]]
             if a != b:
                 if peak[a] < peak[b]:
                     a, b = b, a
@@ -198,12 +195,13 @@ class _Basins:
 
     def extents(self, v: np.ndarray) -> np.ndarray:
         """B x 4 x 255: of each basin alone, the first pixel (in reading order), the least x, and the negated greatest x and last pixel."""
-        smallest = np.full((4, len(self.peaks) * 256), v.size)
-        where = self.labels * 256 + v.ravel()
-        for row, values in zip(smallest, _pixels(*self.shape)):
-            np.minimum.at(row, where, values)
-        smallest = smallest.reshape(4, len(self.peaks), 256)[:, :, :0:-1]  # a pixel of value v is in the masks of levels below v
-        return np.minimum.accumulate(smallest, axis=2)[:, :, ::-1].transpose(1, 0, 2).copy()
+        smallest = np.full(len(self.peaks) * 4 * 256, v.size, dtype=np.int32)
+        where = self.labels * (4 * 256) + v.ravel()
+        for values in _pixels(*self.shape)[1:]:
+            np.minimum.at(smallest, where, values)
+            where += 256
+        smallest = smallest.reshape(-1, 4, 256)[:, :, :0:-1]  # a pixel of value v is in the masks of levels below v
+        return np.minimum.accumulate(smallest, axis=2)[:, :, ::-1]
 
     def double_areas(self, v: np.ndarray) -> np.ndarray:
         """B x 255: of each basin alone, twice the polygon area: a 2 x 2 block counts 2 where all four pixels are in, 1 where three are."""
@@ -214,7 +212,7 @@ class _Basins:
         # Three of four pixels touch each other, and the higher one of a diagonal is among the three: the block is of its component.
         owner = np.where(p >= s, labels[:-1, :-1], labels[1:, 1:]) * 256
         blocks = sum(np.bincount((owner + level).ravel(), minlength=n * 256) for level in (all_four, three)).reshape(n, 256)
-        return blocks[:, :0:-1].cumsum(axis=1)[:, ::-1].copy()
+        return blocks[:, :0:-1].cumsum(axis=1)[:, ::-1]
 
     def way_out(self, merges: list[tuple[int, int, int]]) -> np.ndarray:
         """B: the highest level below which a basin is connected to row 0 (256 for row 0 itself)."""
@@ -226,9 +224,10 @@ class _Basins:
 
 @lru_cache(maxsize=8)
 def _pixels(H: int, W: int) -> tuple[np.ndarray, ...]:
-    """Of every pixel in reading order: its index, x, -x, and minus its index."""
+    """Of every pixel in reading order: its index; and, in the type of the extents, its index, x, -x and minus its index."""
     pixel = np.arange(H * W)
-    return pixel, pixel % W, -(pixel % W), -pixel
+    small = pixel.astype(np.int32)
+    return pixel, small, small % W, -(small % W), -small
 
 
 def _merged(alone: np.ndarray, merges: list[tuple[int, int, int]], add: np.ufunc = np.minimum) -> np.ndarray:
