@@ -17,7 +17,7 @@ from typing import Any, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from bridge_wsol import cam, figures, optim

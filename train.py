@@ -79,7 +79,7 @@ def resolve_config(args: argparse.Namespace, interrupted: dict[str, Any] | None)
         for name, value in flags.items():
             if name not in FREE_ON_RESUME and value != values[name]:
                 raise InputError(
-                    f"--{name.replace('_', '-')} {value}: the run to resume has {values[name]}; leave the flag out, or choose another --out"
+                    f"--{name.replace('_', '-')} {value}: the run to resume has {values[name]}: give that one, or choose another --out"
                 )
     else:
         preset = optim.preset(args.dataset, args.arch, args.method)

@@ -65,8 +65,8 @@ PRESETS: dict[tuple[str, str], dict[str, tuple[Any, str]]] = {
         "warm_batch_size": (32, OURS), "batch_size": (32, OURS),
         "norm_class": ("target", C5), "stride": (16, CHOE),
     },
-    # The drawn data set, on a quarter of VGG16's width and 14 x 14 maps of 112 x 112 pixels: minutes on two CPU cores. lambda_drop
-    # is not tuned yet.
+    # The drawn data set, on a quarter of VGG16's width and 14 x 14 maps of 112 x 112 pixels: minutes on two CPU cores.
+    # Provisional: the README's "The demo" says what was tried and what was not (lambda_drop among it).
     ("demo", "vgg16"): {
         "lr": (1e-3, OURS), "lr_new": (2e-2, OURS),
         "lambda_sim": (1.0, OURS), "lambda_norm": (2.0, OURS), "lambda_drop": (0.0, OURS),

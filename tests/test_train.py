@@ -20,7 +20,7 @@ from bridge_wsol import cam
 from bridge_wsol.boxes import iou_matrix
 from bridge_wsol.data import load_splits, test_loader, to_input
 from bridge_wsol.utils import InputError, ordered_map
-from conftest import REPOSITORY, make_tiny, tiny_flags
+from conftest import REPOSITORY
 
 
 def read_json(path):
