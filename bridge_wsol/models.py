@@ -34,7 +34,8 @@ class Output(NamedTuple):
 
 
 class GAPNetwork(nn.Module):
-    """Shared forward pass. Subclasses define `before_dropout`, `after_dropout` and the linear layer `fc`.
+    """Shared forward pass. Subclasses define `before_dropout`, `after_dropout`, the linear layer `fc`, and `pretrained_layers`: the
+    parameters and buffers that a pretrained file must have, by torchvision's names.
 
     gamma, p: attentive dropout's threshold and probability; None, None: no dropped pass (the vanilla CAM network).
     """
@@ -52,10 +53,6 @@ class GAPNetwork(nn.Module):
         if self.training and self.gamma is not None:
             features_dropped = self.after_dropout(attentive_dropout(shared, self.gamma, self.p))
         return Output(logits, features, features_dropped)
-
-    def pretrained_layers(self) -> dict[str, Tensor]:
-        """The parameters and buffers that a pretrained file must have, by torchvision's names."""
-        raise NotImplementedError
 
 
 class VGG16GAP(GAPNetwork):
@@ -166,10 +163,13 @@ def load_pretrained(model: GAPNetwork, arch: str, weights: str, keep_fc: bool = 
         source, state = "torchvision's ImageNet weights", _download(arch)
     else:
         source, state = weights, load_tensors(Path(weights))
-        state = state.get("model", state)
+        state = state["model"] if isinstance(state.get("model"), dict) else state
     wanted = model.pretrained_layers()
     if arch == "vgg16" and any(k.endswith("running_mean") for k in state) and not any(k.endswith("running_mean") for k in wanted):
-        state = fold_batch_norm(state)
+        try:
+            state = fold_batch_norm(state)
+        except (AttributeError, IndexError, KeyError, RuntimeError, ValueError) as error:
+            raise InputError(f"{source}: batch norm that is not vgg16_bn's ({error})") from error
     if keep_fc and arch == "resnet50":
         wanted |= {k: v for k, v in model.state_dict().items() if k[:3] == "fc."}
 
@@ -203,7 +203,9 @@ def fold_batch_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def export_backbone(checkpoint: Path, out: Path) -> None:
     """Writes the pretrained layers of a VGG16 checkpoint of train.py as a weights file in half precision, batch norm folded."""
-    model_state = load_tensors(checkpoint)["model"]
+    model_state = load_tensors(checkpoint).get("model")
+    if not isinstance(model_state, dict):
+        raise InputError(f"{checkpoint}: not a checkpoint of train.py")
     folded = fold_batch_norm(model_state) if any(k.endswith("running_mean") for k in model_state) else model_state
     save_checkpoint(out, {k: v.half().contiguous() for k, v in folded.items() if k.startswith("features.")})
 

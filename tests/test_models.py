@@ -167,6 +167,18 @@ def test_a_wrong_weights_file_is_described(tmp_path):
             load_pretrained(model, "vgg16", str(tmp_path / name))
 
 
+def test_incomplete_batch_norm_is_described(tmp_path):
+    state = build_model("vgg16", 2, stride=16, width=1 / 16, batch_norm=True).state_dict()
+    del state["features.1.running_var"]
+    torch.save(state, tmp_path / "bn.pth")
+    torch.save({"a.running_mean": 3, "model": 4}, tmp_path / "numbers.pth")
+    for name, words in (("bn.pth", "batch norm that is not vgg16_bn's .*running_var"), ("numbers.pth", "not weights of this vgg16")):
+        with pytest.raises(InputError, match=f"{name}: {words}"):
+            load_pretrained(build_model("vgg16", 2, stride=16, width=1 / 16), "vgg16", str(tmp_path / name))
+    with pytest.raises(InputError, match="numbers.pth: not a checkpoint of train.py"):
+        export_backbone(tmp_path / "numbers.pth", tmp_path / "out.pth")
+
+
 def test_a_weights_file_is_never_executed(tmp_path):
     class Harm:
         def __reduce__(self):
