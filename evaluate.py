@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.normalize != "minmax" and args.split != "val":  # the thresholds in the checkpoint are those of min-max maps
         val_levels = evaluate_maps(maps_of(splits["val"]), splits["val"], workers=args.workers)["levels"]
     split = splits[args.split]
-    drawn = np.linspace(0, len(split) - 1, min(args.pictures, len(split))).astype(int).tolist()
+    drawn = spread_out(split, args.pictures)
     result = evaluate_maps(
         maps_of(split), split, workers=args.workers, val_levels=val_levels, save_maps=args.save_maps, per_image=args.per_image, keep=drawn
     )
@@ -320,7 +320,7 @@ def evaluate_score_maps(args: argparse.Namespace) -> None:
     splits, _ = load_splits(args.dataset, data_root, splits_dir, (args.split,))
     split = splits[args.split]
     image_size = optim.image_size(args.dataset)
-    drawn = np.linspace(0, len(split) - 1, min(args.pictures, len(split))).astype(int).tolist()
+    drawn = spread_out(split, args.pictures)
     batches = file_maps(args.score_maps, split, image_size, args.normalize)
     result = evaluate_maps(batches, split, workers=args.workers, per_image=args.per_image, keep=drawn)
     print(table(f"{args.dataset} {args.split}, score maps of {args.score_maps}", result))
@@ -330,6 +330,11 @@ def evaluate_score_maps(args: argparse.Namespace) -> None:
     print(f"written to {out}")
     for index in drawn:
         draw_result(out.with_suffix(""), split, index, result)
+
+
+def spread_out(split: Split, n: int) -> list[int]:
+    """n indices at equal distances over the split, for --pictures."""
+    return np.linspace(0, len(split) - 1, min(n, len(split))).astype(int).tolist()
 
 
 def draw_result(folder: Path, split: Split, index: int, result: dict[str, Any]) -> None:
