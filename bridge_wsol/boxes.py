@@ -49,51 +49,46 @@ def level_boxes(score_map: np.ndarray) -> LevelBoxes:
     A level without foreground has the one box (0, 0, 0, 0).
     Raises ValueError for another shape, NaN, or values outside [0, 1].
     """
-    height_map = _heights(score_map)
-    H, W = height_map.shape
+    heights = _heights(score_map)
+    H, W = heights.shape
     limit = np.array([W - 1, H - 1, W - 1, H - 1])
 
-    v = height_map >> 8
-    mask = _Basins(height_map, eight=True)
-    alone = mask.extents(v)
-    merges = mask.merges(v)
-    row, level = np.nonzero(mask.alive(v, merges))
-    extents = _merged(alone, merges)
-    components = np.minimum(_boxes(extents[row, :, level], W) + [0, 0, 1, 1], limit)
+    basins = _Basins(heights, eight=True)
+    mask = _Components(basins, heights >> 8)
+    extents = mask.extents()
+    boxes = np.minimum(_boxes(extents, W) + [0, 0, 1, 1], limit)
 
     # The background with its border: c = 255 - v, and level t of the mask is level 254 - t of the background.
     background = np.full((H + 2, W + 2), HEIGHT_MAX, dtype=np.int32)
-    background[1:-1, 1:-1] -= height_map
-    c = background >> 8
-    dark = _Basins(background, eight=False, border_is_one=True)
-    dark_merges = dark.merges(c)
-    is_hole = dark.alive(c, dark_merges)
-    is_hole[0] = False  # the border's row
-    hole_row, hole_level = np.nonzero(is_hole)
-    holes = _boxes(_merged(dark.extents(c), dark_merges)[hole_row, :, hole_level], W + 2) - 1
-    holes = np.minimum(holes + [-1, -1, 2, 2], limit)
+    background[1:-1, 1:-1] -= heights
+    dark = _Components(_Basins(background, eight=False, border_is_one=True), background >> 8)
+    hole = dark.row > 0  # row 0 is the border's
+    holes = np.minimum(_boxes(dark.extents()[:, hole], W + 2) + [-2, -2, 1, 1], limit)
 
     # No contour is larger than the component around it, so the largest is among the components with their holes filled. A pixel is
     # filled at the levels at which its way to the border is cut; a path uphill stays in the filled mask too, so the basins serve again.
-    filled = v
-    if len(hole_row):
-        c = np.minimum(c, dark.way_out(dark_merges)[dark.labels].reshape(c.shape))
-        filled = 255 - c[1:-1, 1:-1]
-        merges = mask.merges(filled)
-        extents = _merged(alone, merges)
-    areas = _merged(mask.double_areas(filled), merges, np.add)
-    # Of equal areas the first in reading order: extents[:, 0] is the index of a component's first pixel.
-    rank = np.where(mask.alive(filled, merges), areas * (H * W) - extents[:, 0], -H * W)
-    winner = rank.argmax(0)
-    largest = np.minimum(_boxes(extents[winner, :, np.arange(LEVELS)], W) + [0, 0, 1, 1], limit)
-    empty = np.flatnonzero(rank.max(0) == -H * W)
-    largest[empty] = 0
+    filled, within, first = mask, slice(None), extents[0]
+    if len(holes):
+        way_out = dark.way_out()[dark.basins.labels].reshape(background.shape)
+        filled = _Components(basins, 255 - np.minimum(background >> 8, way_out)[1:-1, 1:-1])
+        within = filled.slot[mask.row, mask.level + 1]  # the filled component around each component
+        first = np.full(len(filled.row), H * W)
+        np.minimum.at(first, within, extents[0])
+    # Of equal areas the first in reading order; the component around all others in it has its first pixel.
+    rank = filled.double_areas() * (H * W) - first
+    highest = np.full(LEVELS, -H * W)
+    np.maximum.at(highest, filled.level, rank)
+    winner = np.flatnonzero((rank[within] == highest[mask.level]) & (first[within] == extents[0]))
+    largest = np.zeros((LEVELS, 4), dtype=np.int64)
+    largest[mask.level[winner]] = boxes[winner]
 
-    boxes = np.concatenate([components, holes, np.zeros((len(empty), 4), dtype=np.int64)])
-    return LevelBoxes(boxes, np.concatenate([level, LEVELS - 1 - hole_level, empty]), largest)
+    empty = np.arange(heights.max() >> 8, LEVELS)
+    boxes = np.concatenate([boxes, holes, np.zeros((len(empty), 4), dtype=np.int64)])
+    return LevelBoxes(boxes, np.concatenate([mask.level, LEVELS - 1 - dark.level[hole], empty]), largest)
 
 
 HEIGHT_MAX = 65535  # heights are 16 bits: the quantised value and 8 bits below it
+DENSE = 2**21  # up to so many pairs of basins, their saddles are found in a table, beyond it by sorting
 
 
 def _heights(score_map: np.ndarray) -> np.ndarray:
@@ -111,146 +106,225 @@ def _heights(score_map: np.ndarray) -> np.ndarray:
 
 
 class _Basins:
-    """The basins of a height map H x W: `labels` H * W, the basin of each pixel; `peaks` B, the pixel at the top of each.
-
-    Values v are H x W ints in 0 ... 255 that never fall on the way uphill. Rows of the arrays below are basins, columns levels.
+    """The basins of heights H x W: `labels` H * W, the basin of each pixel; `peaks` B, the pixel at the top of each; `borders`, the pairs
+    of neighbouring pixels in different basins. With `border_is_one` the pixels at the edge are one basin, number 0.
     """
 
     def __init__(self, heights: np.ndarray, eight: bool, border_is_one: bool = False):
-        H, W = heights.shape
-        pixel = _pixels(H, W)[0]
+        H, W = self.shape = heights.shape
+        self.border_is_one = border_is_one
         bits, kind = (16, np.uint32) if H * W < 2**16 else (32, np.uint64)
-        key = (heights.astype(kind) << kind(bits)) | pixel.astype(kind).reshape(H, W)  # distinct: of equal heights the last pixel
-        self.shape, self.eight, self.border_is_one = (H, W), eight, border_is_one
+        key = np.zeros((H + 2, W + 2), dtype=kind)  # height and pixel: distinct, of equal heights the last pixel is the higher one
+        inner = key[1:-1, 1:-1]
+        inner[...] = heights
+        inner <<= kind(bits)
+        inner |= _pixels(H, W).index.reshape(H, W).astype(kind)
 
-        rows = key.copy()
-        np.maximum(rows[:, 1:], key[:, :-1], out=rows[:, 1:])
-        np.maximum(rows[:, :-1], key[:, 1:], out=rows[:, :-1])
-        source, top = (rows, rows.copy()) if eight else (key, rows)
-        np.maximum(top[1:], source[:-1], out=top[1:])
-        np.maximum(top[:-1], source[1:], out=top[:-1])
-        uphill = (top & kind(2**bits - 1)).astype(np.intp)
+        # First along the row to its next summit, which takes no steps; then from summit to summit of the rows, a tenth of the pixels.
+        rising = inner < key[1:-1, 2:]
+        summit = ~rising
+        summit[:, 1:] &= rising[:, :-1]
+        summits = np.flatnonzero(summit)
+        to_summit = (summit.ravel().cumsum(dtype=np.int32) + (rising.ravel() - np.int32(1))).astype(np.intp)
+        y, x = np.divmod(summits, W)
+        at, flat = (y + 1) * (W + 2) + x + 1, key.ravel()
+        above_and_below = (-W - 3, -W - 2, -W - 1, W + 1, W + 2, W + 3) if eight else (-W - 2, W + 2)
+        highest = flat[at]
+        for step in above_and_below:
+            np.maximum(highest, flat[at + step], out=highest)
+        uphill = to_summit[(highest & kind(2**bits - 1)).astype(np.intp)]
         if border_is_one:
-            uphill[[0, -1]] = uphill[:, [0, -1]] = 0
-        uphill = uphill.ravel()
-        for _ in range(4):  # each round doubles the steps taken; paths shorter than 16 are rare enough not to ask
-            uphill = uphill[uphill]
-        while not np.array_equal(further := uphill[uphill], uphill):
+            uphill[(y == 0) | (x == 0) | (y == H - 1) | (x == W - 1)] = 0
+        while not np.array_equal(further := uphill[uphill], uphill):  # each round doubles the steps taken
             uphill = further
 
-        self.peaks = np.flatnonzero(uphill == pixel)
-        number = np.empty(H * W, dtype=np.intp)
-        number[self.peaks] = np.arange(len(self.peaks))
-        self.labels = number[uphill]
-        self.touching = self._touching_pixels()
+        tops = np.flatnonzero(uphill == np.arange(len(uphill)))
+        self.peaks = summits[tops]
+        number = np.zeros(len(summits), dtype=np.intp)
+        number[tops] = np.arange(len(tops))
+        self.labels = number[uphill][to_summit]
+        self.borders = self._borders(eight)
 
-    def _touching_pixels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs of neighbouring pixels of different basins."""
-        W, small = self.shape[1], np.uint16 if len(self.peaks) < 2**16 else np.int64
-        labels = self.labels.astype(small).reshape(self.shape)
-        pairs = [(labels[:, :-1] != labels[:, 1:], 0, 1), (labels[:-1] != labels[1:], 0, W)]
-        if self.eight:
-            pairs += [(labels[:-1, :-1] != labels[1:, 1:], 0, W + 1), (labels[:-1, 1:] != labels[1:, :-1], 1, W)]
+    def _borders(self, eight: bool) -> tuple[np.ndarray, np.ndarray]:
+        H, W = self.shape
+        labels = self.labels.astype(np.uint16 if len(self.peaks) < 2**16 else np.uint32)
+        # The neighbour's distance in the flat image, and the column that has none.
+        steps = [(1, W - 1), (W, None)] + ([(W + 1, W - 1), (W - 1, 0)] if eight else [])
+        if W == 1:
+            steps = [(1, None)]
         first, second = [], []
-        for differ, a, b in pairs:
-            y, x = np.divmod(np.flatnonzero(differ), max(differ.shape[1], 1))
-            first.append(y * W + x + a)
-            second.append(y * W + x + b)
+        for step, edge in steps:
+            differ = labels[step:] != labels[:-step]
+            if edge is not None:
+                differ[edge::W] = False
+            first.append(np.flatnonzero(differ))
+            second.append(first[-1] + step)
         return np.concatenate(first), np.concatenate(second)
 
-    def merges(self, v: np.ndarray) -> list[tuple[int, int, int]]:
-        """(saddle, row that goes on, row that ends), saddles descending: below its saddle the two rows are one component."""
-        v, n = v.ravel(), len(self.peaks)
-        first, second = self.touching
-        a, b = self.labels[first], self.labels[second]
-        code = (np.minimum(a, b) * n + np.maximum(a, b)) * 256 + np.minimum(v[first], v[second])
-        code.sort()
-        code = code[np.append(code[1:] >> 8 != code[:-1] >> 8, True)[: len(code)]]  # the highest pair of each two basins
-        code = code[np.argsort(255 - (code & 255), kind="stable")]
-        a, b = np.divmod(code >> 8, n)
 
-        peak = v[self.peaks].tolist()
-        if self.border_is_one:
+class _Components:
+    """The components of the masks v > t of all levels t; v is H x W ints in 0 ... 255 that never falls on the way uphill.
+
+    A *slot* is a row (a basin's) and a level at which it is alive, that is, one component of one mask: `row` and `level`, T each. The
+    slots of a row run from its peak downwards, and those of all the rows that end in it follow its own.
+    `slot` B x 256: where a pixel of basin b and value v belongs at level v - 1, the first whose mask has it (T for v = 0: in no mask).
+    """
+
+    def __init__(self, basins: _Basins, v: np.ndarray):
+        self.basins, self.v, n = basins, v.ravel(), len(basins.peaks)
+        peak = self.v[basins.peaks]
+        self.merges = self._merge(peak.tolist())
+
+        # The lifetime of a row with those of all that end in it: as many slots they take, the row's own first.
+        span, end = peak.tolist(), [0] * n
+        for saddle, onto, row in self.merges:
+            end[row] = saddle
+            span[row] -= saddle
+            span[onto] += span[row]
+        self.span, self.end = np.array(span), np.array(end)
+        life = peak - self.end
+        is_root = np.ones(n, dtype=bool)
+        is_root[[row for _, _, row in self.merges]] = False
+        start, T = np.zeros(n, dtype=np.intp), int(life.sum())
+        start[is_root] = self.span[is_root].cumsum() - self.span[is_root]
+        start, free = start.tolist(), (start + life).tolist()
+        for _, onto, row in reversed(self.merges):
+            start[row] = free[onto]
+            free[row] += free[onto]
+            free[onto] += span[row]
+        self.start = np.array(start)
+
+        in_turn = np.argsort(self.start, kind="stable")
+        self.row = np.repeat(in_turn, life[in_turn])
+        self.level = (self.start + peak - 1)[self.row] - np.arange(T)
+        self.slot = (self.start + peak)[:, None] - np.arange(LEVELS + 1)
+        self.slot[:, 0] = T
+        for saddle, onto, row in reversed(self.merges):
+            self.slot[row, 1 : saddle + 1] = self.slot[onto, 1 : saddle + 1]
+
+    def _merge(self, peak: list[int]) -> list[tuple[int, int, int]]:
+        """(saddle, row that goes on, row that ends), saddles descending: below its saddle the two rows are one component."""
+        n, (first, second) = len(peak), self.basins.borders
+        a, b = self.basins.labels[first], self.basins.labels[second]
+        pair = np.minimum(a, b) * n + np.maximum(a, b)
+        value = np.minimum(self.v[first], self.v[second])
+        if n * n < DENSE:  # the highest pair of pixels of each two basins
+            highest = np.zeros(n * n, dtype=np.uint8)
+            np.maximum.at(highest, pair, value.astype(np.uint8))
+            pair = np.flatnonzero(highest)
+            value = highest[pair]
+        else:
+            order = np.lexsort((255 - value, pair))
+            order = order[np.append(True, np.diff(pair[order]) > 0)[: len(order)]]
+            pair, value = pair[order], value[order].astype(np.uint8)
+        order = np.argsort(255 - value, kind="stable")
+        a, b = np.divmod(pair[order], n)
+
+        if self.basins.border_is_one:
             peak[0] = 256  # the border's row goes on to the end
         group, merges = list(range(n)), []
-        for a, b, saddle in zip(a.tolist(), b.tolist(), (code & 255).tolist()):
+        for a, b, saddle in zip(a.tolist(), b.tolist(), value[order].tolist()):
             while group[a] != a:  # to the row that goes on, halving the path for the next time
                 group[a] = a = group[group[a]]
             while group[b] != b:
                 group[b] = b = group[group[b]]
-            if a != b:
+            if a != b and saddle:
                 if peak[a] < peak[b]:
                     a, b = b, a
                 group[b] = a
                 merges.append((saddle, a, b))
         return merges
 
-    def alive(self, v: np.ndarray, merges: list[tuple[int, int, int]]) -> np.ndarray:
-        """B x 255 bool: a row is a component from just below its peak down to the saddle at which it ends."""
-        ends = np.zeros(len(self.peaks), dtype=np.int64)
-        for saddle, _, row in merges:
-            ends[row] = saddle
-        levels = np.arange(LEVELS)
-        return (levels >= ends[:, None]) & (levels < v.ravel()[self.peaks][:, None])
+    def extents(self) -> np.ndarray:
+        """4 x T: the first pixel (in reading order), the least x, and the negated greatest x and last pixel."""
+        pixels, where = _pixels(*self.basins.shape), self._where(self.basins.labels * 256, self.v)
+        by_column = where.reshape(self.basins.shape).ravel("F")
+        own = np.full((4, len(self.row) + 1), len(where), dtype=np.int64)
+        # Of several pixels with one slot the last assignment stays.
+        first, least_x, greatest_x, last = own
+        first[where[::-1].copy()] = pixels.index_back
+        least_x[by_column[::-1].copy()] = pixels.x_back
+        greatest_x[by_column] = pixels.minus_x
+        last[where] = pixels.minus_index
+        return self._downwards(own, np.minimum)
 
-    def extents(self, v: np.ndarray) -> np.ndarray:
-        """B x 4 x 255: of each basin alone, the first pixel (in reading order), the least x, and the negated greatest x and last pixel."""
-        smallest = np.full(len(self.peaks) * 4 * 256, v.size, dtype=np.int32)
-        where = self.labels * (4 * 256) + v.ravel()
-        for values in _pixels(*self.shape)[1:]:
-            np.minimum.at(smallest, where, values)
-            where += 256
-        smallest = smallest.reshape(-1, 4, 256)[:, :, :0:-1]  # a pixel of value v is in the masks of levels below v
-        return np.minimum.accumulate(smallest, axis=2)[:, :, ::-1]
-
-    def double_areas(self, v: np.ndarray) -> np.ndarray:
-        """B x 255: of each basin alone, twice the polygon area: a 2 x 2 block counts 2 where all four pixels are in, 1 where three are."""
-        v, labels, n = v.astype(np.uint8), self.labels.reshape(self.shape), len(self.peaks)
+    def double_areas(self) -> np.ndarray:
+        """T: twice the polygon area: a 2 x 2 block counts 2 where all four pixels are in, 1 where three are."""
+        v, labels = self.v.astype(np.uint8).reshape(self.basins.shape), self.basins.labels.reshape(self.basins.shape)
         p, q, r, s = v[:-1, :-1], v[:-1, 1:], v[1:, :-1], v[1:, 1:]
         low, high, low2, high2 = np.minimum(p, s), np.maximum(p, s), np.minimum(q, r), np.maximum(q, r)
         all_four, three = np.minimum(low, low2), np.minimum(np.maximum(low, low2), np.minimum(high, high2))
         # Three of four pixels touch each other, and the higher one of a diagonal is among the three: the block is of its component.
         owner = np.where(p >= s, labels[:-1, :-1], labels[1:, 1:]) * 256
-        blocks = sum(np.bincount((owner + level).ravel(), minlength=n * 256) for level in (all_four, three)).reshape(n, 256)
-        return blocks[:, :0:-1].cumsum(axis=1)[:, ::-1]
+        own = sum(np.bincount(self._where(owner, value).ravel(), minlength=len(self.row) + 1) for value in (all_four, three))
+        return self._downwards(own[None], np.add)[0]
 
-    def way_out(self, merges: list[tuple[int, int, int]]) -> np.ndarray:
+    def _where(self, labels_256: np.ndarray, v: np.ndarray) -> np.ndarray:
+        return self.slot.ravel()[labels_256 + v]
+
+    def _downwards(self, own: np.ndarray, add: np.ufunc) -> np.ndarray:
+        """k x (T + 1), what each slot gets at its level -> k x T, what it holds: all that its row got above, and the rows that ended in it."""
+        T = len(self.row)
+        if not T:
+            return own[:, :0]
+        saddle, onto, row = np.array(self.merges, dtype=np.intp).reshape(-1, 3).T
+        # A row that never lived brings nothing; where the row that goes on ends at the same saddle, it brings the other along.
+        counts = (self.span[row] > 0) & (self.end[onto] < saddle)
+        if counts.any():
+            saddle, onto, row = saddle[counts], onto[counts], row[counts]
+            bounds = np.stack([self.start[row], self.start[row] + self.span[row]], axis=1)
+            brought = add.reduceat(own, bounds.ravel(), axis=1)[:, ::2]
+            for of_slots, of_rows in zip(own, brought):
+                add.at(of_slots, self.slot[onto, saddle], of_rows)
+
+        own = own[:, :T]
+        begins = np.flatnonzero(np.append(True, self.row[1:] != self.row[:-1]))
+        lengths = np.diff(np.append(begins, T))
+        if add is np.add:
+            total = own.cumsum(axis=1)
+            return total - np.repeat(total[:, begins] - own[:, begins], lengths, axis=1)
+        # Each row in a range of its own, below that of the row before: then one pass serves all rows.
+        lower = np.repeat(np.arange(len(begins)) * -(2 * len(self.v) + 1), lengths)
+        return np.minimum.accumulate(own + lower, axis=1) - lower
+
+    def way_out(self) -> np.ndarray:
         """B: the highest level below which a basin is connected to row 0 (256 for row 0 itself)."""
-        level = np.full(len(self.peaks), 256)
-        for saddle, onto, row in reversed(merges):
+        level = [0] * len(self.basins.peaks)
+        level[0] = 256
+        for saddle, onto, row in reversed(self.merges):
             level[row] = min(saddle, level[onto])
-        return level
+        return np.array(level)
+
+
+class _Pixels(NamedTuple):
+    index: np.ndarray
+    index_back: np.ndarray
+    minus_index: np.ndarray
+    x_back: np.ndarray
+    minus_x: np.ndarray
 
 
 @lru_cache(maxsize=8)
-def _pixels(H: int, W: int) -> tuple[np.ndarray, ...]:
-    """Of every pixel in reading order: its index; and, in the type of the extents, its index, x, -x and minus its index."""
-    pixel = np.arange(H * W)
-    small = pixel.astype(np.int32)
-    return pixel, small, small % W, -(small % W), -small
-
-
-def _merged(alone: np.ndarray, merges: list[tuple[int, int, int]], add: np.ufunc = np.minimum) -> np.ndarray:
-    """Rows of components from rows of basins: below each saddle the row that ends goes into the one that goes on."""
-    rows = alone.copy()
-    for saddle, onto, row in merges:
-        below = rows[onto, ..., :saddle]
-        add(below, rows[row, ..., :saddle], out=below)
-    return rows
+def _pixels(H: int, W: int) -> _Pixels:
+    """Of every pixel: its index in reading order; its x, column by column; `back`: from the last to the first."""
+    index, x = np.arange(H * W), np.repeat(np.arange(W), H)
+    return _Pixels(index, index[::-1].copy(), -index, x[::-1].copy(), -x)
 
 
 def _boxes(extents: np.ndarray, width: int) -> np.ndarray:
-    """M x 4 of `_Basins.extents` -> M x 4 boxes x0, y0, x1, y1."""
-    first, x0, x1, last = extents.T
+    """`_Components.extents` 4 x T -> T x 4 boxes x0, y0, x1, y1."""
+    first, x0, x1, last = extents
     return np.stack([x0, first // width, -x1, -last // width], axis=1)
 
 
 def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Intersection over union with inclusive corners (a width is x1 - x0 + 1): M x 4, G x 4 -> M x G float64, in [0, 1]."""
-    a, b = np.asarray(a, dtype=np.int64).reshape(-1, 1, 4), np.asarray(b, dtype=np.int64).reshape(1, -1, 4)
-    overlap = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]) + 1
-    intersection = overlap.clip(min=0).prod(-1)
-    area_a, area_b = ((x[..., 2:] - x[..., :2] + 1).prod(-1) for x in (a, b))
+    ax0, ay0, ax1, ay1 = np.asarray(a, dtype=np.int64).reshape(-1, 4).T.copy()[:, :, None]
+    bx0, by0, bx1, by1 = np.asarray(b, dtype=np.int64).reshape(-1, 4).T[:, None, :]
+    width = (np.minimum(ax1, bx1) - np.maximum(ax0, bx0) + 1).clip(min=0)
+    height = (np.minimum(ay1, by1) - np.maximum(ay0, by0) + 1).clip(min=0)
+    intersection = width * height
+    area_a, area_b = (ax1 - ax0 + 1) * (ay1 - ay0 + 1), (bx1 - bx0 + 1) * (by1 - by0 + 1)
     return intersection / (area_a + area_b - intersection)
 
 
