@@ -13,6 +13,7 @@ import argparse
 import csv
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Iterable, Iterator, NamedTuple
 
 import numpy as np
@@ -21,12 +22,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from bridge_wsol import cam, figures, optim
+from bridge_wsol.baselines import CAM, METHODS
 from bridge_wsol.boxes import LEVELS, level_boxes, scale_boxes
 from bridge_wsol.data import (
     Masks, Split, image_files, load_masks, load_rgb, load_score_map, load_splits, open_image, test_loader, to_input,
 )
 from bridge_wsol.metrics import BoxAccuracy, Localization, PixelAveragePrecision, label_ranks, localize, top_k_accuracy
-from bridge_wsol.models import build_model, restore_weights
+from bridge_wsol.models import restore_weights
 from bridge_wsol.utils import (
     InputError, Parser, autocast, default_workers, load_tensors, one_line_errors, ordered_map, replacing, resolve_device, write_json,
     write_text,
@@ -80,16 +82,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 @torch.inference_mode()
 def network_maps(
-    model: nn.Module, loader: DataLoader, *, device: torch.device, amp: str, normalization: str, image_size: int
+    model: nn.Module, loader: DataLoader, *, method: CAM, device: torch.device, amp: str, normalization: str, image_size: int
 ) -> Iterator[MapBatch]:
-    """The ground-truth class's CAM of every image, as a score map, and the rank of its class: one forward pass each."""
+    """The ground-truth class's map of every image, as a score map, and the rank of its class: one forward pass each."""
     model.eval()
     for images, labels, indices in loader:
         with autocast(device, amp):
-            output = model(to_input(images, device))
-        maps = cam.class_activation_map(output.features, model.fc.weight, labels.to(device))
-        maps = cam.normalize(cam.resize(maps, image_size), normalization)
-        logits = output.logits.float().cpu().numpy()
+            logits, maps = method.predict(model, to_input(images, device), labels.to(device))
+        maps = cam.normalize(cam.resize(maps, image_size, method.upsampling), normalization)
+        logits = logits.float().cpu().numpy()
         ranks = label_ranks(logits, labels.numpy())
         yield MapBatch(indices.tolist(), maps.cpu().numpy(), ranks.tolist(), logits.argmax(1).tolist())
 
@@ -252,19 +253,20 @@ def table(title: str, result: dict[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------------------- a run
 
 
-def load_run(run: Path, which: str, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """(network, checkpoint) of RUN/<which>.pt. Raises InputError for a folder that is no run, or a damaged checkpoint."""
+def load_run(run: Path, which: str, device: torch.device) -> tuple[nn.Module, CAM, dict[str, Any]]:
+    """(network, its method, checkpoint) of RUN/<which>.pt. Raises InputError for a folder that is no run, or a damaged checkpoint."""
     path = run / f"{which}.pt"
     if not path.exists():
         raise InputError(f"{path}: no such checkpoint: RUN is a folder that train.py wrote")
     checkpoint = load_tensors(path)
     try:
         c = checkpoint["config"]
-        model = build_model(c["arch"], checkpoint["num_classes"], stride=c["stride"], width=c["width"], batch_norm=c["batch_norm"])
+        method = METHODS[c["method"]](SimpleNamespace(**c))
+        model = method.network(checkpoint["num_classes"])
         restore_weights(model, checkpoint["model"], path)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a checkpoint of train.py ({error} is missing or of the wrong kind)") from error
-    return model.to(device, memory_format=torch.channels_last), checkpoint
+    return model.to(device, memory_format=torch.channels_last), method, checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -273,10 +275,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.score_maps:
         return evaluate_score_maps(args)
 
-    model, checkpoint = load_run(args.run, args.checkpoint, device)
+    model, method, checkpoint = load_run(args.run, args.checkpoint, device)
     config = checkpoint["config"]
     if args.images:
-        return localize_images(args, model, checkpoint, device)
+        return localize_images(args, model, method, checkpoint, device)
 
     data_root, splits_dir = args.data_root or Path(config["data_root"]), args.splits or Path(config["splits"])
     splits, record = load_splits(config["dataset"], data_root, splits_dir, ("val", args.split), config["val_per_class"])
@@ -289,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     def maps_of(split: Split) -> Iterator[MapBatch]:
         loader = test_loader(split, args.batch_size, image_size=config["image_size"], workers=args.workers)
         return network_maps(
-            model, loader, device=device, amp=args.amp, normalization=args.normalize, image_size=config["image_size"]
+            model, loader, method=method, device=device, amp=args.amp, normalization=args.normalize, image_size=config["image_size"]
         )
 
     val_levels = (checkpoint["val"] or {}).get("levels")
@@ -351,7 +353,7 @@ def draw_result(folder: Path, split: Split, index: int, result: dict[str, Any]) 
 
 
 @torch.inference_mode()
-def localize_images(args: argparse.Namespace, model: nn.Module, checkpoint: dict[str, Any], device: torch.device) -> None:
+def localize_images(args: argparse.Namespace, model: nn.Module, method: CAM, checkpoint: dict[str, Any], device: torch.device) -> None:
     """boxes.json and a picture for each of the user's own images: five classes, and the box of the first.
 
     The box is the largest contour of the predicted class's map at the threshold chosen on val, in pixels of the original image.
@@ -367,11 +369,10 @@ def localize_images(args: argparse.Namespace, model: nn.Module, checkpoint: dict
         with open_image(path) as image:
             width, height = image.size
         with autocast(device, args.amp):
-            output = model(to_input(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], device))
-        probabilities = output.logits[0].float().softmax(0)
+            logits, maps = method.predict(model, to_input(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], device))
+        probabilities = logits[0].float().softmax(0)
         top = probabilities.topk(min(5, len(probabilities)))
-        maps = cam.class_activation_map(output.features, model.fc.weight, top.indices[:1])
-        score_map = cam.normalize(cam.resize(maps, size), args.normalize)[0].cpu().numpy()
+        score_map = cam.normalize(cam.resize(maps, size, method.upsampling), args.normalize)[0].cpu().numpy()
         box = level_boxes(score_map).largest[levels["largest"]]
         x0, y0, x1, y1 = box.tolist()
         # The pixels x0 ... x1 of the map cover the fractions x0 / size ... (x1 + 1) / size of the image.

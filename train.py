@@ -19,14 +19,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as nnf
 from torch import nn
 from torch.utils.data import DataLoader
 
 from bridge_wsol import optim
+from bridge_wsol.baselines import CAM, METHODS
 from bridge_wsol.data import load_splits, test_loader, to_input, train_loader
-from bridge_wsol.losses import alignment_losses, consistency_loss
-from bridge_wsol.models import ARCHS, build_model, load_pretrained, restore_weights
+from bridge_wsol.models import ARCHS, load_pretrained, restore_weights
 from bridge_wsol.utils import (
     InputError, Parser, autocast, default_workers, environment, load_tensors, one_line_errors, random_states, resolve_device,
     save_checkpoint, seed_everything, set_random_states, write_json, write_text,
@@ -46,7 +45,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     parser.add_argument("--dataset", default="demo", help="demo (default, drawn on first use), CUB, ILSVRC or OpenImages")
     parser.add_argument("--arch", choices=ARCHS, default="vgg16")
-    parser.add_argument("--method", choices=optim.METHODS, default="bridge", help="cam: the vanilla classifier")
+    parser.add_argument("--method", choices=METHODS, default="bridge", help="cam: the vanilla classifier")
     parser.add_argument("--out", type=Path, default=None, help="default: runs/DATASET_ARCH_METHOD")
     parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out, with its values")
     parser.add_argument("--data-root", metavar="DIR", help="the data set as distributed (default data)")
@@ -65,7 +64,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         group.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X")
     group.add_argument("--decay-at", type=int, nargs="*", metavar="EPOCH", help="epochs, from 1, from which the rates are multiplied once more")
     group.add_argument("--norm-class", choices=("target", "max"), help="whose S splits the locations in L_norm")
+    group = parser.add_argument_group("values of one method (default: its `preset` in bridge_wsol/baselines.py)")
+    for name, value in method_values().items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=type(value), metavar="X")
     return parser.parse_args(argv)
+
+
+def method_values() -> dict[str, Any]:
+    """The hyperparameters that methods add to the presets, each with an example of its value."""
+    own = {name: value for method in METHODS.values() for arch in ARCHS for name, (value, _) in method.preset("CUB", arch).items()}
+    return {name: value for name, value in own.items() if name not in optim.preset("CUB", "vgg16")}
 
 
 def resolve_config(args: argparse.Namespace, interrupted: dict[str, Any] | None) -> tuple[SimpleNamespace, dict[str, str]]:
@@ -82,9 +90,11 @@ def resolve_config(args: argparse.Namespace, interrupted: dict[str, Any] | None)
                     f"--{name.replace('_', '-')} {value}: the run to resume has {values[name]}: give that one, or choose another --out"
                 )
     else:
-        preset = optim.preset(args.dataset, args.arch, args.method)
+        preset = optim.preset(args.dataset, args.arch) | METHODS[args.method].preset(args.dataset, args.arch)
         values = DEFAULTS | {name: value for name, (value, _) in preset.items()}
         sources = dict.fromkeys(DEFAULTS, "default") | {name: f"preset: {source}" for name, (_, source) in preset.items()}
+        for name in method_values().keys() & flags.keys() - preset.keys():
+            raise InputError(f"--{name.replace('_', '-')}: not a value of --method {args.method}")
         if "batch_size" in flags:
             flags.setdefault("warm_batch_size", flags["batch_size"])
     c = SimpleNamespace(**(values | flags))
@@ -105,7 +115,7 @@ def resolve_config(args: argparse.Namespace, interrupted: dict[str, Any] | None)
 
 
 def train_one_epoch(
-    model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer, c: SimpleNamespace, epoch: int, device: torch.device
+    model: nn.Module, method: CAM, loader: DataLoader, optimizer: torch.optim.Optimizer, c: SimpleNamespace, epoch: int, device: torch.device
 ) -> dict[str, float]:
     """One pass over train. Returns each loss by name (means over images, unweighted), "loss" (their weighted sum), "top1" in percent."""
     model.train()
@@ -113,22 +123,14 @@ def train_one_epoch(
     for images, labels in loader:
         images, labels = to_input(images, device), labels.to(device, non_blocking=True)
         with autocast(device, c.amp):
-            output = model(images)
-        losses = {"l_ce": nnf.cross_entropy(output.logits.float(), labels)}
-        if output.features_dropped is not None:
-            losses["l_drop"] = consistency_loss(output.features, output.features_dropped)
-        if epoch > c.warm_epochs and (c.lambda_sim or c.lambda_norm):
-            losses["l_sim"], losses["l_norm"] = alignment_losses(
-                output.features, model.fc.weight, labels, c.tau_fg, c.tau_bg, c.norm_class
-            )
-        weights = {"l_ce": 1.0, "l_drop": c.lambda_drop, "l_sim": c.lambda_sim, "l_norm": c.lambda_norm}
-        loss = sum(weights[name] * value for name, value in losses.items())
+            terms, logits = method.losses(model, images, labels, epoch)
+        loss = sum(weight * value for weight, value in terms.values())
 
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        losses |= {"loss": loss, "top1": 100 * (output.logits.argmax(1) == labels).float().mean()}
-        for name, value in losses.items():
+        values = {"loss": loss, "top1": 100 * (logits.argmax(1) == labels).float().mean()} | {name: value for name, (_, value) in terms.items()}
+        for name, value in values.items():
             sums[name] = sums.get(name, 0) + value.detach() * len(labels)
     return {name: float(value) / len(loader.dataset) for name, value in sums.items()}
 
@@ -145,9 +147,8 @@ def main(argv: list[str] | None = None) -> None:
     for what in ("lists", "val"):
         if what in record:
             print(f"{what}: {record[what]}")
-    model = build_model(
-        c.arch, record["num_classes"], stride=c.stride, width=c.width, batch_norm=c.batch_norm, **({"gamma": c.gamma, "p": c.p} if c.lambda_drop else {})
-    )
+    method = METHODS[c.method](c)
+    model = method.network(record["num_classes"])
     if checkpoint is None:
         load_pretrained(model, c.arch, c.weights, keep_fc=c.dataset == "ILSVRC")
     model.to(device, memory_format=torch.channels_last)
@@ -168,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     # The batch size changes after the warm stage (CUB, VGG16), so each stage has its loader; the epoch decides order and crops.
     in_stage = {"resize_size": c.resize_size, "image_size": c.image_size, "seed": c.seed, "workers": c.workers}
     loaders = {size: train_loader(splits["train"], size, **in_stage) for size in {c.warm_batch_size, c.batch_size}}
-    evaluation = {"device": device, "amp": c.amp, "normalization": "minmax", "image_size": c.image_size}
+    evaluation = {"method": method, "device": device, "amp": c.amp, "normalization": "minmax", "image_size": c.image_size}
     val_loader = test_loader(splits["val"], c.batch_size, image_size=c.image_size, workers=c.workers)
 
     started = time.perf_counter()
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         rates = optim.set_learning_rates(optimizer, epoch, c.decay_at, c.decay_factor)
         loader = loaders[c.warm_batch_size if epoch <= c.warm_epochs else c.batch_size]
         loader.sampler.epoch = epoch
-        losses = train_one_epoch(model, loader, optimizer, c, epoch, device)
+        losses = train_one_epoch(model, method, loader, optimizer, c, epoch, device)
         images_per_second = len(splits["train"]) / (time.perf_counter() - epoch_started)
         if not math.isfinite(losses["loss"]):
             by_name = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
@@ -209,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     loader = test_loader(splits["test"], c.batch_size, image_size=c.image_size, workers=c.workers)
     results: dict[int, dict[str, Any]] = {}
     for which in ("best", "last"):
-        model, checkpoint = load_run(out, which, device)
+        model, method, checkpoint = load_run(out, which, device)
         epoch = checkpoint["epoch"]
         if epoch not in results:
             maps = network_maps(model, loader, **evaluation)
@@ -249,7 +250,7 @@ def read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
 
 
 def epoch_line(entry: dict[str, Any], epochs: int, is_best: bool, seconds_left: float) -> str:
-    losses = "  ".join(f"{name} {entry[name]:.4f}" for name in ("loss", "l_ce", "l_drop", "l_sim", "l_norm") if name in entry)
+    losses = "  ".join(f"{name} {value:.4f}" for name, value in entry.items() if name == "loss" or name.startswith("l_"))
     line = f"epoch {entry['epoch']}/{epochs}  {losses}  train top-1 {entry['top1']:.1f}"
     if "val" in entry:
         name, score = selection_score(entry["val"])

@@ -38,14 +38,14 @@ def decompose(features: Tensor, weight: Tensor, labels: Tensor) -> Factors:
     )
 
 
-def resize(maps: Tensor, size: int) -> Tensor:
-    """Bicubic (a = -0.75, half-pixel centres, no antialiasing: evaluation.md) N x H x W -> N x size x size, float32.
+def resize(maps: Tensor, size: int, mode: str = "bicubic") -> Tensor:
+    """N x H x W -> N x size x size, float32, half-pixel centres, no antialiasing. Bicubic (a = -0.75) is the protocol's.
 
-    It may overshoot the range of its input; normalize afterwards.
+    Bicubic may overshoot the range of its input; normalize afterwards.
     """
     if maps.shape[1:] == (size, size):
         return maps.float()
-    return nnf.interpolate(maps.float()[:, None], (size, size), mode="bicubic", align_corners=False)[:, 0]
+    return nnf.interpolate(maps.float()[:, None], (size, size), mode=mode, align_corners=False)[:, 0]
 
 
 def normalize(maps: Tensor, how: str = "minmax", percentile: float | None = None) -> Tensor:

@@ -118,7 +118,8 @@ class ResNet50GAP(GAPNetwork, ResNet):
 
     def pretrained_layers(self) -> dict[str, Tensor]:
         # Files older than PyTorch 0.4.1 have no num_batches_tracked; it is used by no forward pass here.
-        return {k: v for k, v in self.state_dict().items() if k[:3] != "fc." and not k.endswith("num_batches_tracked")}
+        own = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")
+        return {k: v for k, v in self.state_dict().items() if k.startswith(own) and not k.endswith("num_batches_tracked")}
 
 
 def build_model(

@@ -94,21 +94,12 @@ COMMON: dict[str, tuple[Any, str]] = {
     "resize_size": (256, CHOE), "image_size": (224, CHOE), "width": (1.0, "the paper's networks"), "batch_norm": (False, "the paper's networks"),
 }
 
-# The vanilla classifier: the same run with cross-entropy alone.
-METHODS: dict[str, dict[str, tuple[Any, str]]] = {
-    "bridge": {},
-    "cam": {name: (0.0, "method cam") for name in ("lambda_sim", "lambda_norm", "lambda_drop")},
-}
-
-
-def preset(dataset: str, arch: str, method: str) -> dict[str, tuple[Any, str]]:
-    """{name: (value, source)} of a run before flags. Raises InputError for a pair or a method without a preset."""
+def preset(dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
+    """{name: (value, source)} of a run before the method's own values and flags. Raises InputError for a pair without a preset."""
     if (dataset, arch) not in PRESETS:
         pairs = ", ".join(f"{d} {a}" for d, a in PRESETS)
         raise InputError(f"no preset for --dataset {dataset} --arch {arch}; there is one for: {pairs}")
-    if method not in METHODS:
-        raise InputError(f"unknown --method {method}: choose {' or '.join(METHODS)}")
-    return COMMON | PRESETS[dataset, arch] | METHODS[method]
+    return COMMON | PRESETS[dataset, arch]
 
 
 def image_size(dataset: str) -> int:
@@ -120,13 +111,13 @@ def image_size(dataset: str) -> int:
 def parameter_groups(model: nn.Module, arch: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(old, new) layers of appendix B; every parameter is in exactly one of the two lists.
 
-    VGG16: `features` / conv6 and fc, added for VGG16-GAP. ResNet50: what comes before layer4 / layer4 and fc. (The authors' released
-    code has fc alone in ResNet50's second group; where sources differ, the appendix decides.)
+    VGG16: `features` / conv6 and fc, added for VGG16-GAP. ResNet50: what comes before layer4 / layer4 and fc. What a method adds is
+    new. (The authors' released code has fc alone in ResNet50's second group; where sources differ, the appendix decides.)
     """
-    new_prefixes = {"vgg16": ("conv6.", "fc."), "resnet50": ("layer4.", "fc.")}[arch]
+    old_prefixes = {"vgg16": ("features.",), "resnet50": ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.")}[arch]
     named = list(model.named_parameters())
-    new = [parameter for name, parameter in named if name.startswith(new_prefixes)]
-    old = [parameter for name, parameter in named if not name.startswith(new_prefixes)]
+    old = [parameter for name, parameter in named if name.startswith(old_prefixes)]
+    new = [parameter for name, parameter in named if not name.startswith(old_prefixes)]
     return old, new
 
 

@@ -73,13 +73,13 @@ def private_memory(job: tuple[np.ndarray, np.ndarray]) -> float:
 
 
 def real_maps(run: Path, n: int) -> tuple[list[np.ndarray], list[np.ndarray], str]:
-    model, checkpoint = load_run(run, "best", torch.device("cpu"))
+    model, method, checkpoint = load_run(run, "best", torch.device("cpu"))
     c = checkpoint["config"]
     splits, _ = load_splits(c["dataset"], Path(c["data_root"]), Path(c["splits"]), ("test",), c["val_per_class"])
     split = splits["test"].take(range(0, len(splits["test"]), max(1, len(splits["test"]) // n)), "bench")
     loader = test_loader(split, 8, image_size=c["image_size"], workers=0)
     maps = []
-    for batch in network_maps(model, loader, device=torch.device("cpu"), amp="off", normalization="minmax", image_size=c["image_size"]):
+    for batch in network_maps(model, loader, method=method, device=torch.device("cpu"), amp="off", normalization="minmax", image_size=c["image_size"]):
         maps += list(batch.maps)
     truths = [scale_boxes(split.boxes[i], tuple(split.sizes[i]), c["image_size"]) for i in range(len(split))]
     side = c["image_size"] // c["stride"]

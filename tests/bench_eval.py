@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable
 
 import numpy as np
@@ -21,6 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bridge_wsol.baselines import CAM
 from bridge_wsol.data import Split, test_loader
 from bridge_wsol.metrics import localize
 from bridge_wsol.models import ARCHS, build_model
@@ -60,11 +62,13 @@ def main() -> None:
         torch.manual_seed(0)
         model = build_model(args.arch, 200, stride={"vgg16": 16, "resnet50": 8}[args.arch]).to(device)
 
+        method = CAM(SimpleNamespace())
+
         def loader(workers: int):
             return test_loader(split, args.batch_size, image_size=224, workers=workers)
 
         def maps(batches) -> list[MapBatch]:
-            return list(network_maps(model, batches, device=device, amp="auto", normalization="minmax", image_size=224))
+            return list(network_maps(model, batches, method=method, device=device, amp="auto", normalization="minmax", image_size=224))
 
         batches = list(loader(0))
         maps(batches[:1])  # warm-up
@@ -77,7 +81,7 @@ def main() -> None:
         truth = split.boxes[0]
         alone["sweep, one process"] = timed(lambda: [localize(m, truth) for batch in made for m in batch.maps])
         together = timed(lambda: evaluate_maps(
-            network_maps(model, loader(args.workers), device=device, amp="auto", normalization="minmax", image_size=224),
+            network_maps(model, loader(args.workers), method=method, device=device, amp="auto", normalization="minmax", image_size=224),
             split, workers=args.workers,
         ))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

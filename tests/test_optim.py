@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bridge_wsol import optim
+from bridge_wsol.baselines import METHODS
 from bridge_wsol.models import build_model
 from bridge_wsol.utils import InputError
 
@@ -51,21 +52,21 @@ def test_presets_of_the_paper_are_complete_and_sourced():
     names = {frozenset(optim.COMMON | values) - {"weights"} for values in optim.PRESETS.values()}
     assert len(names) == 1
     for pair in (("CUB", "vgg16"), ("CUB", "resnet50"), ("ILSVRC", "vgg16"), ("ILSVRC", "resnet50"), ("OpenImages", "vgg16")):
-        for name, (value, source) in optim.preset(*pair, "bridge").items():
+        for name, (value, source) in optim.preset(*pair).items():
             assert value is not None and source, (pair, name)
     # Appendix B and C.5, typed from the paper.
-    cub, imagenet = optim.preset("CUB", "resnet50", "bridge"), optim.preset("ILSVRC", "vgg16", "bridge")
+    cub, imagenet = optim.preset("CUB", "resnet50"), optim.preset("ILSVRC", "vgg16")
     names = ("lr", "lr_new", "weight_decay", "momentum", "lambda_sim", "lambda_norm", "lambda_drop", "tau_fg", "tau_bg", "gamma", "p")
     assert [cub[name][0] for name in names] == [2e-3, 2e-2, 5e-4, 0.9, 0.6, 0.07, 2, 0.4, 0.2, 0.8, 0.25]
     assert [imagenet[name][0] for name in names] == [2e-5, 1e-4, 5e-4, 0.9, 0.5, 0.2, 3, 0.5, 0.3, 0.8, 0.5]
 
 
 def test_vanilla_is_the_same_run_without_the_losses():
-    bridge, cam = optim.preset("CUB", "vgg16", "bridge"), optim.preset("CUB", "vgg16", "cam")
+    bridge, cam = (optim.preset("CUB", "vgg16") | METHODS[name].preset("CUB", "vgg16") for name in ("bridge", "cam"))
     changed = {name for name in bridge if bridge[name][0] != cam[name][0]}
     assert changed == {"lambda_sim", "lambda_norm", "lambda_drop"} and all(cam[name][0] == 0 for name in changed)
 
 
 def test_unknown_pairs_are_answered_with_those_there_are():
     with pytest.raises(InputError, match="OpenImages --arch resnet50; .*CUB vgg16, CUB resnet50"):
-        optim.preset("OpenImages", "resnet50", "bridge")
+        optim.preset("OpenImages", "resnet50")

@@ -100,12 +100,12 @@ def test_evaluate_repeats_the_numbers_of_training(trained, capsys, tmp_path):
 
 def test_maps_are_the_ground_truth_class_s_from_one_forward_pass(trained, tmp_path):
     _, run = trained
-    model, checkpoint = evaluate.load_run(run, "best", torch.device("cpu"))
+    model, method, checkpoint = evaluate.load_run(run, "best", torch.device("cpu"))
     split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("test",))[0]["test"]
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
     loader = test_loader(split, 4, image_size=64, workers=0)
-    batches = list(evaluate.network_maps(model, loader, device=torch.device("cpu"), amp="off", normalization="minmax", image_size=64))
+    batches = list(evaluate.network_maps(model, loader, method=method, device=torch.device("cpu"), amp="off", normalization="minmax", image_size=64))
     assert len(passes) == 3 and [i for batch in batches for i in batch.indices] == list(range(9))
     images, labels, _ = next(iter(loader))
     with torch.inference_mode():
@@ -285,7 +285,7 @@ def test_each_loss_changes_the_run_and_only_after_the_warm_stage(tiny, tmp_path)
 def test_batch_size_changes_after_the_warm_stage(tiny, tmp_path, monkeypatch):
     sizes = []
     whole = train.train_one_epoch
-    monkeypatch.setattr(train, "train_one_epoch", lambda *a: sizes.append((a[4], a[1].batch_size)) or whole(*a))
+    monkeypatch.setattr(train, "train_one_epoch", lambda *a: sizes.append((a[5], a[2].batch_size)) or whole(*a))
     train.main([*tiny, "--out", str(tmp_path / "run")])
     train.main([*tiny, "--batch-size", "6", "--out", str(tmp_path / "both")])
     assert sizes == [(1, 4), (2, 8), (1, 6), (2, 6)]
