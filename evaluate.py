@@ -30,7 +30,7 @@ from bridge_wsol.data import (
 from bridge_wsol.metrics import BoxAccuracy, Localization, PixelAveragePrecision, label_ranks, localize, top_k_accuracy
 from bridge_wsol.models import restore_weights
 from bridge_wsol.utils import (
-    InputError, Parser, autocast, default_workers, load_tensors, one_line_errors, ordered_map, replacing, resolve_device, write_json,
+    InputError, Parser, autocast, default_workers, gathered, load_tensors, one_line_errors, ordered_map, replacing, resolve_device, write_json,
     write_text,
 )
 
@@ -146,7 +146,7 @@ def evaluate_maps(
     keep: indices whose maps come back in "kept". Metrics that need what is not there (boxes, masks, logits) are None.
     """
     accuracy, pixels, kept, keep = BoxAccuracy(), PixelAveragePrecision(), {}, set(keep)
-    seen: list[int] = []
+    seen: list[int] = []  # of this process; of several (torchrun), each brings its share of the images
     ranks: dict[int, int] = {}
     predicted: dict[int, int] = {}
     largest: dict[int, np.ndarray] = {}
@@ -175,6 +175,17 @@ def evaluate_maps(
                 largest[index] = localization.largest
         if image_pixels is not None:
             pixels.merge(image_pixels)
+
+    shares = gathered((seen, ranks, predicted, largest, accuracy, pixels))
+    if len(shares) > 1:
+        seen, ranks, predicted, largest, accuracy, pixels = [], {}, {}, {}, BoxAccuracy(), PixelAveragePrecision()
+        for share in shares:
+            seen += share[0]
+            for mine, theirs in zip((ranks, predicted, largest), share[1:4]):
+                mine |= theirs
+            accuracy.merge(share[4])
+            pixels.merge(share[5])
+        seen.sort()
 
     names = ("max_box_acc_v2", "max_box_acc", "gt_known_loc", "gt_known_loc_largest", "top1_loc", "top5_loc")
     metrics: dict[str, Any] = dict.fromkeys((*names, "top1_cls", "top5_cls", "max_box_acc_v2_at_val_threshold", "pxap"))

@@ -4,6 +4,7 @@
     python train.py --dataset CUB --arch vgg16                 the paper's run, every value from the preset
     python train.py --dataset CUB --arch vgg16 --method cam    the vanilla classifier through the same path
     python train.py --dataset CUB --arch vgg16 --resume        goes on after an interruption
+    torchrun --nproc_per_node 8 train.py --dataset ILSVRC      one process a GPU: the same batches, shared out
 
 Writes --out (default runs/DATASET_ARCH_METHOD): config.json, log.jsonl, last.pt, best.pt, results_*.json.
 """
@@ -12,33 +13,36 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Iterable, Iterator, NamedTuple
 
+import numpy as np
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from bridge_wsol import optim
-from bridge_wsol.baselines import CAM, METHODS
-from bridge_wsol.data import load_splits, test_loader, to_input, train_loader
+from bridge_wsol.baselines import CAM, METHODS, Losses
+from bridge_wsol.data import load_splits, resized_pixels, test_loader, to_input, train_loader
 from bridge_wsol.models import ARCHS, load_pretrained, restore_weights
 from bridge_wsol.utils import (
-    InputError, Parser, autocast, default_workers, environment, load_tensors, one_line_errors, random_states, resolve_device,
-    save_checkpoint, seed_everything, set_random_states, write_json, write_text,
+    InputError, Parser, Stopped, StopRequest, autocast, default_workers, environment, first_process_first, gathered, join_processes,
+    leave_processes, load_tensors, one_line_errors, random_states, rank, resolve_device, save_checkpoint, seed_everything, set_random_states,
+    world_size, write_json, write_text,
 )
 from evaluate import evaluate_maps, load_run, network_maps, selection_score, table, write_results
 
 # What is no preset's business. None: decided by the data (val_per_class) or the machine (workers).
 DEFAULTS = {
     "data_root": "data", "splits": "data_splits", "weights": "imagenet", "seed": 0, "val_every": 1, "val_per_class": None,
-    "workers": default_workers(), "device": "auto", "amp": "auto",
+    "workers": default_workers(), "device": "auto", "amp": "auto", "cache": None,
 }
 # A resumed run may have others of these than the interrupted one: they change where, how fast and how long it runs, not what it computes.
-FREE_ON_RESUME = ("epochs", "val_every", "workers", "device", "amp", "data_root", "splits")
+FREE_ON_RESUME = ("epochs", "val_every", "workers", "device", "amp", "cache", "data_root", "splits")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -55,6 +59,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--val-every", type=int, metavar="N", help="choose the best among every N-th epoch and the last (default 1)")
     parser.add_argument("--seed", type=int, metavar="N")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that load images, and as many that sweep maps (default: one a core, at most 8)")
+    parser.add_argument("--cache", metavar="DIR", help="keep the resized training images there, decoded once: 0.2 MB an image")
     parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--amp", choices=("auto", "bf16", "off"), help="auto (default): bf16 on GPUs that have it")
     group = parser.add_argument_group("preset values, under their paper names (default: bridge_wsol/optim.py for --dataset and --arch)")
@@ -114,25 +119,88 @@ def resolve_config(args: argparse.Namespace, interrupted: dict[str, Any] | None)
     return c, sources | dict.fromkeys(flags, "flag")
 
 
+class TrainingStep(nn.Module):
+    """The losses of a batch as one module: all that a method computes goes through it, so DistributedDataParallel can wrap it."""
+
+    def __init__(self, model: nn.Module, method: CAM):
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, images: Tensor, labels: Tensor, epoch: int) -> Losses:
+        return self.method.losses(self.model, images, labels, epoch)
+
+
+class Progress(NamedTuple):
+    """How far an epoch is: what an interrupted one needs to go on bit for bit."""
+
+    step: int  # batches done
+    sums: dict[str, Tensor]  # each loss and the accuracy, summed over this process's images
+
+
 def train_one_epoch(
-    model: nn.Module, method: CAM, loader: DataLoader, optimizer: torch.optim.Optimizer, c: SimpleNamespace, epoch: int, device: torch.device
-) -> dict[str, float]:
-    """One pass over train. Returns each loss by name (means over images, unweighted), "loss" (their weighted sum), "top1" in percent."""
-    model.train()
-    sums: dict[str, torch.Tensor] = {}
-    for images, labels in loader:
+    step: nn.Module,
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    c: SimpleNamespace,
+    epoch: int,
+    device: torch.device,
+    begun: Progress,
+    stop: StopRequest,
+) -> Progress:
+    """One pass over train, from where it was `begun` to its end or to the step at which somebody asked to `stop`.
+
+    Raises InputError for a loss that is not finite, with the step and every loss by name.
+    """
+    step.train()
+    sums, recent, done = dict(begun.sums), [], begun.step
+    loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, begun.step
+    for done, (images, labels) in enumerate(loader, start=begun.step + 1):
         images, labels = to_input(images, device), labels.to(device, non_blocking=True)
+        own, whole = loader.batch_sampler.size(done - 1)
         with autocast(device, c.amp):
-            terms, logits = method.losses(model, images, labels, epoch)
+            terms, logits = step(images, labels, epoch)
         loss = sum(weight * value for weight, value in terms.values())
 
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        # Gradients are averaged over processes; their shares of a last, smaller batch may differ.
+        (loss * (own * world_size() / whole)).backward()
         optimizer.step()
+
         values = {"loss": loss, "top1": 100 * (logits.argmax(1) == labels).float().mean()} | {name: value for name, (_, value) in terms.items()}
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0) + value.detach() * len(labels)
-    return {name: float(value) / len(loader.dataset) for name, value in sums.items()}
+        recent.append((done, {name: value.detach() for name, value in values.items()}))
+        for name, value in recent[-1][1].items():
+            sums[name] = sums.get(name, 0) + value * own
+        if device.type == "cpu" or done % 20 == 0 or done == len(loader):  # asking a GPU for a value stops it for a moment
+            refuse_non_finite(recent, epoch, len(loader))
+            recent.clear()
+            if anybody_asked(stop, device):
+                break
+    return Progress(done, sums)
+
+
+def refuse_non_finite(recent: list[tuple[int, dict[str, Tensor]]], epoch: int, steps: int) -> None:
+    finite = torch.stack([values["loss"] for _, values in recent]).isfinite().tolist()
+    if not all(finite):
+        at, values = recent[finite.index(False)]
+        by_name = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items() if name != "top1")
+        raise InputError(
+            f"epoch {epoch}, step {at} of {steps}: the loss is not finite ({by_name}); last.pt is still the one before: lower --lr and --lr-new"
+        )
+
+
+def anybody_asked(stop: StopRequest, device: torch.device) -> bool:
+    """Processes stop after the same step or not at all: each would wait for the others' gradients."""
+    if world_size() == 1:
+        return stop.asked
+    asked = torch.tensor(float(stop.asked), device=device)
+    dist.all_reduce(asked)
+    return bool(asked > 0)
+
+
+def means(progress: Progress, images: int) -> dict[str, float]:
+    """Each loss by name (unweighted), "loss" (their weighted sum), "top1" in percent: means over all images, those of other processes too."""
+    parts = gathered({name: float(value) for name, value in progress.sums.items()})
+    return {name: sum(part[name] for part in parts) / images for name in parts[0]}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -141,84 +209,148 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = open_run(out, args.resume)
     c, sources = resolve_config(args, checkpoint)
     device = resolve_device(c.device)
+    join_processes(device)
+    stop = StopRequest()
+    try:
+        run(out, args, c, sources, checkpoint, device, stop)
+    finally:
+        stop.close()
+    leave_processes()
+
+
+def run(
+    out: Path,
+    args: argparse.Namespace,
+    c: SimpleNamespace,
+    sources: dict[str, str],
+    checkpoint: dict[str, Any] | None,
+    device: torch.device,
+    stop: StopRequest,
+) -> None:
+    first = rank() == 0  # the one of several processes that writes and speaks
+    say = print if first else lambda *_, **__: None
     seed_everything(c.seed)
 
-    splits, record = load_splits(c.dataset, Path(c.data_root), Path(c.splits), ("train", "val", "test"), c.val_per_class)
-    for what in ("lists", "val"):
+    names = ("train", "val", "test")
+    splits, record = first_process_first(lambda: load_splits(c.dataset, Path(c.data_root), Path(c.splits), names, c.val_per_class))
+    for what in ("lists", "val", "warning"):
         if what in record:
-            print(f"{what}: {record[what]}")
+            say(f"{what}: {record[what]}")
     method = METHODS[c.method](c)
     model = method.network(record["num_classes"])
     if checkpoint is None:
-        load_pretrained(model, c.arch, c.weights, keep_fc=c.dataset == "ILSVRC")
+        first_process_first(lambda: load_pretrained(model, c.arch, c.weights, keep_fc=c.dataset == "ILSVRC"))
     model.to(device, memory_format=torch.channels_last)
     optimizer = optim.build_optimizer(
         model, c.arch, lr=c.lr, lr_new=c.lr_new, momentum=c.momentum, nesterov=c.nesterov, weight_decay=c.weight_decay
     )
-    done, best, val = 0, None, None
+    done, best, val, progress = 0, None, None, Progress(0, {})
     if checkpoint is not None:
         restore_weights(model, checkpoint["model"], out / "last.pt")
         optimizer.load_state_dict(checkpoint["optimizer"])
         set_random_states(checkpoint["random_states"])
         done, best, val = checkpoint["epoch"], checkpoint["best"], checkpoint["val"]
-        print(f"resumed after epoch {done}")
-    resolved = {name: {"value": value, "source": sources[name]} for name, value in sorted(vars(c).items())}
-    write_json(out / "config.json", {"config": resolved, "data": record, "environment": environment(device)})
+        if checkpoint["progress"]:
+            progress = Progress(checkpoint["progress"]["step"], {k: v.to(device) for k, v in checkpoint["progress"]["sums"].items()})
+        say(f"resumed after epoch {done}" + (f", in epoch {done + 1} after step {progress.step}" if progress.step else ""))
     log = read_log(out / "log.jsonl", done)
+    if first:
+        resolved = {name: {"value": value, "source": sources[name]} for name, value in sorted(vars(c).items())}
+        write_json(out / "config.json", {"config": resolved, "data": record, "environment": environment(device)})
 
+    step: nn.Module = TrainingStep(model, method)
+    if world_size() > 1:
+        if device.type == "cuda":  # batch norm over the whole batch, as in one process; there is none such on the CPU
+            step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
+        step = DistributedDataParallel(step)
+    pixels = None
+    if c.cache:
+        pixels = first_process_first(lambda: resized_pixels(splits["train"], c.resize_size, Path(c.cache), c.workers))
     # The batch size changes after the warm stage (CUB, VGG16), so each stage has its loader; the epoch decides order and crops.
-    in_stage = {"resize_size": c.resize_size, "image_size": c.image_size, "seed": c.seed, "workers": c.workers}
+    shared_out = {"workers": c.workers, "rank": rank(), "world_size": world_size()}
+    in_stage = {"resize_size": c.resize_size, "image_size": c.image_size, "seed": c.seed, "pixels": pixels, **shared_out}
     loaders = {size: train_loader(splits["train"], size, **in_stage) for size in {c.warm_batch_size, c.batch_size}}
-    evaluation = {"method": method, "device": device, "amp": c.amp, "normalization": "minmax", "image_size": c.image_size}
-    val_loader = test_loader(splits["val"], c.batch_size, image_size=c.image_size, workers=c.workers)
+    evaluation = {"device": device, "amp": c.amp, "normalization": "minmax", "image_size": c.image_size}
+    val_loader, final_loader = (
+        test_loader(splits[name], c.batch_size, image_size=c.image_size, **shared_out) for name in ("val", "test")
+    )
 
-    started = time.perf_counter()
+    def save(name: str, epoch: int, progress: Progress | None = None) -> None:
+        if first:
+            save_checkpoint(out / name, {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "random_states": random_states(),
+                "epoch": epoch, "progress": progress and progress._asdict(), "best": best, "val": val,
+                "config": vars(c), "sources": sources, "num_classes": record["num_classes"],
+            })
+
+    started, steps_before = time.perf_counter(), progress.step
     for epoch in range(done + 1, c.epochs + 1):
         epoch_started = time.perf_counter()
         rates = optim.set_learning_rates(optimizer, epoch, c.decay_at, c.decay_factor)
         loader = loaders[c.warm_batch_size if epoch <= c.warm_epochs else c.batch_size]
-        loader.sampler.epoch = epoch
-        losses = train_one_epoch(model, method, loader, optimizer, c, epoch, device)
-        images_per_second = len(splits["train"]) / (time.perf_counter() - epoch_started)
-        if not math.isfinite(losses["loss"]):
-            by_name = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-            raise InputError(f"epoch {epoch}: the loss is not finite ({by_name}); lower --lr and --lr-new; {out} keeps the epochs before")
+        if rank() > 0:  # dropout draws of its own; the first process has the one stream that a checkpoint keeps
+            torch.manual_seed(int(np.random.SeedSequence([c.seed, epoch, rank()]).generate_state(1)[0]))
+        try:
+            progress = train_one_epoch(step, loader, optimizer, c, epoch, device, progress, stop)
+            if progress.step < len(loader):
+                raise Stopped
+            losses = means(progress, len(splits["train"]))
+            for buffer in model.buffers() if world_size() > 1 else ():  # running statistics: the first process's, as in the checkpoint
+                dist.broadcast(buffer, src=0)
+            images_per_second = (len(loader) - steps_before) * len(splits["train"]) / len(loader) / (time.perf_counter() - epoch_started)
 
-        entry: dict[str, Any] = {"epoch": epoch, **losses, "lr": rates[0], "lr_new": rates[1]}
-        is_best = False
-        if epoch % c.val_every == 0 or epoch == c.epochs:
-            val = evaluate_maps(network_maps(model, val_loader, **evaluation), splits["val"], workers=c.workers)
-            val = {"epoch": epoch, "metrics": val["metrics"], "levels": val["levels"]}
-            entry["val"] = val["metrics"]
-            is_best = best is None or selection_score(val["metrics"])[1] > best["score"]
-            if is_best:
-                best = {"epoch": epoch, "score": selection_score(val["metrics"])[1]}
+            entry: dict[str, Any] = {"epoch": epoch, **losses, "lr": rates[0], "lr_new": rates[1]}
+            is_best = False
+            if epoch % c.val_every == 0 or epoch == c.epochs:
+                maps = until_stopped(network_maps(model, val_loader, method=method, **evaluation), stop)
+                metrics_of_val = evaluate_maps(maps, splits["val"], workers=c.workers)
+                val = {"epoch": epoch, "metrics": metrics_of_val["metrics"], "levels": metrics_of_val["levels"]}
+                entry["val"] = val["metrics"]
+                is_best = best is None or selection_score(val["metrics"])[1] > best["score"]
+                if is_best:
+                    best = {"epoch": epoch, "score": selection_score(val["metrics"])[1]}
+        except Stopped:
+            save("last.pt", epoch - 1, progress)
+            raise Stopped(f"stopped in epoch {epoch} after step {progress.step} of {len(loader)}: the same command with --resume goes on") from None
+        except RuntimeError:
+            if stop.asked:  # a data loader's process got the signal too and ended before its batch
+                raise Stopped(f"stopped in epoch {epoch}: the same command with --resume goes on from what {out} has") from None
+            raise
         entry |= {"images_per_second": images_per_second, "seconds": time.perf_counter() - epoch_started}
+        progress, steps_before = Progress(0, {}), 0
 
         log.append(entry)
-        write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
-        state = {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "random_states": random_states(),
-            "epoch": epoch, "best": best, "val": val, "config": vars(c), "sources": sources, "num_classes": record["num_classes"],
-        }
+        if first:
+            write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
         if is_best:
-            save_checkpoint(out / "best.pt", state)
-        save_checkpoint(out / "last.pt", state)  # last of all: a crash before it repeats this epoch, identically
+            save("best.pt", epoch)
+        save("last.pt", epoch)  # last of all: a crash before it repeats this epoch, identically
         left = (time.perf_counter() - started) / (epoch - done) * (c.epochs - epoch)
-        print(epoch_line(entry, c.epochs, is_best, left), flush=True)
+        say(epoch_line(entry, c.epochs, is_best, left), flush=True)
 
-    loader = test_loader(splits["test"], c.batch_size, image_size=c.image_size, workers=c.workers)
+    gathered(None)  # everybody waits until the last checkpoint is written
     results: dict[int, dict[str, Any]] = {}
     for which in ("best", "last"):
         model, method, checkpoint = load_run(out, which, device)
         epoch = checkpoint["epoch"]
         if epoch not in results:
-            maps = network_maps(model, loader, **evaluation)
-            results[epoch] = evaluate_maps(maps, splits["test"], workers=c.workers, val_levels=checkpoint["val"]["levels"])
-            print(table(f"{c.dataset} test, {c.arch} {c.method}, {which} checkpoint (epoch {epoch})", results[epoch]))
-        head = {"dataset": c.dataset, "arch": c.arch, "method": c.method, "split": "test", "checkpoint": which, "epoch": epoch}
-        write_results(out / f"results_{which}_test.json", results[epoch], **head, normalize="minmax")
-    print(f"written to {out}")
+            try:
+                maps = until_stopped(network_maps(model, final_loader, method=method, **evaluation), stop)
+                results[epoch] = evaluate_maps(maps, splits["test"], workers=c.workers, val_levels=checkpoint["val"]["levels"])
+            except Stopped:
+                raise Stopped("stopped in the evaluation on test: the same command with --resume repeats it, or evaluate.py") from None
+            say(table(f"{c.dataset} test, {c.arch} {c.method}, {which} checkpoint (epoch {epoch})", results[epoch]))
+        if first:
+            head = {"dataset": c.dataset, "arch": c.arch, "method": c.method, "split": "test", "checkpoint": which, "epoch": epoch}
+            write_results(out / f"results_{which}_test.json", results[epoch], **head, normalize="minmax")
+    say(f"written to {out}")
+
+
+def until_stopped(batches: Iterable, stop: StopRequest) -> Iterator:
+    for batch in batches:
+        if stop.asked and world_size() == 1:  # several processes stop together, between training steps
+            raise Stopped
+        yield batch
 
 
 def open_run(out: Path, resume: bool) -> dict[str, Any] | None:
@@ -234,7 +366,7 @@ def open_run(out: Path, resume: bool) -> dict[str, Any] | None:
         # Interrupted before the first epoch ended, there is nothing to go on from: the same run starts anew.
         return None
     checkpoint = load_tensors(out / "last.pt")
-    if not {"model", "optimizer", "random_states", "epoch", "best", "val", "config", "sources"} <= checkpoint.keys():
+    if not {"model", "optimizer", "random_states", "epoch", "progress", "best", "val", "config", "sources"} <= checkpoint.keys():
         raise InputError(f"{out / 'last.pt'}: not a checkpoint of train.py")
     return checkpoint
 

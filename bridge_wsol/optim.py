@@ -127,7 +127,9 @@ def build_optimizer(
     """SGD over the two groups; each keeps its undecayed rate as `base_lr` for `set_learning_rates`."""
     old, new = parameter_groups(model, arch)
     groups = [{"params": old, "lr": lr, "base_lr": lr}, {"params": new, "lr": lr_new, "base_lr": lr_new}]
-    return torch.optim.SGD(groups, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+    # One pass over each parameter instead of four; the same update to rounding.
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in model.parameters())
+    return torch.optim.SGD(groups, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=fused)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, epoch: int, decay_at: list[int], decay_factor: float) -> list[float]:

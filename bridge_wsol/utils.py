@@ -8,17 +8,20 @@ import multiprocessing
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NoReturn, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
 
 
@@ -36,22 +39,114 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message is one line: the file, line or flag, and the way out."""
 
 
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C, at a point where everything is saved. The message says how to go on."""
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Around a script's main: bad input ends it with one line on stderr and exit code 2, Ctrl-C with 130."""
+    """Around a script's main: bad input ends it with one line on stderr and exit code 2; Ctrl-C and SIGTERM with 130.
+
+    Of several processes that meet the same error, the first one reports it.
+    """
     try:
         yield
     except InputError as error:
         # A data loader's worker process wraps the message in its traceback, as text: its last line is ours.
         sys.exit(_fail(str(error).strip().splitlines()[-1].rsplit(f"{InputError.__name__}: ", 1)[-1]))
+    except Stopped as stopped:
+        if rank() == 0:
+            sys.stderr.write(f"{stopped}\n")
+        sys.exit(130)
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         sys.exit(130)
+    except RuntimeError as error:
+        # What gloo and NCCL say, in many ways, when a process at the other end is gone.
+        if world_size() == 1 or not any(word in str(error).lower() for word in ("connection", "peer", "gloo", "nccl", "timed out", "timeout")):
+            raise
+        _fail(f"process {rank()} of {world_size()}: another process of this job has ended; start the job again with --resume")
+        os._exit(1)  # no orderly end: the library would wait for the lost one
 
 
 def _fail(message: str) -> int:
-    sys.stderr.write(f"error: {message}\n")
+    if int(os.environ.get("RANK", 0)) == 0 or world_size() > 1:
+        sys.stderr.write(f"error: {message}\n")
     return 2
+
+
+class StopRequest:
+    """Turns the first SIGTERM or Ctrl-C into a flag that the training loop asks for between steps; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        with suppress(ValueError):  # not the main thread: whoever runs training there has the signals
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.asked = True
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def close(self) -> None:
+        for number, handler in getattr(self, "before", {}).items():
+            signal.signal(number, handler)
+
+
+def ignore_interrupts(*_: Any) -> None:
+    """For worker processes: Ctrl-C reaches the whole group, and what happens then is the main process's decision."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# ------------------------------------------------------------------------------------- several processes (torchrun)
+
+
+def join_processes(device: torch.device) -> None:
+    """Meets the other processes that torchrun started, if it did; RANK, WORLD_SIZE and the address come from its environment."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # Evaluation makes the others wait for the slowest; an epoch of sweeps on a slow disk is well below this.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+
+
+def leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gathered(part: T) -> list[T]:
+    """Every process's part, in the order of their ranks, in every process."""
+    if world_size() == 1:
+        return [part]
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, part)
+    return parts
+
+
+def first_process_first(work: Callable[[], R]) -> R:
+    """work() in the first process, then in the others: what it writes is there when they look. Its error ends them without a second line."""
+    if world_size() == 1:
+        return work()
+    went_well = [False]
+    try:
+        if rank() == 0:
+            result = work()
+            went_well = [True]
+    finally:
+        dist.broadcast_object_list(went_well, src=0)
+    if not went_well[0]:
+        sys.exit(2)
+    return result if rank() == 0 else work()
 
 
 def seed_everything(seed: int) -> None:
@@ -74,9 +169,14 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """"auto": the GPU where there is one. Raises InputError for a device torch does not know or cannot reach."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """"auto": the GPU where there is one. Raises InputError for a device torch does not know or cannot reach.
+
+    Of several processes (torchrun), each has a GPU of its own.
+    """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    elif name == "auto":
+        name = "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -108,7 +208,7 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
         return
     # Forked workers share this process's memory and start at once; they touch neither torch nor a GPU.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    with ProcessPoolExecutor(workers, multiprocessing.get_context(method)) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context(method), initializer=ignore_interrupts) as pool:
         under_way: deque[Future[R]] = deque()
         try:
             for item in items:

@@ -224,7 +224,7 @@ def test_an_image_of_another_size_than_listed_is_refused(tmp_path):
 
 
 def epoch_of(loader, epoch):
-    loader.sampler.epoch = epoch
+    loader.batch_sampler.epoch = epoch
     return [(images, labels) for images, labels in loader]
 
 

@@ -285,7 +285,7 @@ def test_each_loss_changes_the_run_and_only_after_the_warm_stage(tiny, tmp_path)
 def test_batch_size_changes_after_the_warm_stage(tiny, tmp_path, monkeypatch):
     sizes = []
     whole = train.train_one_epoch
-    monkeypatch.setattr(train, "train_one_epoch", lambda *a: sizes.append((a[5], a[2].batch_size)) or whole(*a))
+    monkeypatch.setattr(train, "train_one_epoch", lambda *a: sizes.append((a[4], a[1].batch_sampler.batch_size)) or whole(*a))
     train.main([*tiny, "--out", str(tmp_path / "run")])
     train.main([*tiny, "--batch-size", "6", "--out", str(tmp_path / "both")])
     assert sizes == [(1, 4), (2, 8), (1, 6), (2, 6)]
