@@ -263,9 +263,18 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Tensors, numbers, strings, lists and dicts only: what `load_tensors` reads without executing anything."""
     with replacing(path) as part:
         try:
-            torch.save(checkpoint, part)
+            torch.save(_canonical(checkpoint), part)
         except RuntimeError as error:  # torch's zip writer reports a full disk so
             raise OSError(str(error).splitlines()[0]) from error
+
+
+def _canonical(value: Any) -> Any:
+    """Equal contents, equal bytes: pickle writes an object that is met twice once, and a resumed run shares other strings and lists."""
+    if isinstance(value, str):
+        return sys.intern(value)
+    if isinstance(value, dict):
+        return {_canonical(k): _canonical(v) for k, v in value.items()}
+    return type(value)(map(_canonical, value)) if type(value) in (list, tuple) else value
 
 
 def load_tensors(path: Path) -> dict[str, Any]:

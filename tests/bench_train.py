@@ -1,0 +1,186 @@
+"""How fast a training step is: ours in float32 and bf16 against a plain float32 eager step with the same mathematics.
+
+    python tests/bench_train.py [--arch vgg16] [--batch-size 8] [--steps 5] [--device cpu]
+
+The plain step: contiguous tensors, no autocast, cosine maps of all classes, SGD parameter by parameter. Same weights, same images, in turns.
+Printed: medians of images/s, the ratio to the plain step, peak memory (of a process of its own on the CPU), the share of what matrix products
+of the same type reach on this device; that the losses of the first step are equal; and the input's images/s, decoded and cached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench_eval import drawn_split
+from bridge_wsol import optim
+from bridge_wsol.baselines import METHODS
+from bridge_wsol.data import resized_pixels, train_loader
+from bridge_wsol.models import ARCHS
+from bridge_wsol.utils import autocast, resolve_device
+from train import TrainingStep
+
+CLASSES, EPOCH = 200, 50  # CUB's classes; an epoch after the warm stage, with all four losses
+MODES = ("plain float32", "ours float32", "ours bf16")
+
+
+def plain_losses(output, weight: Tensor, labels: Tensor, c: SimpleNamespace) -> dict[str, Tensor]:
+    """The formulas as one writes them down first, over all classes."""
+    f = output.features
+    F = (f**2).sum(1).sqrt()
+    low, high = F.amin((1, 2), keepdim=True), F.amax((1, 2), keepdim=True)
+    F_hat = (F - low) / (high - low)
+    S = torch.einsum("nchw,kc->nkhw", f / F[:, None].clamp(min=1e-12), weight / weight.norm(dim=1, keepdim=True))
+    S_y = S[torch.arange(len(labels)), labels]
+    l_sim = l_norm = 0
+    for i in range(len(labels)):
+        bg, fg = F_hat[i] < c.tau_bg, F_hat[i] > c.tau_fg
+        l_sim = l_sim + (S_y[i][bg].mean() if bg.any() else 0) - (S_y[i][fg].mean() if fg.any() else 0)
+        s = S[i].amax(0) if c.norm_class == "max" else S_y[i]
+        l_norm = l_norm + (F_hat[i][s < 0].mean() if (s < 0).any() else 0) - (F_hat[i][s > 0].mean() if (s > 0).any() else 0)
+    losses = {"l_ce": nnf.cross_entropy(output.logits, labels), "l_drop": (output.features_dropped - f).abs().mean()}
+    return losses | {"l_sim": l_sim / len(labels), "l_norm": l_norm / len(labels)}
+
+
+def make(mode: str, arch: str, device: torch.device) -> tuple[nn.Module, Callable[[Tensor, Tensor], dict[str, Tensor]]]:
+    """(network, a function that does one step and returns the unweighted losses)."""
+    c = SimpleNamespace(**{name: value for name, (value, _) in optim.preset("CUB", arch).items()}, arch=arch)
+    torch.manual_seed(0)
+    method = METHODS["bridge"](c)
+    model = method.network(CLASSES).to(device).train()
+    if mode == "plain float32":
+        old, new = optim.parameter_groups(model, arch)
+        groups = [{"params": old, "lr": c.lr}, {"params": new, "lr": c.lr_new}]
+        optimizer = torch.optim.SGD(groups, momentum=c.momentum, nesterov=c.nesterov, weight_decay=c.weight_decay, foreach=False)
+    else:
+        model = model.to(memory_format=torch.channels_last)
+        optimizer = optim.build_optimizer(
+            model, arch, lr=c.lr, lr_new=c.lr_new, momentum=c.momentum, nesterov=c.nesterov, weight_decay=c.weight_decay
+        )
+        step = TrainingStep(model, method)
+    factors = {"l_ce": 1.0, "l_drop": c.lambda_drop, "l_sim": c.lambda_sim, "l_norm": c.lambda_norm}
+
+    def one_step(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        torch.manual_seed(1)  # the same locations dropped
+        if mode == "plain float32":
+            losses = plain_losses(model(images), model.fc.weight, labels, c)
+        else:
+            images = images.contiguous(memory_format=torch.channels_last)
+            with autocast(device, "bf16" if mode == "ours bf16" else "off"):
+                losses = {name: value for name, (_, value) in step(images, labels, EPOCH).terms.items()}
+        optimizer.zero_grad(set_to_none=True)
+        sum(factors[name] * value for name, value in losses.items()).backward()
+        optimizer.step()
+        return {name: value.detach() for name, value in losses.items()}
+
+    return model, one_step
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def matrix_throughput(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a large matrix product: what the device reaches, not what its data sheet says."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
+
+
+def batch(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(size, 3, 224, 224, generator=generator)
+    return images.to(device), torch.randint(CLASSES, (size,), generator=generator).to(device)
+
+
+def peak_memory(mode: str, args: argparse.Namespace, device: torch.device) -> float:
+    """GB at the most during three steps: of the allocator on a GPU, of a fresh process on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        _, step = make(mode, args.arch, device)
+        images, labels = batch(args.batch_size, device)
+        for _ in range(3):
+            step(images, labels)
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    command = [sys.executable, __file__, "--arch", args.arch, "--batch-size", str(args.batch_size), "--memory-of", mode]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", choices=ARCHS, default="vgg16")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--memory-of", choices=MODES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = resolve_device(args.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in all of them
+
+    if args.memory_of:
+        _, step = make(args.memory_of, args.arch, torch.device("cpu"))
+        images, labels = batch(args.batch_size, torch.device("cpu"))
+        for _ in range(3):
+            step(images, labels)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+        return
+
+    memory = {mode: peak_memory(mode, args, device) for mode in MODES}
+    images, labels = batch(args.batch_size, device)
+    made = {mode: make(mode, args.arch, device)[1] for mode in MODES}
+    with FlopCounterMode(display=False) as counter:
+        first = {"plain float32": made["plain float32"](images, labels)}
+    flops = counter.get_total_flops()
+    first |= {mode: made[mode](images, labels) for mode in MODES[1:]}
+    taken: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for _ in range(args.steps):
+        for mode, step in made.items():
+            taken[mode].append(seconds(lambda: step(images, labels), device))
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.arch}, batch {args.batch_size}, 224 x 224, {CLASSES} classes, {name}; {flops / args.batch_size / 1e9:.0f} GFLOP an image")
+    reachable = {dtype: matrix_throughput(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
+    plain = np.median(taken["plain float32"])
+    for mode in MODES:
+        median, dtype = np.median(taken[mode]), torch.bfloat16 if "bf16" in mode else torch.float32
+        print(
+            f"  {mode:<14}{args.batch_size / median:9.2f} images/s   {plain / median:5.2f} x plain   {memory[mode]:6.2f} GB at most"
+            f"   {100 * flops / median / reachable[dtype]:5.1f} % of a matrix product's {reachable[dtype] / 1e12:.2f} TFLOP/s"
+        )
+    for mode in MODES[1:]:
+        difference = max(abs(float(first[mode][key] - first["plain float32"][key])) for key in first[mode])
+        print(f"  losses of the first step, {mode} and plain: at most {difference:.1e} apart")
+
+    with tempfile.TemporaryDirectory() as folder:
+        split = drawn_split(Path(folder), 256)
+        pixels = resized_pixels(split, 256, Path(folder) / "cache", workers=0)
+        for what, kept in (("decoded", None), ("cached", pixels)):
+            loader = train_loader(split, 32, resize_size=256, image_size=224, seed=0, workers=0, pixels=kept)
+            list(loader)
+            print(f"  input, one process, {what:<9}{len(split) / seconds(lambda: list(loader), torch.device('cpu')):9.0f} images/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""What long runs meet: several processes, signals, losses that are not finite, full disks; and the cache of decoded images."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import train
+from bridge_wsol.data import EpochSampler, TrainImages, load_splits, resized_pixels, test_loader
+from bridge_wsol.utils import InputError
+from conftest import REPOSITORY
+from test_train import lines_of, read_json, same_run, weights
+
+PROGRAM = str(REPOSITORY / "tests" / "tiny_train.py")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+NO_DROPOUT = ["--p", "0"]
+
+
+def torchrun(*arguments, die_at=0, rank=0):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", PROGRAM, str(die_at), str(rank)]
+    return subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+
+
+def test_two_processes_are_one_with_the_same_batches(trained, tmp_path):
+    flags, _ = trained
+    flags = [*flags, *NO_DROPOUT, "--warm-batch-size", "17", "--batch-size", "4", "--epochs", "2"]  # 18 images: 17 + 1, then 4 ... 4 + 2
+    train.main([*flags, "--out", str(tmp_path / "one")])
+    both = torchrun(*flags, "--out", tmp_path / "two")
+    assert both.returncode == 0, both.stderr
+    one, two = (weights(tmp_path / name / "last.pt") for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)
+    for a, b in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
+        for name in a.keys() - {"val"}:
+            assert a[name] == pytest.approx(b[name], abs=1e-5), name
+    assert both.stdout.count("epoch 1/2") == both.stdout.count("written to") == 1  # one of them speaks
+
+    # The same weights, evaluated by one process and by two: exactly the same results; 9 images are not divisible by 2.
+    shutil.copytree(tmp_path / "one", tmp_path / "again")
+    for name in ("best", "last"):
+        (tmp_path / "again" / f"results_{name}_test.json").unlink()
+    assert torchrun(*flags, "--out", tmp_path / "again", "--resume").returncode == 0
+    for name in ("best", "last"):
+        assert read_json(tmp_path / "again" / f"results_{name}_test.json") == read_json(tmp_path / "one" / f"results_{name}_test.json")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_job_with_a_line(trained, tmp_path, rank):
+    flags, _ = trained
+    job = torchrun(*flags, "--epochs", "3", "--out", tmp_path / "dies", die_at=8, rank=rank)
+    said = [line for line in job.stderr.splitlines() if line.startswith("error: ")]
+    assert job.returncode != 0 and len(said) == 1, job.stderr
+    assert f"process {1 - rank} of 2" in said[0] and "--resume" in said[0]
+    torch.load(tmp_path / "dies" / "last.pt", weights_only=True)
+
+
+def test_an_error_of_all_processes_is_said_once(trained, tmp_path):
+    flags, _ = trained
+    (tmp_path / "splits" / "tiny" / "val" / "class_labels.txt").write_text("nonsense\n")
+    job = torchrun(*flags, "--out", tmp_path / "new")
+    said = [line for line in job.stderr.splitlines() if line.startswith("error: ")]
+    assert job.returncode != 0 and len(said) == 1 and "class_labels.txt:1" in said[0]
+
+
+@pytest.mark.parametrize("n, batch_size, world_size", [(18, 4, 2), (17, 8, 4), (5, 4, 3), (3, 8, 4)])
+def test_the_shares_of_all_processes_are_the_batches_of_one(n, batch_size, world_size):
+    alone = EpochSampler(n, batch_size, seed=0)
+    shares = [EpochSampler(n, batch_size, 0, rank, world_size) for rank in range(world_size)]
+    for number, (whole, parts) in enumerate(zip(alone, zip(*shares, strict=True), strict=True)):
+        counted = [part[: share.size(number)[0]] for part, share in zip(parts, shares)]
+        assert sorted(item for part in counted for item in part) == sorted(whole)
+        assert all(share.size(number)[1] == len(whole) for share in shares) and all(parts)  # nobody is without an image
+    assert len({len(list(share)) for share in shares}) == 1 and len(alone) == number + 1
+
+
+def test_test_images_are_shared_out_without_repetition(trained, tmp_path):
+    split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("test",))[0]["test"]
+    loaders = [test_loader(split, 2, image_size=64, workers=0, rank=rank, world_size=4) for rank in range(4)]
+    seen = [index for loader in loaders for _, _, indices in loader for index in indices.tolist()]
+    assert sorted(seen) == list(range(9))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_inside_an_epoch_saves_and_the_run_goes_on_as_if_nothing_had_happened(trained, tmp_path, number, monkeypatch):
+    flags, run = trained
+    steps, whole = [], train.TrainingStep.forward
+
+    def forward(*args):
+        steps.append(1)
+        if len(steps) == 7:  # epoch 1 has 5 steps of 4 images, epoch 2 has 3 of 8
+            os.kill(os.getpid(), number)
+        return whole(*args)
+
+    monkeypatch.setattr(train.TrainingStep, "forward", forward)
+    with pytest.raises(train.Stopped, match="epoch 2 after step 2 of 3: the same command with --resume"):
+        train.main([*flags, "--out", str(tmp_path / "stopped")])
+    assert len(lines_of(tmp_path / "stopped")) == 1 and not same_weights(run, tmp_path / "stopped")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train.main([*flags, "--workers", "2", "--out", str(tmp_path / "stopped"), "--resume"])
+    assert len(steps) == 8 and same_run(run, tmp_path / "stopped")
+
+
+def same_weights(a, b):
+    ours, theirs = weights(a / "last.pt"), weights(b / "last.pt")
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_signal_during_validation_repeats_it(trained, tmp_path, monkeypatch):
+    flags, run = trained
+    with monkeypatch.context() as patch:
+        whole = train.network_maps
+        patch.setattr(train, "network_maps", lambda *a, **k: (os.kill(os.getpid(), signal.SIGTERM), whole(*a, **k))[1])
+        with pytest.raises(train.Stopped, match="epoch 1 after step 5 of 5"):
+            train.main([*flags, "--out", str(tmp_path / "stopped")])
+    assert lines_of(tmp_path / "stopped") == [] if (tmp_path / "stopped" / "log.jsonl").exists() else True
+    train.main([*flags, "--out", str(tmp_path / "stopped"), "--resume"])
+    assert same_run(run, tmp_path / "stopped")
+
+
+def test_killed_runs_resume_to_the_same_bytes():
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "tests" / "kill_resume.py"), "--kills", "2", "--epochs", "4", "--workers", "0"],
+        capture_output=True, text=True, env=ENVIRONMENT, timeout=150,
+    )
+    assert done.returncode == 0 and "as if nobody had touched it" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("at", [2, 6])
+def test_a_loss_that_is_not_finite_is_named_with_its_step(trained, tmp_path, monkeypatch, at):
+    flags, _ = trained
+    steps, whole = [], train.TrainingStep.forward
+
+    def forward(*args):
+        losses = whole(*args)
+        steps.append(1)
+        if len(steps) == at:
+            losses.terms["l_drop"] = 3.0, losses.terms["l_drop"][1] * float("nan")
+        return losses
+
+    monkeypatch.setattr(train.TrainingStep, "forward", forward)
+    epoch, step = {2: (1, 2), 6: (2, 1)}[at]
+    with pytest.raises(InputError, match=rf"epoch {epoch}, step {step} of .*not finite \(.*l_ce \d.*l_drop nan.*--lr") as error:
+        train.main([*flags, "--out", str(tmp_path / "new")])
+    assert len(steps) == at and "top1" not in str(error.value)
+    if epoch == 2:
+        kept = torch.load(tmp_path / "new" / "last.pt", weights_only=True)
+        assert kept["epoch"] == 1 and all(value.isfinite().all() for value in kept["model"].values())
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(trained, fails, tmp_path):
+    """A limit on the size of files stands in for a full disk: the write fails in the middle of the checkpoint."""
+    flags, run = trained
+    before = (run / "last.pt").read_bytes()
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2}, {len(before) // 2})); sys.argv = sys.argv[1:];"
+        "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, PROGRAM, "0", "0", *flags, "--epochs", "3", "--out", str(run), "--resume"],
+        capture_output=True, text=True, env=ENVIRONMENT, timeout=60,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert re.search(r"error: .*\.pt: cannot be written", done.stderr)
+    assert (run / "last.pt").read_bytes() == before and not list(run.glob(".*.part"))
+    train.main([*flags, "--epochs", "3", "--out", str(run), "--resume"])  # with room again it goes on
+    assert len(lines_of(run)) == 3
+
+
+def test_the_cache_changes_nothing_but_the_time(trained, tmp_path):
+    flags, run = trained
+    cache = tmp_path / "cache"
+    train.main([*flags, "--cache", str(cache), "--out", str(tmp_path / "cached")])
+    assert same_run(run, tmp_path / "cached")
+    (file,) = cache.iterdir()
+    made = file.stat().st_mtime_ns
+    train.main([*flags, "--cache", str(cache), "--workers", "2", "--out", str(tmp_path / "again")])
+    assert same_run(run, tmp_path / "again") and [path.stat().st_mtime_ns for path in cache.iterdir()] == [made]
+
+
+def test_the_cache_is_of_these_images(trained, fails, tmp_path):
+    split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("train",))[0]["train"]
+    pixels = resized_pixels(split, 20, tmp_path / "cache", workers=2)
+    plain, cached = TrainImages(split, 20, 16, seed=0), TrainImages(split, 20, 16, 0, pixels)
+    for item in ((1, 0), (1, 17), (2, 5)):
+        assert torch.equal(plain[item][0], cached[item][0]) and plain[item][1] == cached[item][1]
+    first = split.path(0)
+    first.write_bytes(split.path(1).read_bytes())
+    os.utime(first, ns=(0, time.time_ns()))
+    again = resized_pixels(split, 20, tmp_path / "cache", workers=0)
+    assert np.array_equal(again[0], pixels[1]) and not np.array_equal(pixels[0], pixels[1]) and len(list((tmp_path / "cache").iterdir())) == 2
+    split.path(2).write_bytes(b"no image")
+    with pytest.raises(InputError, match=split.ids[2]):
+        resized_pixels(split, 20, tmp_path / "cache", workers=0)
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # nothing half-made
+
+
+def test_classes_without_images_are_a_warning(trained, tmp_path, capsys):
+    flags, _ = trained
+    labels = tmp_path / "splits" / "tiny" / "train" / "class_labels.txt"
+    labels.write_text(re.sub(r",2$", ",4", labels.read_text(), flags=re.MULTILINE))
+    train.main([*flags, "--epochs", "1", "--out", str(tmp_path / "new")])
+    printed = capsys.readouterr().out
+    assert re.search(r"warning: 2 of the 5 classes have no image in .*train: 2, 3", printed)
+    assert read_json(tmp_path / "new" / "config.json")["data"]["num_classes"] == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_on_the_gpu_learns_what_the_cpu_learns(trained, tmp_path):
+    flags, run = trained
+    train.main([*flags, "--device", "cuda", "--amp", "off", *NO_DROPOUT, "--out", str(tmp_path / "gpu")])
+    train.main([*flags, *NO_DROPOUT, "--out", str(tmp_path / "cpu")])
+    for a, b in zip(lines_of(tmp_path / "gpu"), lines_of(tmp_path / "cpu"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-2)
+    evaluate.main([str(tmp_path / "gpu"), "--device", "cuda"])
