@@ -1,4 +1,4 @@
-"""What the two scripts share that is in no paper: clear errors, seeds, files that are never half-written."""
+"""What the modules share that is in no paper: clear errors, seeds, files that are never half-written."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from typing import Any, Callable, Iterable, Iterator, NoReturn, TypeVar
 import numpy as np
 import torch
 import torchvision
+from PIL import Image
 
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -52,6 +53,12 @@ def one_line_errors() -> Iterator[None]:
 def _fail(message: str) -> int:
     sys.stderr.write(f"error: {message}\n")
     return 2
+
+
+def first_line(error: Any) -> str:
+    """What an error says, cut to fit into a line of ours."""
+    text = str(error).strip()
+    return text.splitlines()[0][:120] if text else type(error).__name__
 
 
 def seed_everything(seed: int) -> None:
@@ -175,8 +182,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # damaged zip, truncated pickle, foreign objects: torch raises a dozen types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: damaged, or not a file of tensors ({reason[:120]})") from error
+        raise InputError(f"{path}: damaged, or not a file of tensors ({first_line(error)})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}, not a dictionary of tensors")
     return value
@@ -197,3 +203,13 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "git_commit": commit,
     }
+
+
+def open_image(path: Path) -> Image.Image:
+    """Opens an image without decoding it. Raises InputError where there is none."""
+    try:
+        return Image.open(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image") from None
+    except Exception as error:  # Pillow's readers raise whatever a damaged header leads them to
+        raise InputError(f"{path}: not an image that can be read ({first_line(error)})") from error
