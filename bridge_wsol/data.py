@@ -120,38 +120,46 @@ def read_split(folder: Path, root: Path, name: str, num_classes: int | None = No
     image_ids.txt or there twice, an image without label, a label below 0 or not below num_classes, a box with x1 < x0 or outside
     its image.
     """
-    ids = [image for _, (image,) in _lines(folder / "image_ids.txt", (1,))]
-    index = {image: i for i, image in enumerate(ids)}
-    if not ids:
-        raise InputError(f"{folder / 'image_ids.txt'}: empty")
-    if len(index) < len(ids):
-        seen: set[str] = set()
-        line = next(n for n, image in enumerate(ids, 1) if image in seen or seen.add(image))
-        raise InputError(f"{folder / 'image_ids.txt'}:{line}: {ids[line - 1]} was listed before")
-    for n, image in enumerate(ids, 1):
-        if image.startswith("/") or ".." in image.split("/"):
-            raise InputError(f"{folder / 'image_ids.txt'}:{n}: {image} leaves the data root")
+    path = folder / "image_ids.txt"
+    index: dict[str, int] = {}
+    for n, (image,) in _lines(path, (1,)):
+        if image in index:
+            raise InputError(f"{path}:{n}: {image[:80]} was listed before")
+        index[image] = len(index)
+        if image[0] == "/" or (".." in image and ".." in image.split("/")):
+            raise InputError(f"{path}:{n}: {image[:80]} leaves the data root")
+    if not index:
+        raise InputError(f"{path}: empty")
+    ids = list(index)
 
-    labels = np.full(len(ids), -1, dtype=np.int64)
+    labels = [-1] * len(ids)
     path = folder / "class_labels.txt"
-    for n, (image, label) in _lines(path, (2,)):
-        labels[_index_of(image, index, path, n)] = value = _integers([label], path, n)[0]
-        if value < 0 or (num_classes is not None and value >= num_classes):
+    parsed: dict[str, int] = {}  # a million lines have a thousand labels
+    for n, (image, text) in _lines(path, (2,)):
+        i = _index_of(image, index, path, n)
+        label = parsed[text] if text in parsed else parsed.setdefault(text, _integers([text], path, n)[0])
+        if label < 0 or (num_classes is not None and label >= num_classes):
             top = "" if num_classes is None else f" to {num_classes - 1}, the classes of train"
-            raise InputError(f"{path}:{n}: label {value} is out of range: labels run from 0{top}")
-    _require_all(labels >= 0, ids, path, "label")
+            raise InputError(f"{path}:{n}: label {label} is out of range: labels run from 0{top}")
+        if labels[i] >= 0:
+            raise InputError(f"{path}:{n}: {image[:80]} has a label already")
+        labels[i] = label
+    _require_all(np.array(labels) >= 0, ids, path, "label")
 
     sizes = None
     path = folder / "image_sizes.txt"
     if path.exists() and path.stat().st_size:
         sizes = np.zeros((len(ids), 2), dtype=np.int64)
         for n, (image, *size) in _lines(path, (3,)):
-            sizes[_index_of(image, index, path, n)] = size = _integers(size, path, n)
+            i, size = _index_of(image, index, path, n), _integers(size, path, n)
             if min(size) < 1:
                 raise InputError(f"{path}:{n}: width and height must be positive, got {size[0]} x {size[1]}")
+            if sizes[i, 0]:
+                raise InputError(f"{path}:{n}: {image[:80]} has a size already")
+            sizes[i] = size
         _require_all(sizes[:, 0] > 0, ids, path, "size")
 
-    return Split(name, root, ids, labels, sizes, *_read_localization(folder / "localization.txt", index, sizes))
+    return Split(name, root, ids, np.array(labels, dtype=np.int64), sizes, *_read_localization(folder / "localization.txt", index, sizes))
 
 
 def _read_localization(path: Path, index: dict[str, int], sizes: np.ndarray | None) -> tuple[dict[int, np.ndarray], dict[int, Masks]]:
@@ -185,24 +193,24 @@ def _read_localization(path: Path, index: dict[str, int], sizes: np.ndarray | No
 def _lines(path: Path, fields: tuple[int, ...]) -> Iterator[tuple[int, list[str]]]:
     """(line number from 1, comma-separated fields) of each line that is not empty; the number of fields is checked."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            for n, line in enumerate(file, 1):
+                if line := line.strip():
+                    values = [line] if fields == (1,) else line.split(",")
+                    if len(values) not in fields:
+                        expected = " or ".join(map(str, fields))
+                        raise InputError(f"{path}:{n}: {len(values)} comma-separated fields where {expected} are expected: {line[:80]}")
+                    yield n, values
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise InputError(f"{path}: cannot be read ({reason}); data_splits/README.md has the format") from error
-    for n, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            values = line.strip().split(",") if fields != (1,) else [line.strip()]
-            if len(values) not in fields:
-                expected = " or ".join(map(str, fields))
-                raise InputError(f"{path}:{n}: {len(values)} comma-separated fields where {expected} are expected: {line.strip()[:80]}")
-            yield n, values
 
 
 def _integers(values: list[str], path: Path, n: int) -> list[int]:
-    try:
-        return [int(value) for value in values]
-    except ValueError:
-        raise InputError(f"{path}:{n}: {','.join(values)[:80]} should be whole numbers") from None
+    # int() alone would take "1_0" and digits of any script, and numbers that no array holds.
+    if not all(value.removeprefix("-").isdecimal() and value.isascii() and len(value) <= 10 for value in values):
+        raise InputError(f"{path}:{n}: {','.join(values)[:80]} should be whole numbers")
+    return [int(value) for value in values]
 
 
 def _index_of(image: str, index: dict[str, int], path: Path, n: int) -> int:
@@ -246,10 +254,10 @@ def load_splits(
     if "train" in names or ("val" in names and not from_list) or (folder / "train").is_dir():
         found["train"] = train = read_split(folder / "train", root, f"{dataset} train")
         num_classes = int(train.labels.max()) + 1
-        absent = np.setdiff1d(np.arange(num_classes), train.labels)
-        if len(absent):
-            path = folder / "train" / "class_labels.txt"
-            raise InputError(f"{path}: no image of class {absent[0]}; labels must run from 0 to {num_classes - 1}")
+        present = np.unique(train.labels)
+        if len(present) < num_classes:
+            path, absent = folder / "train" / "class_labels.txt", int(np.argmin(present == np.arange(len(present))))
+            raise InputError(f"{path}: no image of class {absent}; labels must run from 0 to {num_classes - 1}")
         record["classes"] = class_names(train)
         if not from_list:
             per_class = 2 if val_per_class is None else val_per_class
@@ -349,10 +357,11 @@ def read_folder(folder: Path, localization: bool = True) -> tuple[dict[str, Spli
         raise InputError(f"--dataset {folder}: {len(classes)} sub-folders where one for each class is expected, two at least")
     ids: dict[str, list[str]] = {name: [] for name in FOLDER_SHARES}
     labels: dict[str, list[int]] = {name: [] for name in FOLDER_SHARES}
-    for label, name in enumerate(classes):
+    for name in classes:
         nested = next((path for path in sorted((folder / name).iterdir()) if path.is_dir() and not path.name.startswith(".")), None)
         if nested is not None:
             raise InputError(f"{nested}: a folder inside of the class {name}: --dataset {folder} has one sub-folder of images for each class, none deeper")
+    for label, name in enumerate(classes):
         images = [f"{name}/{path.name}" for path in (folder / name).iterdir() if _is_image(path)]
         for split, chosen in _by_hash(images, folder / name).items():
             ids[split] += chosen
