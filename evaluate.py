@@ -258,12 +258,30 @@ def table(title: str, result: dict[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------------------- a run
 
 
+def checkpoint_problem(checkpoint: dict[str, Any]) -> str | None:
+    """The first part that a checkpoint of train.py has and this lacks, or has of another kind."""
+    kinds = {"model": dict, "config": dict, "epoch": int, "num_classes": int, "val": (dict, type(None))}
+    for name, kind in kinds.items():
+        if not isinstance(checkpoint.get(name, ...), kind):
+            return name
+    levels = checkpoint["val"] and checkpoint["val"].get("levels", ...)
+    if levels is not None and not (isinstance(levels, dict) and all(levels.get(name) in range(LEVELS) for name in ("30", "50", "70", "largest"))):
+        return "val"
+    classes = checkpoint.get("classes")  # younger than the rest
+    if classes is not None and not (isinstance(classes, list) and len(classes) == checkpoint["num_classes"]):
+        return "classes"
+    return None
+
+
 def load_run(run: Path, which: str, device: torch.device) -> tuple[nn.Module, CAM, dict[str, Any]]:
     """(network, its method, checkpoint) of RUN/<which>.pt. Raises InputError for a folder that is no run, or a damaged checkpoint."""
     path = run / f"{which}.pt"
     if not path.exists():
         raise InputError(f"{path}: no such checkpoint: RUN is a folder that train.py wrote")
     checkpoint = load_tensors(path)
+    problem = checkpoint_problem(checkpoint)
+    if problem:
+        raise InputError(f"{path}: not a checkpoint of train.py ({problem} is missing or of the wrong kind)")
     try:
         c = checkpoint["config"]
         method = METHODS[c["method"]](SimpleNamespace(**c))

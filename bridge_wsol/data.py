@@ -480,8 +480,8 @@ def load_score_map(folder: Path, image: str) -> np.ndarray:
         raise InputError(f"{candidates[0]}: no score map for {image} (nor {candidates[1].name})")
     try:
         score_map = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a .npy array ({str(error).splitlines()[0][:120]})") from error
+    except Exception as error:  # numpy reads the header as Python's literals, with all the errors of its parser
+        raise InputError(f"{path}: not a .npy array ({first_line(error)})") from error
     if not isinstance(score_map, np.ndarray) or score_map.ndim != 2 or not score_map.size:
         raise InputError(f"{path}: a score map is a 2-D array, this has shape {getattr(score_map, 'shape', 'of an archive')}")
     if score_map.dtype.kind not in "fiub":

@@ -15,6 +15,7 @@ import scipy.io
 from PIL import Image
 
 import evaluate
+import fuzz_inputs
 import train
 from bridge_wsol import data, datasets, optim
 from bridge_wsol.data import load_splits, read_folder, read_split
@@ -678,3 +679,13 @@ def test_check_of_a_folder_and_of_lists_without_val(tmp_path, capsys):
     shutil.rmtree(splits / "tiny" / "val")
     data.main(["check", "--dataset", "tiny", "--data-root", str(data_root), "--splits", str(splits), "--workers", "0"])
     assert "tiny val: 6 images" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------ damaged inputs
+
+
+def test_damaged_inputs_give_neither_tracebacks_nor_wrong_numbers(trained, tmp_path):
+    outcomes = fuzz_inputs.run(tmp_path, cases=60, seed=1)
+    assert sum(outcomes.values()) == 60
+    for target in fuzz_inputs.TARGETS:
+        assert outcomes[target.__name__, "refused"] >= 4
