@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -25,7 +27,7 @@ from bridge_wsol import cam, figures, optim
 from bridge_wsol.baselines import CAM, METHODS
 from bridge_wsol.boxes import LEVELS, level_boxes, scale_boxes
 from bridge_wsol.data import (
-    Masks, Split, image_files, load_masks, load_rgb, load_score_map, load_splits, open_image, test_loader, to_input,
+    Masks, Split, decode, image_files, load_masks, load_rgb, load_score_map, load_splits, test_loader, to_input,
 )
 from bridge_wsol.metrics import BoxAccuracy, Localization, PixelAveragePrecision, label_ranks, localize, top_k_accuracy
 from bridge_wsol.models import restore_weights
@@ -62,6 +64,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--score-maps", type=Path, metavar="DIR", help="evaluate the maps in DIR instead of a run; needs --dataset")
     parser.add_argument("--dataset", help="with --score-maps: whose images the maps belong to")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the results file; with --images: the folder for boxes.json and pictures")
+    parser.add_argument("--threshold", type=float, metavar="T", help="with --images: fraction of the map's maximum (default: the one chosen on val)")
     parser.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="images, or folders of them, to localize with RUN")
     args = parser.parse_args(argv)
     if (args.run is None) == (args.score_maps is None):
@@ -70,6 +73,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--score-maps needs --dataset")
     if args.score_maps and (args.images or args.save_maps):
         parser.error("--images and --save-maps need a RUN, not --score-maps")
+    if args.threshold is not None and not (args.images and 0 <= args.threshold < 1):
+        parser.error("--threshold goes with --images and is in [0, 1)")
     if args.dataset and args.run:
         parser.error("--dataset goes with --score-maps; a RUN knows its own")
     if args.batch_size < 1 or args.workers < 0 or args.pictures < 0:
@@ -264,12 +269,30 @@ def table(title: str, result: dict[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------------------- a run
 
 
+def checkpoint_problem(checkpoint: dict[str, Any]) -> str | None:
+    """The first part that a checkpoint of train.py has and this lacks, or has of another kind."""
+    kinds = {"model": dict, "config": dict, "epoch": int, "num_classes": int, "val": (dict, type(None))}
+    for name, kind in kinds.items():
+        if not isinstance(checkpoint.get(name, ...), kind):
+            return name
+    levels = checkpoint["val"] and checkpoint["val"].get("levels", ...)
+    if levels is not None and not (isinstance(levels, dict) and all(levels.get(name) in range(LEVELS) for name in ("30", "50", "70", "largest"))):
+        return "val"
+    classes = checkpoint.get("classes")  # younger than the rest
+    if classes is not None and not (isinstance(classes, list) and len(classes) == checkpoint["num_classes"]):
+        return "classes"
+    return None
+
+
 def load_run(run: Path, which: str, device: torch.device) -> tuple[nn.Module, CAM, dict[str, Any]]:
     """(network, its method, checkpoint) of RUN/<which>.pt. Raises InputError for a folder that is no run, or a damaged checkpoint."""
     path = run / f"{which}.pt"
     if not path.exists():
         raise InputError(f"{path}: no such checkpoint: RUN is a folder that train.py wrote")
     checkpoint = load_tensors(path)
+    problem = checkpoint_problem(checkpoint)
+    if problem:
+        raise InputError(f"{path}: not a checkpoint of train.py ({problem} is missing or of the wrong kind)")
     try:
         c = checkpoint["config"]
         method = METHODS[c["method"]](SimpleNamespace(**c))
@@ -298,6 +321,9 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.run / args.checkpoint}.pt was trained on {checkpoint['num_classes']} classes, "
             f"{splits_dir / config['dataset']} has {record['num_classes']}"
         )
+
+    if checkpoint.get("classes") and record.get("classes") and checkpoint["classes"] != record["classes"]:
+        raise InputError(f"{args.run / args.checkpoint}.pt was trained on other classes than the sub-folders of {config['dataset']} are now")
 
     def maps_of(split: Split) -> Iterator[MapBatch]:
         loader = test_loader(split, args.batch_size, image_size=config["image_size"], workers=args.workers)
@@ -358,7 +384,7 @@ def draw_result(folder: Path, split: Split, index: int, result: dict[str, Any]) 
     if index in split.boxes:
         predicted = level_boxes(score_map).largest[result["levels"]["largest"]]
         truth = scale_boxes(split.boxes[index], tuple(split.sizes[index]), size)
-    picture = figures.localization(load_rgb(split.path(index), size), score_map, predicted, truth)
+    picture = figures.localization(load_rgb(split.path(index), size, upright=split.upright), score_map, predicted, truth)
     with replacing(folder / f"{split.ids[index].replace('/', '_')}.png") as part:
         picture.save(part, format="PNG")
 
@@ -367,34 +393,66 @@ def draw_result(folder: Path, split: Split, index: int, result: dict[str, Any]) 
 def localize_images(args: argparse.Namespace, model: nn.Module, method: CAM, checkpoint: dict[str, Any], device: torch.device) -> None:
     """boxes.json and a picture for each of the user's own images: five classes, and the box of the first.
 
-    The box is the largest contour of the predicted class's map at the threshold chosen on val, in pixels of the original image.
+    The box is the largest contour of the predicted class's map at the threshold chosen on val or --threshold, in pixels of the original image as it is
+    shown, its EXIF orientation applied; null where nothing of the map exceeds the threshold. An image that cannot be read is
+    named and left out; the exit code is then 1.
     """
-    size, levels = checkpoint["config"]["image_size"], (checkpoint["val"] or {}).get("levels")
-    if levels is None:
-        raise InputError(f"{args.run}: this run chose no threshold on val (it has no boxes)")
+    size, levels, names = checkpoint["config"]["image_size"], (checkpoint["val"] or {}).get("levels"), checkpoint.get("classes")
+    if args.threshold is not None:
+        level = int(args.threshold * LEVELS)
+    elif levels is None:
+        raise InputError(f"{args.run}: this run chose no threshold on val, which has no boxes: pass --threshold, 0.2 for instance")
+    elif args.normalize != "minmax":
+        raise InputError(f"--normalize {args.normalize}: the run's threshold was chosen on min-max maps: pass --threshold")
+    else:
+        level = levels["largest"]
     folder = args.out or args.run / "images"
     model.eval()
-    found = []
+    found, failed = [], 0
     for path in image_files(args.images):
-        picture = load_rgb(path, size)
-        with open_image(path) as image:
-            width, height = image.size
+        try:
+            image = decode(path, upright=True)
+        except InputError as error:
+            failed += 1
+            sys.stderr.write(f"left out: {error}\n")
+            continue
+        picture = image.resize((size, size), Image.Resampling.BILINEAR)
         with autocast(device, args.amp):
             logits, maps = method.predict(model, to_input(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], device))
         probabilities = logits[0].float().softmax(0)
         top = probabilities.topk(min(5, len(probabilities)))
         score_map = cam.normalize(cam.resize(maps, size, method.upsampling), args.normalize)[0].cpu().numpy()
-        box = level_boxes(score_map).largest[levels["largest"]]
-        x0, y0, x1, y1 = box.tolist()
-        # The pixels x0 ... x1 of the map cover the fractions x0 / size ... (x1 + 1) / size of the image.
-        original = [x0 * width // size, y0 * height // size, (x1 + 1) * width // size - 1, (y1 + 1) * height // size - 1]
-        classes = [{"class": int(k), "probability": float(q)} for k, q in zip(top.indices, top.values)]
-        found.append({"image": str(path), "width": width, "height": height, "box": original, "top5": classes})
+        box = original_box(level_boxes(score_map).largest[level], size, image.size)
+        classes = [{"class": int(k), **({"name": names[k]} if names else {}), "probability": float(q)} for k, q in zip(top.indices, top.values)]
+        found.append({"image": str(path), "width": image.width, "height": image.height, "box": box, "top5": classes})
         with replacing(folder / f"{len(found):05d}_{path.stem}.png") as part:
-            figures.localization(picture, score_map, box).save(part, format="PNG")
-        print(f"{path}: class {classes[0]['class']} ({100 * classes[0]['probability']:.1f} %), box {','.join(map(str, original))}")
+            figures.localization(*in_proportion(image, score_map, box)).save(part, format="PNG")
+        where = ",".join(map(str, box)) if box else "none"
+        print(f"{path}: class {classes[0].get('name', classes[0]['class'])} ({100 * classes[0]['probability']:.1f} %), box {where}", flush=True)
     write_json(folder / "boxes.json", found)
-    print(f"written to {folder}")
+    print(f"{len(found)} images, threshold {level / LEVELS:.3f}; written to {folder}")
+    if failed:
+        sys.stderr.write(f"{failed} of {failed + len(found)} images could not be read\n")
+        sys.exit(1)
+
+
+def original_box(box: np.ndarray, size: int, image_size: tuple[int, int]) -> list[int] | None:
+    """A box of the size x size map in pixels of an image (width, height): every pixel that it touches. None for no box, 0,0,0,0."""
+    if not box.any():
+        return None
+    x0, y0, x1, y1 = box.tolist()
+    width, height = image_size
+    # The pixels x0 ... x1 of the map cover the fractions x0 / size ... (x1 + 1) / size of the image.
+    return [x0 * width // size, y0 * height // size, -(-(x1 + 1) * width // size) - 1, -(-(y1 + 1) * height // size) - 1]
+
+
+def in_proportion(image: Image.Image, score_map: np.ndarray, box: list[int] | None, side: int = 448) -> tuple[Image.Image, np.ndarray, np.ndarray | None]:
+    """Image, map and box of the image, all scaled so that the image's longer side is `side`, its proportions kept."""
+    scale = side / max(image.size)
+    width, height = (max(1, round(n * scale)) for n in image.size)
+    resized_map = np.asarray(Image.fromarray(score_map).resize((width, height), Image.Resampling.BILINEAR))
+    corners = None if box is None else np.array([box[0] * width // image.width, box[1] * height // image.height, box[2] * width // image.width, box[3] * height // image.height])
+    return image.resize((width, height), Image.Resampling.BILINEAR), resized_map, corners
 
 
 if __name__ == "__main__":

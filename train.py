@@ -3,6 +3,7 @@
     python train.py                                            the embedded demo: nothing to download, minutes on a CPU
     python train.py --dataset CUB --arch vgg16                 the paper's run, every value from the preset
     python train.py --dataset CUB --arch vgg16 --method cam    the vanilla classifier through the same path
+    python train.py --dataset my_photos/                       a folder with one sub-folder of images a class
     python train.py --dataset CUB --arch vgg16 --resume        goes on after an interruption
     torchrun --nproc_per_node 8 train.py --dataset ILSVRC      one process a GPU: the same batches, shared out
 
@@ -28,6 +29,7 @@ from torch.utils.data import DataLoader
 from bridge_wsol import optim
 from bridge_wsol.baselines import CAM, METHODS, Losses
 from bridge_wsol.data import load_splits, resized_pixels, test_loader, to_input, train_loader
+from bridge_wsol.datasets import download_cub
 from bridge_wsol.models import ARCHS, load_pretrained, restore_weights
 from bridge_wsol.utils import (
     InputError, Parser, Stopped, StopRequest, autocast, default_workers, environment, first_process_first, gathered, join_processes,
@@ -47,7 +49,8 @@ FREE_ON_RESUME = ("epochs", "val_every", "workers", "device", "amp", "cache", "d
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--dataset", default="demo", help="demo (default, drawn on first use), CUB, ILSVRC or OpenImages")
+    parser.add_argument("--dataset", default="demo", help="demo (default, drawn on first use), CUB, ILSVRC, OpenImages, or a folder with one sub-folder of images a class")
+    parser.add_argument("--download", action="store_true", default=False, help="fetch CUB_200_2011 into --data-root where it is not there yet")
     parser.add_argument("--arch", choices=ARCHS, default="vgg16")
     parser.add_argument("--method", choices=METHODS, default="bridge", help="cam: the vanilla classifier")
     parser.add_argument("--out", type=Path, default=None, help="default: runs/DATASET_ARCH_METHOD")
@@ -86,7 +89,7 @@ def resolve_config(args: argparse.Namespace, interrupted: dict[str, Any] | None)
 
     A resumed run has the interrupted one's values. Raises InputError for a flag that contradicts them, or a value out of range.
     """
-    flags = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
+    flags = {name: value for name, value in vars(args).items() if name not in ("resume", "out", "download")}
     if interrupted:
         values, sources = dict(interrupted["config"]), dict(interrupted["sources"])
         for name, value in flags.items():
@@ -205,7 +208,8 @@ def means(progress: Progress, images: int) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    out = args.out or Path("runs") / f"{args.dataset}_{args.arch}_{args.method}"
+    name = Path(args.dataset).resolve().name if optim.is_folder(args.dataset) else args.dataset
+    out = args.out or Path("runs") / f"{name}_{args.arch}_{args.method}"
     checkpoint = open_run(out, args.resume)
     c, sources = resolve_config(args, checkpoint)
     device = resolve_device(c.device)
@@ -232,10 +236,16 @@ def run(
     seed_everything(c.seed)
 
     names = ("train", "val", "test")
+    if args.download:
+        if c.dataset != "CUB":
+            raise InputError(f"--download fetches CUB; for {c.dataset}, see the README's section on data")
+        first_process_first(lambda: download_cub(Path(c.data_root)))
     splits, record = first_process_first(lambda: load_splits(c.dataset, Path(c.data_root), Path(c.splits), names, c.val_per_class))
     for what in ("lists", "val", "warning"):
         if what in record:
             say(f"{what}: {record[what]}")
+    if not splits["val"].boxes and not splits["val"].masks:
+        say("val has no boxes: the best epoch is the one with the highest Top-1 classification accuracy on it")
     method = METHODS[c.method](c)
     model = method.network(record["num_classes"])
     if checkpoint is None:
@@ -280,7 +290,7 @@ def run(
             save_checkpoint(out / name, {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "random_states": random_states(),
                 "epoch": epoch, "progress": progress and progress._asdict(), "best": best, "val": val,
-                "config": vars(c), "sources": sources, "num_classes": record["num_classes"],
+                "config": vars(c), "sources": sources, "num_classes": record["num_classes"], "classes": record.get("classes"),
             })
 
     started, steps_before = time.perf_counter(), progress.step

@@ -1,14 +1,19 @@
-"""Splits and images: the field's text format, CUB's lists from its official files, loaders that are the same for any number of workers.
+"""Splits and images: the field's text format, a folder of one's own, loaders that are the same for any number of workers.
 
 A split is a folder `<DATASET>/<train|val|test>/` of text files (data_splits/README.md has the format). Train is the field's
 train-weaksup, val its train-fullsup: the images on which epochs and thresholds are chosen.
+
+    python -m bridge_wsol.data check --dataset CUB --data-root data     opens every image of every split, before hours are spent
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import os
+import sys
+import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Iterable, Iterator, NamedTuple
 
@@ -18,8 +23,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from . import datasets
 from .demo import draw_demo, draw_pretraining
-from .utils import InputError, ignore_interrupts, ordered_map, replacing, write_text
+from .optim import is_folder
+from .utils import (
+    InputError, Parser, default_workers, first_line, ignore_interrupts, one_line_errors, open_image, ordered_map, replacing,
+)
 
 SPLITS = ("train", "val", "test")
 
@@ -28,6 +37,8 @@ IMAGE_ROOTS = {"CUB": "CUB_200_2011/images"}
 # Data sets that this package draws, on first use.
 DRAWN = {"demo": draw_demo, "demo-pretrain": draw_pretraining}
 CUBV2_ROOT = "CUBV2"  # the images of CUB's published train-fullsup, a download of its own
+_HELD_OUT = " of its own; --val-per-class 2 holds val out of train instead"
+VAL_HINTS = {"CUB": f"; CUBV2's images are a download{_HELD_OUT}", "ILSVRC": f"; ImageNetV2's images are a download{_HELD_OUT}"}
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
@@ -52,6 +63,9 @@ class Split:
     sizes: np.ndarray | None = None  # N x 2 int64, width and height in pixels; needed with boxes only
     boxes: dict[int, np.ndarray] = field(default_factory=dict)  # index -> G x 4 int64, pixels of the image
     masks: dict[int, Masks] = field(default_factory=dict)
+    # Turn images as their EXIF orientation says. Not so in the published data sets: their boxes lie on the pixels as stored.
+    upright: bool = False
+    hint: str = ""  # a way out for this split alone, said when its images are missing
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,12 +88,28 @@ class Split:
 
     def require_images(self) -> None:
         """Raises InputError when files are missing, before hours are spent: names the first and counts them."""
-        missing = [i for i in range(len(self)) if not self.path(i).is_file()]
+        missing = self.missing()
         if missing:
             raise InputError(
                 f"{self.path(missing[0])}: no such image ({len(missing)} of the {len(self)} of {self.name} are missing): "
-                "check --data-root, or --splits if the list is not this data's"
+                f"check --data-root, or --splits if the list is not this data's{self.hint}"
             )
+
+    def missing(self) -> list[int]:
+        """The images that are not there. Lists each folder once: asking a million times for one file takes minutes on a network disk."""
+        there: dict[str, set[str] | None] = {}
+        missing: list[int] = []
+        for i, image in enumerate(self.ids):
+            folder, _, name = image.rpartition("/")
+            if folder not in there:
+                try:
+                    there[folder] = set(os.listdir(self.root / folder))
+                except OSError:
+                    there[folder] = None
+            # A name that is not listed is asked for: a file system may spell it differently (accents, upper and lower case).
+            if there[folder] is None or (name not in there[folder] and not self.path(i).is_file()):
+                missing.append(i)
+        return missing
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading
@@ -92,80 +122,97 @@ def read_split(folder: Path, root: Path, name: str, num_classes: int | None = No
     image_ids.txt or there twice, an image without label, a label below 0 or not below num_classes, a box with x1 < x0 or outside
     its image.
     """
-    ids = [image for _, (image,) in _lines(folder / "image_ids.txt", (1,))]
-    index = {image: i for i, image in enumerate(ids)}
-    if not ids:
-        raise InputError(f"{folder / 'image_ids.txt'}: empty")
-    if len(index) < len(ids):
-        seen: set[str] = set()
-        line = next(n for n, image in enumerate(ids, 1) if image in seen or seen.add(image))
-        raise InputError(f"{folder / 'image_ids.txt'}:{line}: {ids[line - 1]} was listed before")
-    for n, image in enumerate(ids, 1):
-        if image.startswith("/") or ".." in image.split("/"):
-            raise InputError(f"{folder / 'image_ids.txt'}:{n}: {image} leaves the data root")
+    path = folder / "image_ids.txt"
+    index: dict[str, int] = {}
+    for n, (image,) in _lines(path, (1,)):
+        if image in index:
+            raise InputError(f"{path}:{n}: {image[:80]} was listed before")
+        index[image] = len(index)
+        if image[0] == "/" or (".." in image and ".." in image.split("/")):
+            raise InputError(f"{path}:{n}: {image[:80]} leaves the data root")
+    if not index:
+        raise InputError(f"{path}: empty")
+    ids = list(index)
 
-    labels = np.full(len(ids), -1, dtype=np.int64)
+    labels = [-1] * len(ids)
     path = folder / "class_labels.txt"
-    for n, (image, label) in _lines(path, (2,)):
-        labels[_index_of(image, index, path, n)] = value = _integers([label], path, n)[0]
-        if value < 0 or (num_classes is not None and value >= num_classes):
+    parsed: dict[str, int] = {}  # a million lines have a thousand labels
+    for n, (image, text) in _lines(path, (2,)):
+        i = _index_of(image, index, path, n)
+        label = parsed[text] if text in parsed else parsed.setdefault(text, _integers([text], path, n)[0])
+        if label < 0 or (num_classes is not None and label >= num_classes):
             top = "" if num_classes is None else f" to {num_classes - 1}, the classes of train"
-            raise InputError(f"{path}:{n}: label {value} is out of range: labels run from 0{top}")
-    _require_all(labels >= 0, ids, path, "label")
+            raise InputError(f"{path}:{n}: label {label} is out of range: labels run from 0{top}")
+        if labels[i] >= 0:
+            raise InputError(f"{path}:{n}: {image[:80]} has a label already")
+        labels[i] = label
+    _require_all(np.array(labels) >= 0, ids, path, "label")
 
     sizes = None
     path = folder / "image_sizes.txt"
     if path.exists() and path.stat().st_size:
         sizes = np.zeros((len(ids), 2), dtype=np.int64)
         for n, (image, *size) in _lines(path, (3,)):
-            sizes[_index_of(image, index, path, n)] = size = _integers(size, path, n)
+            i, size = _index_of(image, index, path, n), _integers(size, path, n)
             if min(size) < 1:
                 raise InputError(f"{path}:{n}: width and height must be positive, got {size[0]} x {size[1]}")
+            if sizes[i, 0]:
+                raise InputError(f"{path}:{n}: {image[:80]} has a size already")
+            sizes[i] = size
         _require_all(sizes[:, 0] > 0, ids, path, "size")
 
+    return Split(name, root, ids, np.array(labels, dtype=np.int64), sizes, *_read_localization(folder / "localization.txt", index, sizes))
+
+
+def _read_localization(path: Path, index: dict[str, int], sizes: np.ndarray | None) -> tuple[dict[int, np.ndarray], dict[int, Masks]]:
     boxes: dict[int, list[list[int]]] = {}
     masks: dict[int, Masks] = {}
-    path = folder / "localization.txt"
-    if path.exists():
-        for n, (image, *values) in _lines(path, (3, 5)):
-            i = _index_of(image, index, path, n)
-            if len(values) == 2:
-                paths = masks.setdefault(i, Masks([], []))
-                paths.instances.append(values[0])
-                paths.ignore.extend(values[1:] if values[1] else [])
-                continue
-            x0, y0, x1, y1 = box = _integers(values, path, n)
-            if x1 < x0 or y1 < y0 or x0 < 0 or y0 < 0:
-                raise InputError(f"{path}:{n}: box {x0},{y0},{x1},{y1} needs 0 <= x0 <= x1 and 0 <= y0 <= y1")
-            if sizes is None:
-                raise InputError(f"{path}:{n}: boxes need {folder / 'image_sizes.txt'}, which is absent or empty")
-            if x1 >= sizes[i, 0] or y1 >= sizes[i, 1]:
-                raise InputError(f"{path}:{n}: box {x0},{y0},{x1},{y1} leaves its image of {sizes[i, 0]} x {sizes[i, 1]}")
-            boxes.setdefault(i, []).append(box)
-    return Split(name, root, ids, labels, sizes, {i: np.array(b) for i, b in boxes.items()}, masks)
+    if not path.exists():
+        return {}, {}
+    for n, (image, *values) in _lines(path, (3, 5)):
+        i = _index_of(image, index, path, n)
+        if len(values) == 2:
+            for relative in values:
+                if relative.startswith("/") or ".." in relative.split("/"):
+                    raise InputError(f"{path}:{n}: {relative} leaves the data root")
+            if not values[0]:
+                raise InputError(f"{path}:{n}: a mask's path is expected after {image[:80]}")
+            paths = masks.setdefault(i, Masks([], []))
+            paths.instances.append(values[0])
+            paths.ignore.extend(values[1:] if values[1] else [])
+            continue
+        x0, y0, x1, y1 = box = _integers(values, path, n)
+        if x1 < x0 or y1 < y0 or x0 < 0 or y0 < 0:
+            raise InputError(f"{path}:{n}: box {x0},{y0},{x1},{y1} needs 0 <= x0 <= x1 and 0 <= y0 <= y1")
+        if sizes is None:
+            raise InputError(f"{path}:{n}: boxes need {path.with_name('image_sizes.txt')}, which is absent or empty")
+        if x1 >= sizes[i, 0] or y1 >= sizes[i, 1]:
+            raise InputError(f"{path}:{n}: box {x0},{y0},{x1},{y1} leaves its image of {sizes[i, 0]} x {sizes[i, 1]}")
+        boxes.setdefault(i, []).append(box)
+    return {i: np.array(b) for i, b in boxes.items()}, masks
 
 
 def _lines(path: Path, fields: tuple[int, ...]) -> Iterator[tuple[int, list[str]]]:
     """(line number from 1, comma-separated fields) of each line that is not empty; the number of fields is checked."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            for n, line in enumerate(file, 1):
+                if line := line.strip():
+                    values = [line] if fields == (1,) else line.split(",")
+                    if len(values) not in fields:
+                        expected = " or ".join(map(str, fields))
+                        raise InputError(f"{path}:{n}: {len(values)} comma-separated fields where {expected} are expected: {line[:80]}")
+                    yield n, values
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise InputError(f"{path}: cannot be read ({reason}); data_splits/README.md has the format") from error
-    for n, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            values = line.strip().split(",") if fields != (1,) else [line.strip()]
-            if len(values) not in fields:
-                expected = " or ".join(map(str, fields))
-                raise InputError(f"{path}:{n}: {len(values)} comma-separated fields where {expected} are expected: {line.strip()[:80]}")
-            yield n, values
 
 
 def _integers(values: list[str], path: Path, n: int) -> list[int]:
-    try:
-        return [int(value) for value in values]
-    except ValueError:
-        raise InputError(f"{path}:{n}: {','.join(values)[:80]} should be whole numbers") from None
+    # int() alone would take "1_0" and digits of any script, and numbers that no array holds.
+    if not all(value.removeprefix("-").isdecimal() and value.isascii() and len(value) <= 10 for value in values):
+        raise InputError(f"{path}:{n}: {','.join(values)[:80]} should be whole numbers")
+    return [int(value) for value in values]
 
 
 def _index_of(image: str, index: dict[str, int], path: Path, n: int) -> int:
@@ -183,36 +230,37 @@ def _require_all(present: np.ndarray, ids: list[str], path: Path, what: str) -> 
 
 
 def load_splits(
-    dataset: str, data_root: Path, splits_dir: Path, names: tuple[str, ...], val_per_class: int | None = None
+    dataset: str, data_root: Path, splits_dir: Path, names: tuple[str, ...], val_per_class: int | None = None, check_images: bool = True
 ) -> tuple[dict[str, Split], dict[str, Any]]:
     """The named splits of a data set and a record of where they come from, for config.json and the log.
 
-    demo is drawn, and CUB's lists are built from its official files, the first time. val is the published train-fullsup where its list is there;
-    otherwise, or when val_per_class says so, that many images of each class are held out from train (default 2).
+    dataset: a name, whose lists are in splits_dir, or the path of a folder (`read_folder`). demo is drawn, and the lists of CUB and ILSVRC are
+    built from their official files, the first time. val is the published train-fullsup where its list is there; otherwise, or when
+    val_per_class says so, that many images of each class are held out from train (default 2). check_images: that each file is there.
+    record: "lists" and "val" in words, "num_classes", and "classes", their names, where the folders of the train images tell them.
     Raises InputError for what `read_split` names, missing images, and labels outside 0 ... K - 1, K the classes of train.
     """
-    root = data_root / IMAGE_ROOTS.get(dataset, dataset)
-    if dataset in DRAWN:
-        DRAWN[dataset](data_root, splits_dir)
-    if not data_root.is_dir():
-        raise InputError(f"--data-root {data_root}: no such folder")
-    folder, record = splits_dir / dataset, {}
-    if dataset == "CUB":
-        record["lists"] = ensure_cub_lists(data_root / "CUB_200_2011", folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no lists of {dataset}: pass --splits DIR, a folder that holds {dataset}/train, val and test")
+    if is_folder(dataset):
+        found, record = read_folder(Path(dataset), localization=check_images)
+        if val_per_class is not None:
+            pool = _join(found["train"], found["val"], f"{dataset} train")
+            found["train"], found["val"] = hold_out(pool, val_per_class, dataset)
+            record["val"] = f"held out from train: {val_per_class} images a class, {len(found['val'])} in all, the same for every seed"
+        return {name: found[name] for name in names}, record
 
+    root, folder, record = _prepare(dataset, data_root, splits_dir)
     published_val = (folder / "val" / "image_ids.txt").exists()
     from_list = published_val and val_per_class is None
     found, num_classes = {}, None
     # The published lists of ILSVRC come without its train list: maps of its test images can be evaluated all the same.
-    if "train" in names or not from_list or (folder / "train").is_dir():
+    if "train" in names or ("val" in names and not from_list) or (folder / "train").is_dir():
         found["train"] = train = read_split(folder / "train", root, f"{dataset} train")
         num_classes = int(train.labels.max()) + 1
         absent = np.setdiff1d(np.arange(num_classes), train.labels)
         if len(absent):
             some = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
             record["warning"] = f"{len(absent)} of the {num_classes} classes have no image in {folder / 'train'}: {some}"
+        record["classes"] = class_names(train)
         if not from_list:
             per_class = 2 if val_per_class is None else val_per_class
             found["train"], found["val"] = hold_out(train, per_class, dataset)
@@ -220,14 +268,46 @@ def load_splits(
             record["val"] = f"held out from train: {per_class} images a class, {len(found['val'])} in all, the same for every seed ({why})"
     if from_list:
         val_root = data_root / CUBV2_ROOT if dataset == "CUB" else root
-        found["val"] = read_split(folder / "val", val_root, f"{dataset} val", num_classes)
-        record["val"] = f"the list of {folder / 'val'}: {len(found['val'])} images"
+        val = read_split(folder / "val", val_root, f"{dataset} val", num_classes)
+        if dataset == "ILSVRC" and "val" in names:
+            val = replace(val, ids=datasets.imagenet_v2_names(root, val.ids))
+        found["val"] = replace(val, hint=VAL_HINTS.get(dataset, ""))
+        record["val"] = f"the list of {folder / 'val'}: {len(val)} images"
     if "test" in names:
         found["test"] = read_split(folder / "test", root, f"{dataset} test", num_classes)
     record["num_classes"] = num_classes or max(int(split.labels.max()) + 1 for split in found.values())
-    for name in names:
-        found[name].require_images()
+    if check_images:
+        for name in names:
+            found[name].require_images()
     return {name: found[name] for name in names}, record
+
+
+def _prepare(dataset: str, data_root: Path, splits_dir: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """(where ids start, the folder of the lists, record) of a data set with a name; draws it or builds its lists where that is to be done."""
+    root = data_root / IMAGE_ROOTS.get(dataset, dataset)
+    if dataset in DRAWN:
+        DRAWN[dataset](data_root, splits_dir)
+    if not data_root.is_dir():
+        raise InputError(f"--data-root {data_root}: no such folder")
+    folder = splits_dir / dataset
+    record: dict[str, Any] = {}
+    if dataset == "CUB":
+        record["lists"] = datasets.ensure_cub_lists(data_root / "CUB_200_2011", folder)
+    elif dataset == "ILSVRC" and (root.is_dir() or folder.is_dir()):
+        record["lists"] = datasets.ensure_ilsvrc_lists(root, folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no lists of {dataset}: pass --splits DIR, a folder that holds {dataset}/train, val and test")
+    if dataset == "OpenImages":
+        record["lists"] = datasets.describe_lists(dataset, folder)
+    return root, folder, record
+
+
+def class_names(train: Split) -> list[str] | None:
+    """The folder of each class's images, where every class has one of its own; None where folders do not tell classes."""
+    folders = {(int(label), image.rpartition("/")[0].rpartition("/")[2]) for label, image in zip(train.labels, train.ids)}
+    names = [name for _, name in sorted(folders)]
+    one_each = len(folders) == len({label for label, _ in folders}) == len(set(names))
+    return names if one_each and len(names) > 1 else None
 
 
 def hold_out(train: Split, per_class: int, dataset: str) -> tuple[Split, Split]:
@@ -245,116 +325,134 @@ def hold_out(train: Split, per_class: int, dataset: str) -> tuple[Split, Split]:
     return train.take(kept, train.name), train.take(sorted(held), f"{dataset} val")
 
 
-CUB_FILES = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "bounding_boxes.txt")
-CUB_IMAGES = 11788
+def _join(a: Split, b: Split, name: str) -> Split:
+    """The images of both, in the order of their ids; of one folder."""
+    order = sorted(range(len(a) + len(b)), key=(a.ids + b.ids).__getitem__)
+    both = replace(
+        a,
+        ids=a.ids + b.ids,
+        labels=np.concatenate([a.labels, b.labels]),
+        sizes=None if a.sizes is None else np.concatenate([a.sizes, b.sizes]),
+        boxes=a.boxes | {len(a) + i: boxes for i, boxes in b.boxes.items()},
+    )
+    return both.take(order, name)
 
 
-def ensure_cub_lists(official: Path, folder: Path) -> str:
-    """Builds CUB's train and test lists from the official files, once; returns one line that says which CUB this is.
+# ------------------------------------------------------------------------------------------------- a folder of one's own
 
-    A full CUB must give the published lists (checksums.json: count and SHA-256); a part of it is called one. Lists that were built from
-    other official files than those now in the data root are built anew; lists that came from elsewhere are left alone.
+FOLDER_SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
+
+
+def read_folder(folder: Path, localization: bool = True) -> tuple[dict[str, Split], dict[str, Any]]:
+    """Train, val and test of a folder with one sub-folder of images a class, and the record of `load_splits`.
+
+    An image's split is decided by the SHA-256 of its path below the folder, so it stays the same whatever images come or go: about 70 % train,
+    15 % val, 15 % test. A class in which a split would have none gives it the nearest one; at least 3 images a class are needed.
+    Classes are the sub-folders in the order of their names. folder/localization.txt, lines `class/image.jpg,x0,y0,x1,y1`, holds boxes, of some images
+    or all, in pixels of the upright image (EXIF orientation applied). localization: read it.
+    Raises InputError for a folder without sub-folders, a class with too few images or with sub-folders, and as `read_split` does.
     """
-    stamp = folder / "built_from.json"
-    if (folder / "train" / "image_ids.txt").exists() and not stamp.exists():
-        return f"the lists found in {folder}"
-    if not official.is_dir():
-        raise InputError(f"{official}: no such folder: unpack CUB_200_2011.tgz into --data-root")
-    sources = {}
-    for name in CUB_FILES:
-        if not (official / name).is_file():
-            raise InputError(f"{official / name}: no such file: {official} is not CUB-200-2011 as distributed")
-        sources[name] = hashlib.sha256((official / name).read_bytes()).hexdigest()
-    if stamp.exists():
-        built = json.loads(stamp.read_text(encoding="utf-8"))
-        if built.get("sources") == sources:
-            return built["says"]
+    if not folder.is_dir():
+        raise InputError(f"--dataset {folder}: neither the name of a data set nor a folder")
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(classes) < 2:
+        raise InputError(f"--dataset {folder}: {len(classes)} sub-folders where one for each class is expected, two at least")
+    ids: dict[str, list[str]] = {name: [] for name in FOLDER_SHARES}
+    labels: dict[str, list[int]] = {name: [] for name in FOLDER_SHARES}
+    for name in classes:
+        nested = next((path for path in sorted((folder / name).iterdir()) if path.is_dir() and not path.name.startswith(".")), None)
+        if nested is not None:
+            raise InputError(f"{nested}: a folder inside of the class {name}: --dataset {folder} has one sub-folder of images for each class, none deeper")
+    for label, name in enumerate(classes):
+        images = [f"{name}/{path.name}" for path in (folder / name).iterdir() if _is_image(path)]
+        for split, chosen in _by_hash(images, folder / name).items():
+            ids[split] += chosen
+            labels[split] += [label] * len(chosen)
 
-    lists, classes = _cub_lists(official)
-    images = sum(len(lists[split]["image_ids"]) for split in lists)
-    if images == CUB_IMAGES:
-        _verify_lists("CUB", lists)
-        says = f"built from {official}, equal to the published lists ({images} images, {classes} classes)"
-    else:
-        says = f"built from {official}: a subset, {classes} of 200 classes, {images} of {CUB_IMAGES} images; results do not compare with published ones"
-    for split, files in lists.items():
-        for name, lines in files.items():
-            write_text(folder / split / f"{name}.txt", "".join(f"{line}\n" for line in lines))
-    write_text(stamp, json.dumps({"says": says, "sources": sources}, indent=1) + "\n")
-    return says
-
-
-def _cub_lists(official: Path) -> tuple[dict[str, dict[str, list[str]]], int]:
-    """{split: {file name: lines}} and the number of classes. Boxes: int(x), int(y), int(x + w), int(y + h), clipped to the image."""
-    table = {name: dict(_cub_table(official / name)) for name in CUB_FILES}
-    lists: dict[str, dict[str, list[str]]] = {
-        split: {name: [] for name in ("image_ids", "class_labels", "image_sizes", "localization")} for split in ("train", "test")
+    path = folder / "localization.txt"
+    boxes: dict[str, tuple] = dict.fromkeys(ids, (None, {}, {}))
+    if localization and path.exists():
+        everything = [image for split in ids for image in ids[split]]
+        sizes = np.array(list(ordered_map(partial(upright_size, folder), everything, default_workers())))
+        of_all, masks = _read_localization(path, {image: i for i, image in enumerate(everything)}, sizes)
+        if masks:
+            raise InputError(f"{path}: lines of a folder of one's own hold boxes: class/image.jpg,x0,y0,x1,y1")
+        start = 0
+        for split, images in ids.items():
+            end = start + len(images)
+            boxes[split] = sizes[start:end], {i - start: b for i, b in of_all.items() if start <= i < end}, {}
+            start = end
+    splits = {
+        split: Split(f"{folder} {split}", folder, ids[split], np.array(labels[split], dtype=np.int64), *boxes[split], upright=True) for split in ids
     }
-    for key, (image,) in table["images.txt"].items():
-        try:
-            label = int(table["image_class_labels.txt"][key][0]) - 1
-            split = "train" if int(table["train_test_split.txt"][key][0]) else "test"
-            x, y, w, h = map(float, table["bounding_boxes.txt"][key])
-        except (KeyError, ValueError, IndexError):
-            raise InputError(f"{official}: image {key} ({image}) has no usable label, split or box in the official files") from None
-        width, height = open_image(official / "images" / image).size
-        box = int(x), int(y), min(int(x + w), width - 1), min(int(y + h), height - 1)
-        files = lists[split]
-        files["image_ids"].append(image)
-        files["class_labels"].append(f"{image},{label}")
-        files["image_sizes"].append(f"{image},{width},{height}")
-        files["localization"].append(",".join(map(str, (image, *box))))
-    return lists, len({row[0] for row in table["image_class_labels.txt"].values()})
+    counts = ", ".join(f"{split} {len(s)} images" + (f" ({len(s.boxes)} with boxes)" if path.exists() else "") for split, s in splits.items())
+    says = f"{folder}: {len(classes)} classes; {counts}, decided by the hash of each image's name"
+    return splits, {"lists": says, "val": f"the {len(splits['val'])} images of {folder} that the hash assigns to it", "num_classes": len(classes), "classes": classes}
 
 
-def _cub_table(path: Path) -> Iterator[tuple[str, list[str]]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text: not CUB-200-2011 as distributed") from None
-    for n, line in enumerate(text.splitlines(), 1):
-        key, *values = line.split() or [""]
-        if not values:
-            raise InputError(f"{path}:{n}: an image number and its values are expected: {line[:80]!r}")
-        yield key, values
+def _by_hash(images: list[str], where: Path) -> dict[str, list[str]]:
+    """{split: images, sorted} of one class."""
+    if len(images) < len(FOLDER_SHARES):
+        raise InputError(f"{where}: {len(images)} images: at least {len(FOLDER_SHARES)} a class are needed, one each for train, val and test")
+    place = {image: int.from_bytes(hashlib.sha256(image.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64 for image in images}
+    order = sorted(images, key=lambda image: (place[image], image))
+    n, first, second = len(order), FOLDER_SHARES["train"], FOLDER_SHARES["train"] + FOLDER_SHARES["val"]
+    val = min(max(sum(place[image] < first for image in order), 1), n - 2)  # where val begins, and where test does: no split without images
+    test = min(max(sum(place[image] < second for image in order), val + 1), n - 1)
+    return {"train": sorted(order[:val]), "val": sorted(order[val:test]), "test": sorted(order[test:])}
 
 
-def _verify_lists(dataset: str, lists: dict[str, dict[str, list[str]]]) -> None:
-    published = json.loads((Path(__file__).parents[1] / "data_splits" / "checksums.json").read_text(encoding="utf-8"))
-    for split, files in lists.items():
-        for name, lines in files.items():
-            digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-            if digest != published[f"{dataset}/{split}"][name]["sha256_of_sorted_lines"]:
-                raise InputError(f"{dataset}: {split}/{name}.txt built from the official files differs from the published list: the copy is damaged")
+def upright_size(root: Path, image: str) -> tuple[int, int]:
+    """(width, height) as the image is shown, its EXIF orientation applied."""
+    with open_image(root / image) as opened:
+        return opened.size[::-1] if _turn(opened) in SIDEWAYS else opened.size
+
+
+def _is_image(path: Path) -> bool:
+    # Names with a leading dot are what systems leave beside images, such as "._photo.jpg".
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 # ---------------------------------------------------------------------------------------------------------------- images
 
 
-def open_image(path: Path) -> Image.Image:
-    """Opens an image without decoding it. Raises InputError where there is none."""
+# EXIF orientation -> how the stored pixels are turned to stand upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
-        return Image.open(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such image") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not an image that can be read ({str(error).splitlines()[0][:120]})") from error
+        return TURNS.get(image.getexif().get(0x0112))
+    except Exception:  # damaged EXIF data says nothing; the pixels may be well
+        return None
 
 
-def load_rgb(path: Path, size: int, listed: np.ndarray | None = None) -> Image.Image:
-    """Decodes an image of any mode and resizes it straight to size x size (bilinear, antialiased as torchvision's on PIL images).
+def decode(path: Path, listed: np.ndarray | None = None, upright: bool = False) -> Image.Image:
+    """An image of any mode as RGB, in its own size; upright: turned as its EXIF orientation says.
 
     Raises InputError for an image that cannot be read, or is not of the listed (width, height), which its boxes were drawn on.
     """
     with open_image(path) as image:
-        if listed is not None and image.size != tuple(listed):
-            raise InputError(
-                f"{path}: {image.size[0]} x {image.size[1]} pixels where the list has {listed[0]} x {listed[1]}: its boxes would not fit"
-            )
+        turn = _turn(image) if upright else None
+        width, height = image.size[::-1] if turn in SIDEWAYS else image.size
+        if listed is not None and (width, height) != tuple(listed):
+            raise InputError(f"{path}: {width} x {height} pixels where the list has {listed[0]} x {listed[1]}: its boxes would not fit")
         try:
-            return image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-        except (OSError, ValueError, SyntaxError, IndexError) as error:
-            raise InputError(f"{path}: truncated or damaged image ({str(error).splitlines()[0][:120]})") from error
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # 16 bits; Pillow would cut them off at 255
+            rgb = image.convert("RGB")
+        except Exception as error:  # Pillow's decoders raise whatever damaged data leads them to
+            raise InputError(f"{path}: truncated or damaged image ({first_line(error)})") from error
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def load_rgb(path: Path, size: int, listed: np.ndarray | None = None, upright: bool = False) -> Image.Image:
+    """`decode`, resized straight to size x size (bilinear, antialiased as torchvision's on PIL images)."""
+    return decode(path, listed, upright).resize((size, size), Image.Resampling.BILINEAR)
 
 
 def load_masks(root: Path, masks: Masks, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -365,8 +463,8 @@ def load_masks(root: Path, masks: Masks, size: int) -> tuple[np.ndarray, np.ndar
             with open_image(root / relative) as image:
                 try:
                     pixels = np.asarray(image.convert("L"))
-                except (OSError, ValueError, SyntaxError) as error:
-                    raise InputError(f"{root / relative}: truncated or damaged mask ({error})") from error
+                except Exception as error:
+                    raise InputError(f"{root / relative}: truncated or damaged mask ({first_line(error)})") from error
             # Nearest neighbour as the field's evaluator has it: the pixel at floor(x * width / size).
             rows, columns = (np.arange(size) * n // size for n in pixels.shape)
             region |= pixels[rows[:, None], columns] > 0.5
@@ -384,8 +482,8 @@ def load_score_map(folder: Path, image: str) -> np.ndarray:
         raise InputError(f"{candidates[0]}: no score map for {image} (nor {candidates[1].name})")
     try:
         score_map = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a .npy array ({str(error).splitlines()[0][:120]})") from error
+    except Exception as error:  # numpy reads the header as Python's literals, with all the errors of its parser
+        raise InputError(f"{path}: not a .npy array ({first_line(error)})") from error
     if not isinstance(score_map, np.ndarray) or score_map.ndim != 2 or not score_map.size:
         raise InputError(f"{path}: a score map is a 2-D array, this has shape {getattr(score_map, 'shape', 'of an archive')}")
     if score_map.dtype.kind not in "fiub":
@@ -401,7 +499,7 @@ def image_files(paths: list[Path]) -> list[Path]:
     """The files themselves, and every image below the folders, in order. Raises InputError for a folder without any."""
     files: list[Path] = []
     for path in paths:
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+        inside = sorted(filter(_is_image, path.rglob("*"))) if path.is_dir() else [path]
         if not inside:
             raise InputError(f"--images {path}: no images in this folder")
         files += inside
@@ -425,7 +523,7 @@ class TrainImages(Dataset):
         epoch, index = item
         rng = np.random.default_rng([self.seed, epoch, index])
         x, y = rng.integers(0, self.resize_size - self.image_size, size=2, endpoint=True)
-        image = np.asarray(load_rgb(self.split.path(index), self.resize_size)) if self.pixels is None else self.pixels[index]
+        image = np.asarray(load_rgb(self.split.path(index), self.resize_size, upright=self.split.upright)) if self.pixels is None else self.pixels[index]
         image = image[y : y + self.image_size, x : x + self.image_size]
         return _to_tensor(image[:, ::-1] if rng.random() < 0.5 else image), int(self.split.labels[index])
 
@@ -444,15 +542,16 @@ def resized_pixels(split: Split, size: int, folder: Path, workers: int) -> np.nd
         print(f"caching {len(split)} images in {path}", flush=True)
         with replacing(path) as part:
             pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(split), size, size, 3))
-            resized = ordered_map(_load_resized, [(file, size) for file in files], workers)
+            resized = ordered_map(_load_resized, [(file, size, split.upright) for file in files], workers)
             for i, image in enumerate(resized):
                 pixels[i] = image
             pixels.flush()
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _load_resized(job: tuple[Path, int]) -> np.ndarray:
-    return np.asarray(load_rgb(*job))
+def _load_resized(job: tuple[Path, int, bool]) -> np.ndarray:
+    path, size, upright = job
+    return np.asarray(load_rgb(path, size, upright=upright))
 
 
 class TestImages(Dataset):
@@ -468,7 +567,7 @@ class TestImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         listed = None if self.split.sizes is None else self.split.sizes[index]
-        image = load_rgb(self.split.path(index), self.image_size, listed)
+        image = load_rgb(self.split.path(index), self.image_size, listed, self.split.upright)
         return _to_tensor(np.asarray(image)), int(self.split.labels[index]), index
 
 
@@ -549,3 +648,79 @@ def _loader(dataset: Dataset, workers: int, **kwargs: Any) -> DataLoader:
         generator=torch.Generator().manual_seed(0),
         **kwargs,
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------- check
+
+
+class _Inspection(NamedTuple):
+    path: Path
+    listed: tuple[int, int] | None  # width and height
+    upright: bool
+
+
+def _inspect(item: _Inspection) -> tuple[str, str] | None:
+    """(kind, line) of what is wrong with an image or mask."""
+    try:
+        size = decode(item.path, upright=item.upright).size
+    except InputError as error:
+        return "damaged" if item.path.exists() else "missing", str(error)
+    if item.listed is not None and size != item.listed:
+        return "of another size", f"{item.path}: {size[0]} x {size[1]} pixels where the list has {item.listed[0]} x {item.listed[1]}"
+    return None
+
+
+def check(dataset: str, data_root: Path, splits_dir: Path, workers: int, shown: int = 20) -> dict[str, int]:
+    """Opens every image and mask of every split that has a list: {"missing", "damaged", "of another size"} with their numbers.
+
+    Prints a line for each of the first `shown` of a kind, and one for each split. Raises InputError for bad lists, as `load_splits` does.
+    """
+    if is_folder(dataset):
+        names = SPLITS
+    else:
+        folder = _prepare(dataset, data_root, splits_dir)[1]
+        names = tuple(name for name in SPLITS if (folder / name / "image_ids.txt").exists())
+        names = tuple(name for name in SPLITS if name in names or (name == "val" and "train" in names))  # held out from train
+    splits, record = load_splits(dataset, data_root, splits_dir, names, check_images=False)
+    if "lists" in record:
+        print(f"lists: {record['lists']}")
+    counts = dict.fromkeys(("missing", "damaged", "of another size"), 0)
+    for split in splits.values():
+        items = [_Inspection(split.path(i), None if split.sizes is None else tuple(split.sizes[i].tolist()), split.upright) for i in range(len(split))]
+        masks = dict.fromkeys(relative for of_image in split.masks.values() for paths in of_image for relative in paths)
+        items += [_Inspection(split.root / relative, None, False) for relative in masks]
+        before, last = sum(counts.values()), time.monotonic()
+        for done, problem in enumerate(ordered_map(_inspect, items, workers), 1):
+            if problem is not None:
+                counts[problem[0]] += 1
+                if counts[problem[0]] <= shown:
+                    print(f"{problem[0]}: {problem[1]}", flush=True)
+            if time.monotonic() - last > 1 or done == len(items):
+                last = time.monotonic()
+                sys.stderr.write(f"\r{split.name}: {done} of {len(items)} files" + ("\n" if done == len(items) else ""))
+                sys.stderr.flush()
+        print(f"{split.name}: {len(split)} images" + (f", {len(masks)} masks" if masks else "") + f", {sum(counts.values()) - before} with a problem")
+    if is_folder(dataset) and not any(counts.values()):
+        load_splits(dataset, data_root, splits_dir, SPLITS)  # its boxes too, which need readable images
+    return counts
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m bridge_wsol.data", description="Opens every image of a data set: exit code 0 when all is well, 2 when not.")
+    parser.add_argument("command", choices=("check",))
+    parser.add_argument("--dataset", required=True, help="a name, or a folder of your own images")
+    parser.add_argument("--data-root", type=Path, default=Path("data"), metavar="DIR")
+    parser.add_argument("--splits", type=Path, default=Path("data_splits"), metavar="DIR")
+    parser.add_argument("--workers", type=int, default=default_workers(), metavar="N", help="processes that open images")
+    args = parser.parse_args(argv)
+    if args.workers < 0:
+        parser.error("--workers must be at least 0")
+    counts = check(args.dataset, args.data_root, args.splits, args.workers)
+    if any(counts.values()):
+        raise InputError(f"{args.dataset}: {', '.join(f'{n} {kind}' for kind, n in counts.items() if n)}")
+    print(f"{args.dataset}: every file is there and can be read")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

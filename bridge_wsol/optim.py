@@ -94,11 +94,21 @@ COMMON: dict[str, tuple[Any, str]] = {
     "resize_size": (256, CHOE), "image_size": (224, CHOE), "width": (1.0, "the paper's networks"), "batch_norm": (False, "the paper's networks"),
 }
 
+def is_folder(dataset: str) -> bool:
+    """Whether a --dataset is the path of a folder of one's own images: no name that has a preset, and a path or a folder here."""
+    return all(dataset != name for name, _ in PRESETS) and ("/" in dataset or Path(dataset).is_dir())
+
+
 def preset(dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
-    """{name: (value, source)} of a run before the method's own values and flags. Raises InputError for a pair without a preset."""
+    """{name: (value, source)} of a run before the method's own values and flags. Raises InputError for a pair without a preset.
+
+    A folder of one's own images has CUB's values.
+    """
+    if is_folder(dataset) and ("CUB", arch) in PRESETS:
+        return COMMON | {name: (value, f"{OURS}: CUB's") for name, (value, _) in PRESETS["CUB", arch].items()}
     if (dataset, arch) not in PRESETS:
         pairs = ", ".join(f"{d} {a}" for d, a in PRESETS)
-        raise InputError(f"no preset for --dataset {dataset} --arch {arch}; there is one for: {pairs}")
+        raise InputError(f"no preset for --dataset {dataset} --arch {arch}; there is one for: {pairs}, and for a folder of your own images")
     return COMMON | PRESETS[dataset, arch]
 
 

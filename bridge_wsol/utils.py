@@ -1,4 +1,4 @@
-"""What the two scripts share that is in no paper: clear errors, seeds, files that are never half-written."""
+"""What the modules share that is in no paper: clear errors, seeds, files that are never half-written."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import zipfile
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
+from PIL import Image
 
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -147,6 +149,12 @@ def first_process_first(work: Callable[[], R]) -> R:
     if not went_well[0]:
         sys.exit(2)
     return result if rank() == 0 else work()
+
+
+def first_line(error: Any) -> str:
+    """What an error says, cut to fit into a line of ours."""
+    text = str(error).strip()
+    return text.splitlines()[0][:120] if text else type(error).__name__
 
 
 def seed_everything(seed: int) -> None:
@@ -280,12 +288,16 @@ def _canonical(value: Any) -> Any:
 def load_tensors(path: Path) -> dict[str, Any]:
     """Reads a file of torch.save onto the CPU, executing nothing in it. Raises InputError when absent or damaged."""
     try:
+        if zipfile.is_zipfile(path):  # torch does not compare the checksums that it writes: flipped bits would become weights
+            with zipfile.ZipFile(path) as records:
+                damaged = records.testzip()
+            if damaged is not None:
+                raise ValueError(f"wrong checksum of {damaged}")
         value = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # damaged zip, truncated pickle, foreign objects: torch raises a dozen types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: damaged, or not a file of tensors ({reason[:120]})") from error
+        raise InputError(f"{path}: damaged, or not a file of tensors ({first_line(error)})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}, not a dictionary of tensors")
     return value
@@ -306,3 +318,13 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "git_commit": commit,
     }
+
+
+def open_image(path: Path) -> Image.Image:
+    """Opens an image without decoding it. Raises InputError where there is none."""
+    try:
+        return Image.open(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image") from None
+    except Exception as error:  # Pillow's readers raise whatever a damaged header leads them to
+        raise InputError(f"{path}: not an image that can be read ({first_line(error)})") from error

@@ -1,6 +1,5 @@
-"""Split files good and bad, CUB's lists against the published ones, images of every kind, order and crops for any number of workers."""
+"""Split files good and bad, images of every kind, order and crops for any number of workers."""
 
-import json
 import shutil
 
 import numpy as np
@@ -42,6 +41,13 @@ def test_reads_boxes_and_masks_of_each_image(tmp_path):
     ("class_labels", 1, "b/2.jpg,-1", "label -1 is out of range"),
     ("class_labels", 1, "b/2.jpg,2", "label 2 is out of range: labels run from 0 to 1"),
     ("class_labels", 1, "c/3.jpg,0", "c/3.jpg is not in"),
+    ("class_labels", 2, "b/2.jpg,1", "b/2.jpg has a label already"),
+    ("class_labels", 1, "b/2.jpg,0_1", "whole numbers"),
+    ("class_labels", 1, "b/2.jpg,\u0661", "whole numbers"),
+    ("class_labels", 1, f"b/2.jpg,{10**30}", "whole numbers"),
+    ("image_sizes", 2, "a/1.jpg,50,40", "a/1.jpg has a size already"),
+    ("localization", 4, "a/1.jpg,../m/1.png,", "leaves the data root"),
+    ("localization", 4, "a/1.jpg,,m/i.png", "a mask's path is expected"),
     ("image_sizes", 2, "b/2.jpg,60", "2 comma-separated fields where 3"),
     ("image_sizes", 2, "b/2.jpg,0,30", "must be positive"),
     ("localization", 2, "b/2.jpg,3,2,1,4", "box 3,2,1,4 needs"),
@@ -108,80 +114,6 @@ def test_missing_images_are_counted_before_training(tmp_path):
         (data_root / "tiny" / "test" / name).unlink()
     with pytest.raises(InputError, match=r"test/04.png: no such image \(2 of the 9 of tiny test are missing\)"):
         load_splits("tiny", data_root, splits, ("train", "val", "test"))
-
-
-# ------------------------------------------------------------------------------------------------------------------ CUB
-
-
-def test_cub_lists_are_the_published_ones_line_for_line(real_data, tmp_path):
-    found, record = load_splits("CUB", real_data, tmp_path, ("train", "val", "test"))
-    assert "a subset, 10 of 200 classes, 543 of 11788 images" in record["lists"] and record["num_classes"] == 10
-    assert [len(found[name]) for name in ("train", "val", "test")] == [280, 20, 243]
-    for split in ("train", "test"):
-        for name in ("image_ids", "class_labels", "image_sizes", "localization"):
-            published = (real_data / "wsol-metadata" / "CUB" / split / f"{name}.txt").read_text().splitlines()
-            built = (tmp_path / "CUB" / split / f"{name}.txt").read_text().splitlines()
-            assert built == [line for line in published if int(line[:3]) <= 10]
-
-
-def test_lists_follow_the_official_files_they_were_built_from(real_data, tmp_path):
-    official = tmp_path / "CUB_200_2011"
-    official.mkdir()
-    for name in data.CUB_FILES:
-        shutil.copy(real_data / "CUB_200_2011" / name, official)
-    (official / "images").symlink_to(real_data / "CUB_200_2011" / "images")
-    folder = tmp_path / "splits" / "CUB"
-    first = data.ensure_cub_lists(official, folder)
-    (folder / "train" / "image_ids.txt").write_text("untouched\n")
-    assert data.ensure_cub_lists(official, folder) == first and (folder / "train" / "image_ids.txt").read_text() == "untouched\n"
-    lines = (official / "images.txt").read_text().splitlines()
-    (official / "images.txt").write_text("\n".join(lines[:100]))
-    assert "100 of 11788 images" in data.ensure_cub_lists(official, folder)
-    assert (folder / "train" / "image_ids.txt").read_text() != "untouched\n"
-    (folder / "built_from.json").unlink()  # lists that came from elsewhere stay
-    assert "found in" in data.ensure_cub_lists(official, folder)
-
-
-def test_published_lists_pass_the_checksums_and_one_changed_line_does_not(real_data):
-    lists = {
-        split: {
-            name: (real_data / "wsol-metadata" / "CUB" / split / f"{name}.txt").read_text().splitlines()
-            for name in ("image_ids", "class_labels", "image_sizes", "localization")
-        }
-        for split in ("train", "test")
-    }
-    data._verify_lists("CUB", lists)
-    lists["test"]["localization"][7] = lists["test"]["localization"][7].replace(",", ",1", 1)
-    with pytest.raises(InputError, match="test/localization.txt .* differs from the published list"):
-        data._verify_lists("CUB", lists)
-
-
-def test_published_lists_load(real_data):
-    metadata = real_data / "wsol-metadata"
-    expected = json.loads((data.Path(data.__file__).parents[1] / "data_splits" / "checksums.json").read_text())
-    for key, files in expected.items():
-        dataset, name = key.split("/")
-        if not (metadata / key).exists():
-            continue
-        split = read_split(metadata / key, real_data, key, {"CUB": 200, "ILSVRC": 1000, "OpenImages": 100}[dataset])
-        assert len(split) == files["image_ids"]["lines"]
-        located = sum(map(len, split.boxes.values())) + sum(len(masks.instances) for masks in split.masks.values())
-        assert located == files.get("localization", {"lines": 0})["lines"]
-
-
-def test_incomplete_official_files_are_named(tmp_path):
-    with pytest.raises(InputError, match="CUB_200_2011: no such folder: unpack"):
-        data.ensure_cub_lists(tmp_path / "CUB_200_2011", tmp_path / "CUB")
-    official = tmp_path / "CUB_200_2011"
-    official.mkdir()
-    for name, text in {"images.txt": "1 a/1.jpg\n", "image_class_labels.txt": "1 1\n", "train_test_split.txt": "1 1\n"}.items():
-        (official / name).write_text(text)
-    with pytest.raises(InputError, match="bounding_boxes.txt: no such file"):
-        data.ensure_cub_lists(official, tmp_path / "CUB")
-    (official / "bounding_boxes.txt").write_text("1 1.0 2.0 three 4.0\n")
-    with pytest.raises(InputError, match=r"image 1 \(a/1.jpg\) has no usable label, split or box"):
-        data.ensure_cub_lists(official, tmp_path / "CUB")
-    assert not (tmp_path / "CUB").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------- images

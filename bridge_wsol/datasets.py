@@ -1,0 +1,401 @@
+"""What concerns one data set: CUB's download, and the split lists built from CUB's and ILSVRC's official files.
+
+Lists are built once, into the folder of --splits, in the field's text format (data_splits/README.md), and are compared with the published
+ones by count and SHA-256 (data_splits/checksums.json).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import re
+import shutil
+import tarfile
+import urllib.error
+import urllib.request
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Iterator
+from xml.etree import ElementTree
+
+from .utils import InputError, default_workers, first_line, open_image, ordered_map, write_text, writing
+
+LIST_FILES = ("image_ids", "class_labels", "image_sizes", "localization")
+
+Lists = dict[str, list[str]]  # file name without .txt -> lines
+
+
+def write_lists(folder: Path, lists: Lists) -> None:
+    for name, lines in lists.items():
+        write_text(folder / f"{name}.txt", "".join(f"{line}\n" for line in lines))
+
+
+def differing_files(dataset: str, split: str, lists: Lists) -> list[str] | None:
+    """The files whose lines are not the published list's, in any order; None where no such list was published."""
+    published = _published().get(f"{dataset}/{split}")
+    if published is None:
+        return None
+
+    def digest(name: str) -> str:
+        return hashlib.sha256("\n".join(sorted(lists.get(name, []))).encode()).hexdigest()
+
+    return [name for name in published if digest(name) != published[name]["sha256_of_sorted_lines"]]
+
+
+def describe_lists(dataset: str, folder: Path) -> str:
+    """One line on lists that came from elsewhere: which are the published ones, and which have other images than those."""
+    parts = []
+    for split in ("train", "val", "test"):
+        paths = {name: folder / split / f"{name}.txt" for name in LIST_FILES}
+        if not paths["image_ids"].exists():
+            continue
+        published = _published().get(f"{dataset}/{split}")
+        lists = {name: [line for line in read_lines(path) if line.strip()] for name, path in paths.items() if published and path.exists()}
+        differ = differing_files(dataset, split, lists)
+        if differ == []:
+            parts.append(f"{split} as published")
+        elif differ:
+            n, expected = len(lists["image_ids"]), published["image_ids"]["lines"]
+            what = f"{n} images where the published list has {expected}" if n != expected else f"{', '.join(differ)} not as published"
+            parts.append(f"{split} {what}: results do not compare with published ones")
+        else:
+            parts.append(f"{split} of your own")
+    return f"the lists found in {folder}: {'; '.join(parts)}"
+
+
+def _published() -> dict[str, dict[str, dict]]:
+    return json.loads((Path(__file__).parents[1] / "data_splits" / "checksums.json").read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path) -> list[str]:
+    """Raises InputError for a file that cannot be read or is no text."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InputError(f"{path}: cannot be read ({reason})") from error
+
+
+# ------------------------------------------------------------------------------------------------------------------ CUB
+
+CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1"
+CUB_MD5 = "97eceeb196236b17998738112f37df78"
+
+
+def download_cub(data_root: Path) -> None:
+    """Fetches CUB-200-2011 into data_root, where it is not there already: downloads, verifies, unpacks.
+
+    A download that was cut is gone on with, by this call or the next. Nothing is unpacked before the MD5 is right, and data_root/CUB_200_2011
+    appears when it is whole. Raises InputError for whatever goes wrong; a CUB_200_2011.tgz in data_root is used instead of a download.
+    """
+    target, archive = data_root / "CUB_200_2011", data_root / "CUB_200_2011.tgz"
+    if target.is_dir():
+        return
+    own = archive.exists()
+    if not own:
+        archive = archive.with_name(f"{archive.name}.part")
+        _download(CUB_URL, archive)
+    with writing(archive), archive.open("rb") as file:
+        digest = hashlib.md5(usedforsecurity=False)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != CUB_MD5:
+        if not own:
+            archive.unlink()
+        way_out = "remove it" if own else "it was removed: try again, or download it by hand"
+        raise InputError(f"{archive}: MD5 {digest.hexdigest()} where CUB_200_2011.tgz has {CUB_MD5}: damaged or another file; {way_out}")
+    print(f"unpacking {archive} into {target}", flush=True)
+    unpacked = data_root / ".CUB_200_2011.part"
+    try:
+        shutil.rmtree(unpacked, ignore_errors=True)
+        with writing(target):
+            with tarfile.open(archive) as tar:
+                tar.extractall(unpacked, filter="data")
+            (unpacked / "CUB_200_2011").rename(target)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise InputError(f"{archive}: cannot be unpacked ({first_line(error)})") from error
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
+    if not own:
+        archive.unlink()
+
+
+def _download(url: str, part: Path) -> None:
+    """Fetches url into `part`, from the end of what is there where the server allows it; tries again as long as that brings more."""
+    with writing(part):
+        part.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        have = part.stat().st_size if part.exists() else 0
+        total, problem = _download_once(url, part, have)
+        got = part.stat().st_size if part.exists() else 0
+        if problem is None and (total is None or got == total):
+            return
+        if got <= have:  # nothing new
+            kept = f"; {got} of {total or 'unknown'} bytes are kept: the same command goes on from there" if got else ""
+            raise InputError(f"{url}: the download broke off ({problem or 'the connection was cut'}){kept}")
+
+
+def _download_once(url: str, part: Path, have: int) -> tuple[int | None, str | None]:
+    """(size of the whole file if the server tells, what went wrong) of one connection."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    total = None
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            begins = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+            resumed = response.status == 206 and begins is not None and int(begins[1]) == have
+            done = have if resumed else 0
+            length = response.headers.get("Content-Length", "")
+            total = done + int(length) if length.isdigit() else None
+            print(f"downloading {url} to {part}" + (f", from byte {done} on" if done else ""), flush=True)
+            with writing(part):
+                file = part.open("ab" if resumed else "wb")
+            with file:
+                shown = done
+                while block := response.read(1 << 16):
+                    with writing(part):
+                        file.write(block)
+                    done += len(block)
+                    if total and done - shown >= max(total // 20, 1 << 20):
+                        print(f"  {done >> 20} of {total >> 20} MiB", flush=True)
+                        shown = done
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # what is there is no beginning of this file, or all of it: the checksum will tell
+            return None, None
+        return total, f"the server says {error.code} {error.reason}"
+    except (OSError, http.client.HTTPException) as error:
+        return total, first_line(getattr(error, "reason", None) or error)
+    return total, None
+
+
+CUB_FILES = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "bounding_boxes.txt")
+CUB_IMAGES = 11788
+
+
+def ensure_cub_lists(official: Path, folder: Path) -> str:
+    """Builds CUB's train and test lists from the official files, once; returns one line that says which CUB this is.
+
+    A full CUB must give the published lists (checksums.json: count and SHA-256); a part of it is called one. Lists that were built from
+    other official files than those now in the data root are built anew; lists that came from elsewhere are left alone.
+    """
+    stamp = folder / "built_from.json"
+    if (folder / "train" / "image_ids.txt").exists() and not stamp.exists():
+        return describe_lists("CUB", folder)
+    if not official.is_dir():
+        raise InputError(f"{official}: no such folder: pass --download, or unpack CUB_200_2011.tgz into --data-root")
+    sources = {}
+    for name in CUB_FILES:
+        if not (official / name).is_file():
+            raise InputError(f"{official / name}: no such file: {official} is not CUB-200-2011 as distributed")
+        sources[name] = hashlib.sha256((official / name).read_bytes()).hexdigest()
+    if stamp.exists():
+        with suppress(ValueError, AttributeError, KeyError):  # a damaged stamp: the lists are built anew
+            built = json.loads(stamp.read_text(encoding="utf-8"))
+            if built.get("sources") == sources:
+                return str(built["says"])
+
+    lists, classes = _cub_lists(official)
+    images = sum(len(lists[split]["image_ids"]) for split in lists)
+    if images == CUB_IMAGES:
+        for split, files in lists.items():
+            for name in differing_files("CUB", split, files):
+                raise InputError(f"CUB: {split}/{name}.txt built from the official files differs from the published list: the copy is damaged")
+        says = f"built from {official}, equal to the published lists ({images} images, {classes} classes)"
+    else:
+        says = f"built from {official}: a subset, {classes} of 200 classes, {images} of {CUB_IMAGES} images; results do not compare with published ones"
+    for split, files in lists.items():
+        write_lists(folder / split, files)
+    write_text(stamp, json.dumps({"says": says, "sources": sources}, indent=1) + "\n")
+    return says
+
+
+def _cub_lists(official: Path) -> tuple[dict[str, Lists], int]:
+    """{split: {file name: lines}} and the number of classes. Boxes: int(x), int(y), int(x + w), int(y + h), clipped to the image."""
+    table = {name: dict(_cub_table(official / name)) for name in CUB_FILES}
+    lists: dict[str, Lists] = {split: {name: [] for name in LIST_FILES} for split in ("train", "test")}
+    for key, (image,) in table["images.txt"].items():
+        try:
+            label = int(table["image_class_labels.txt"][key][0]) - 1
+            split = "train" if int(table["train_test_split.txt"][key][0]) else "test"
+            x, y, w, h = map(float, table["bounding_boxes.txt"][key])
+        except (KeyError, ValueError, IndexError):
+            raise InputError(f"{official}: image {key} ({image}) has no usable label, split or box in the official files") from None
+        width, height = open_image(official / "images" / image).size
+        box = int(x), int(y), min(int(x + w), width - 1), min(int(y + h), height - 1)
+        files = lists[split]
+        files["image_ids"].append(image)
+        files["class_labels"].append(f"{image},{label}")
+        files["image_sizes"].append(f"{image},{width},{height}")
+        files["localization"].append(",".join(map(str, (image, *box))))
+    return lists, len({row[0] for row in table["image_class_labels.txt"].values()})
+
+
+def _cub_table(path: Path) -> Iterator[tuple[str, list[str]]]:
+    for n, line in enumerate(read_lines(path), 1):
+        key, *values = line.split() or [""]
+        if not values:
+            raise InputError(f"{path}:{n}: an image number and its values are expected: {line[:80]!r}")
+        yield key, values
+
+
+# --------------------------------------------------------------------------------------------------------------- ILSVRC
+
+ILSVRC_CLASSES, ILSVRC_VAL_IMAGES = 1000, 50000
+GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+
+
+def ensure_ilsvrc_lists(official: Path, folder: Path) -> str:
+    """Builds the lists of ILSVRC that `folder` lacks from the official distribution, once; returns one line on all of them.
+
+    official: train/<wnid>/*.JPEG; val/*.JPEG, or val/<wnid>/*.JPEG as often rearranged; for test (the literature's name for the official
+    val) the development kit's ILSVRC2012_validation_ground_truth.txt with meta.mat, and the validation boxes ILSVRC2012_val_*.xml, both
+    anywhere below `official` (outside train and val) in their folders of the archives. Instead of meta.mat: ILSVRC2012_ids.txt, whose
+    n-th line is the wnid of ILSVRC2012_ID n. Classes are the sorted wnids. Raises InputError where a part is missing or contradicts another.
+    """
+    said = []
+    wnids: list[str] = []
+    if not (folder / "train" / "image_ids.txt").exists() and (official / "train").is_dir():
+        lists, wnids = _ilsvrc_train(official)
+        write_lists(folder / "train", lists)
+        said.append(f"train built from {official / 'train'}: {len(wnids)} classes, {len(lists['image_ids'])} images")
+        if len(wnids) != ILSVRC_CLASSES:
+            said[-1] += f", a subset of the {ILSVRC_CLASSES}: results do not compare with published ones"
+    if not (folder / "test" / "image_ids.txt").exists() and (official / "val").is_dir():
+        if not wnids and (folder / "train" / "image_ids.txt").exists():
+            wnids = sorted({line.split("/")[-2] for line in read_lines(folder / "train" / "image_ids.txt") if line.count("/") > 1})
+        lists, note = _ilsvrc_test(official, wnids)
+        write_lists(folder / "test", lists)
+        differ = differing_files("ILSVRC", "test", lists)
+        same = f"{', '.join(differ)} not as published" if differ else "equal to the published list"
+        said.append(f"test built from {official / 'val'}: {len(lists['image_ids'])} of {ILSVRC_VAL_IMAGES} images ({same}){note}")
+    return "; ".join(said) or describe_lists("ILSVRC", folder)
+
+
+def _ilsvrc_train(official: Path) -> tuple[Lists, list[str]]:
+    wnids = sorted(path.name for path in (official / "train").iterdir() if path.is_dir() and re.fullmatch(r"n\d{8}", path.name))
+    if not wnids:
+        raise InputError(f"{official / 'train'}: no folders n01440764 and so on: unpack ILSVRC2012_img_train.tar and the archive of each class in it")
+    lists: Lists = {"image_ids": [], "class_labels": []}
+    for label, wnid in enumerate(wnids):
+        names = sorted(path.name for path in (official / "train" / wnid).iterdir() if path.suffix.lower() in (".jpeg", ".jpg"))
+        if not names:
+            raise InputError(f"{official / 'train' / wnid}: no .JPEG images of this class: unpack {wnid}.tar into it, or remove it")
+        lists["image_ids"] += [f"train/{wnid}/{name}" for name in names]
+        lists["class_labels"] += [f"train/{wnid}/{name},{label}" for name in names]
+    return lists, wnids
+
+
+def _ilsvrc_test(official: Path, wnids: list[str]) -> tuple[Lists, str]:
+    """(lists, what else is to be said). wnids: the classes; of a part of ILSVRC, the other classes' images are left out. [] for all."""
+    truth = _development_kit(official)
+    classes = wnids or sorted(set(truth.values()))
+    label_of = {wnid: label for label, wnid in enumerate(classes)}
+    found: dict[str, tuple[str, int]] = {}  # image id -> (stem, label)
+    for path in sorted((*(official / "val").glob("*.JPEG"), *(official / "val").glob("n*/*.JPEG")), key=lambda path: path.name):
+        number = re.fullmatch(r"ILSVRC2012_val_(\d{8})", path.stem)
+        if number is None or int(number[1]) not in truth:
+            raise InputError(f"{path}: not an image of {GROUND_TRUTH}: remove it from val")
+        wnid, inside = truth[int(number[1])], path.parent.name
+        if inside not in ("val", wnid):
+            raise InputError(f"{path}: in the folder of {inside}, the development kit says {wnid}")
+        if wnid in label_of:
+            found[path.relative_to(official).as_posix()] = path.stem, label_of[wnid]
+    if not found:
+        raise InputError(f"{official / 'val'}: no ILSVRC2012_val_*.JPEG: unpack ILSVRC2012_img_val.tar into it")
+
+    xml_of = {path.stem: path for path in _outside_of_images(official, "ILSVRC2012_val_*.xml")}
+    if not xml_of:
+        raise InputError(f"{official}: no validation boxes: unpack ILSVRC2012_bbox_val_v3.tgz into {official / 'bbox_val'}")
+    sizes = ordered_map(_image_size, (official / image for image in found), default_workers())
+    lists: Lists = {name: [] for name in LIST_FILES}
+    without = []
+    for (image, (stem, label)), (width, height) in zip(found.items(), sizes):
+        lists["image_ids"].append(image)
+        lists["class_labels"].append(f"{image},{label}")
+        lists["image_sizes"].append(f"{image},{width},{height}")
+        boxes = _xml_boxes(xml_of[stem], width, height) if stem in xml_of else []
+        lists["localization"] += [",".join(map(str, (image, *box))) for box in boxes]
+        if not boxes:
+            without.append(image)
+    note = f"; {len(without)} images without boxes count for classification alone: {', '.join(without[:5])}" if without else ""
+    return lists, note + (", ..." if len(without) > 5 else "")
+
+
+def _development_kit(official: Path) -> dict[int, str]:
+    """Number of each validation image, from 1 -> wnid."""
+    path = next(_outside_of_images(official, GROUND_TRUTH), None)
+    if path is None:
+        raise InputError(f"{official}: no {GROUND_TRUTH} in it: unpack ILSVRC2012_devkit_t12.tar.gz into it")
+    text, mat = path.with_name("ILSVRC2012_ids.txt"), path.with_name("meta.mat")
+    wnid_of: dict[int, str] = {}
+    if text.exists():
+        wnid_of = {n: line.strip() for n, line in enumerate(read_lines(text), 1) if line.strip()}
+        mat = text
+    else:
+        try:
+            from scipy.io import loadmat  # slow to import, and needed here alone
+
+            for row in loadmat(mat, squeeze_me=True)["synsets"]:
+                wnid_of[int(row["ILSVRC2012_ID"])] = str(row["WNID"])
+        except Exception as error:
+            raise InputError(f"{mat}: no synsets can be read from it ({first_line(error)})") from error
+    for number, wnid in wnid_of.items():
+        if not re.fullmatch(r"n\d{8}", wnid):
+            raise InputError(f"{mat}:{number}: {wnid[:40]!r} is no wnid as n01440764 is")
+    truth = {}
+    for n, line in enumerate(read_lines(path), 1):
+        if not line.strip().isdigit() or int(line) not in wnid_of:
+            raise InputError(f"{path}:{n}: {line[:40]!r} is no ILSVRC2012_ID of {mat}")
+        truth[n] = wnid_of[int(line)]
+    return truth
+
+
+def _outside_of_images(official: Path, pattern: str) -> Iterator[Path]:
+    """Files of this name below official, without walking through the million images of train."""
+    yield from official.glob(pattern)
+    for folder in sorted(path for path in official.iterdir() if path.is_dir() and path.name not in ("train", "val", "val2")):
+        yield from sorted(folder.rglob(pattern))
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    with open_image(path) as image:
+        return image.size
+
+
+def _xml_boxes(path: Path, width: int, height: int) -> list[tuple[int, int, int, int]]:
+    """The boxes of all objects, both corners inside the image: the files have x1 = width now and then."""
+    boxes = []
+    try:
+        for box in ElementTree.parse(path).getroot().iter("bndbox"):
+            x0, y0, x1, y1 = (int(box.findtext(name)) for name in ("xmin", "ymin", "xmax", "ymax"))
+            boxes.append((max(x0, 0), max(y0, 0), min(x1, width - 1), min(y1, height - 1)))
+    except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not a file of boxes ({first_line(error)})") from error
+    for x0, y0, x1, y1 in boxes:
+        if x1 < x0 or y1 < y0:
+            raise InputError(f"{path}: box {x0},{y0},{x1},{y1} is outside its image of {width} x {height}")
+    return boxes
+
+
+def imagenet_v2_names(root: Path, ids: list[str]) -> list[str]:
+    """The ids of the published train-fullsup (ImageNetV2: val2/<class>/<0 ... 9>.jpeg) as its files are named here, where that is certain.
+
+    The folder may have the archive's name instead of val2, the files another suffix. Raises InputError for a later release, whose files are
+    named by a hash: which is which cannot be told.
+    """
+    if not ids or (root / ids[0]).exists():
+        return ids
+    folders = [root / "val2", *sorted(root.glob("imagenetv2-*"))]
+    folder = next((path for path in folders if path.is_dir()), None)
+    if folder is None or not ids[0].startswith("val2/"):
+        return ids
+    first = folder / ids[0].removeprefix("val2/")
+    suffix = next((s for s in (".jpeg", ".jpg", ".JPEG", ".JPG", ".png") if first.with_suffix(s).exists()), None)
+    if suffix is None:
+        inside = next((path.name for path in sorted(first.parent.glob("*.*"))), "nothing")
+        raise InputError(
+            f"{first.parent}: holds {inside} where the published val list has {first.name}: another release of ImageNetV2, "
+            "with renamed files; get the one with 0.jpeg to 9.jpeg, or hold val out of train with --val-per-class 2"
+        )
+    return [(folder.name + image.removeprefix("val2")).rpartition(".")[0] + suffix for image in ids]
