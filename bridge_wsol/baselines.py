@@ -15,7 +15,13 @@ evaluation, "the search" what public scripts give as its tuned values for CUB: (
 
 from __future__ import annotations
 
+import argparse
+import json
+import statistics
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Iterator, NamedTuple
 
@@ -23,11 +29,11 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from .cam import class_activation_map, resize
+from .cam import NORMALIZATIONS, class_activation_map, resize
 from .losses import alignment_losses, consistency_loss, minmax
 from .models import GAPNetwork, Output, VGG16GAP, build_model
 from .optim import OURS, image_size
-from .utils import InputError
+from .utils import InputError, Parser, one_line_errors, write_json, write_text
 
 METHODS: dict[str, type[CAM]] = {}
 
@@ -549,3 +555,124 @@ def head(channels: int, hidden: list[int], out: int | None = None) -> nn.Sequent
 def of_class(maps: Tensor, labels: Tensor) -> Tensor:
     """N x K x H x W, N -> N x H x W: each image's map of its label."""
     return maps[torch.arange(len(maps), device=maps.device), labels]
+
+
+# --------------------------------------------------------------------------------------------------------- the comparison
+
+# A row: a method, or METHOD+NORMALIZATION, the same runs under another normalization of the map (ivr's percentile chosen on val).
+ROWS = (
+    "cam", "cam+ivr", "has", "acol", "spg", "adl", "adl+ivr", "cutmix", "eil", "pas", "pas+pas", "calm", "bridge", "bridge+ivr", "bridge+cutmix",
+)
+# Heading -> where the number is in "metrics" of a results file; images/s comes from the log.
+COLUMNS = {
+    "MaxBoxAccV2": ("max_box_acc_v2", "mean"), "IoU 30": ("max_box_acc_v2", "30"), "IoU 50": ("max_box_acc_v2", "50"),
+    "IoU 70": ("max_box_acc_v2", "70"), "GT-known": ("gt_known_loc_largest",), "Top-1 Loc": ("top1_loc",), "PxAP": ("pxap",), "Top-1 cls": ("top1_cls",),
+}
+
+
+def run_script(script: str, *arguments: Any) -> None:
+    """Runs train.py or evaluate.py of this checkout. Raises InputError where it fails; its own line on stderr says why."""
+    path = Path(__file__).parents[1] / script
+    if not path.exists():
+        raise InputError(f"{path}: no such file: the comparison runs from a clone, pip install -e")
+    code = subprocess.run([sys.executable, str(path), *map(str, arguments)]).returncode
+    if code:
+        raise InputError(f"{script} ended with exit code {code}: {' '.join(map(str, arguments))}; the same command goes on from here")
+
+
+def row_of(name: str) -> tuple[str, str]:
+    """(method, normalization) of a row's name. Raises InputError for another name."""
+    method, _, normalization = name.rpartition("+")
+    if name in METHODS:
+        return name, "minmax"
+    if method in METHODS and normalization in NORMALIZATIONS:
+        return method, normalization
+    raise InputError(f"--methods {name}: not a method ({', '.join(METHODS)}), nor one with + and {', '.join(NORMALIZATIONS)}")
+
+
+def compare(rows: list[str], seeds: list[int], runs: Path, checkpoint: str, flags: list[str]) -> str:
+    """Trains what is not trained yet, each method with each seed in RUNS/METHOD_seedN, and returns the table, as in RUNS/table.md.
+
+    flags: of train.py, the same for all runs in RUNS. Raises InputError for other flags than those that RUNS began with, and where a run fails.
+    """
+    methods = {name: row_of(name) for name in rows}
+    # What only decides where and how fast it runs may change between calls.
+    begun, free = runs / "flags.json", ("--workers", "--device", "--data-root", "--splits")
+    own = [flag for i, flag in enumerate(flags) if flag not in free and (i == 0 or flags[i - 1] not in free)]
+    if begun.exists() and json.loads(begun.read_text(encoding="utf-8")) != own:
+        raise InputError(f"{begun}: these runs were begun with other flags: give the same, or choose another --runs")
+    write_json(begun, own)
+
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
+    for name, (method, normalization) in methods.items():
+        for seed in seeds:
+            run = runs / f"{method}_seed{seed}"
+            if not (run / "results_last_test.json").exists():  # the last file that train.py writes
+                resume = ["--resume"] if run.exists() else []
+                run_script("train.py", "--method", method, "--seed", seed, "--out", run, *flags, *resume)
+            results = run / f"results_{checkpoint}_test.json"
+            if normalization != "minmax":
+                results = results.with_name(f"results_{checkpoint}_test_{normalization}{'_val' * (normalization == 'ivr')}.json")
+                if not results.exists():
+                    choose = ["--percentile", "val"] if normalization == "ivr" else []
+                    run_script("evaluate.py", run, "--checkpoint", checkpoint, "--normalize", normalization, *choose, *machine(flags))
+            found[name].append(measured(results, run / "log.jsonl"))
+            text = comparison_table(found)
+            write_text(runs / "table.md", text)
+    return text
+
+
+def machine(flags: list[str]) -> list[str]:
+    """Those of train.py's flags that evaluate.py has too."""
+    shared = ("--workers", "--device", "--amp", "--data-root", "--splits")
+    return [flag for i, flag in enumerate(flags) if flag in shared or (i > 0 and flags[i - 1] in shared)]
+
+
+def measured(results: Path, log: Path) -> dict[str, float | None]:
+    """{heading: number} of one run; images/s is the median over its epochs."""
+    row = {}
+    for heading, path in COLUMNS.items():
+        value = json.loads(results.read_text(encoding="utf-8"))["metrics"]
+        for key in path:
+            value = value and value[key]
+        row[heading] = value
+    epochs = [json.loads(line)["images_per_second"] for line in log.read_text(encoding="utf-8").splitlines()]
+    return row | {"images/s": statistics.median(epochs)}
+
+
+def comparison_table(found: dict[str, list[dict[str, float | None]]]) -> str:
+    """Markdown: a line a method, mean and (from two seeds on) sample standard deviation; columns that nobody has are left out."""
+    headings = [h for h in (*COLUMNS, "images/s") if any(run[h] is not None for runs in found.values() for run in runs)]
+    lines = [f"| method | seeds | {' | '.join(headings)} |", "|---" * (len(headings) + 2) + "|"]
+    for name, runs in found.items():
+        if not runs:
+            continue
+        cells = []
+        for heading in headings:
+            values = [run[heading] for run in runs if run[heading] is not None]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(
+        prog="python -m bridge_wsol.baselines", description="Trains and evaluates methods over seeds, and writes one table of test results.",
+        epilog="Every other flag is train.py's. Finished runs are not repeated, interrupted ones go on.", allow_abbrev=False,
+    )
+    parser.add_argument("--methods", nargs="+", default=ROWS, metavar="M", help=f"a method, or METHOD+NORMALIZATION (default: {' '.join(ROWS)})")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    parser.add_argument("--runs", type=Path, default=Path("runs/comparison"), metavar="DIR", help="of the runs and table.md (default runs/comparison)")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="last", help="whose results (default last: the same epoch for all)")
+    args, flags = parser.parse_known_args(argv)
+    for flag in ("--method", "--seed", "--out", "--resume"):
+        if any(given.split("=")[0] == flag for given in flags):
+            parser.error(f"{flag} is set by the comparison: --methods, --seeds and --runs decide")
+    print(compare(list(args.methods), args.seeds, args.runs, args.checkpoint, flags))
+    print(f"written to {args.runs / 'table.md'}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

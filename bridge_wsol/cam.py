@@ -11,6 +11,7 @@ from torch import Tensor
 from .losses import cosine_map, feature_norm, minmax
 
 NORMALIZATIONS = ("minmax", "max", "pas", "ivr")
+PERCENTILES = {"pas": 0.9, "ivr": 0.45}  # of the normalizations that have one, unless another is given: both from their authors' code
 
 
 class Factors(NamedTuple):
@@ -61,7 +62,7 @@ def normalize(maps: Tensor, how: str = "minmax", percentile: float | None = None
     """
     if how not in NORMALIZATIONS:
         raise ValueError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {how!r}")
-    q = {"pas": 0.9, "ivr": 0.45}.get(how, 0.0) if percentile is None else percentile
+    q = PERCENTILES.get(how, 0.0) if percentile is None else percentile
     if not 0 <= q < 1:
         raise ValueError(f"percentile must be in [0, 1), got {q}")
     maps = maps.float()
