@@ -260,9 +260,9 @@ QS = tuple(round(0.05 * i, 2) for i in range(1, 15))  # IVR's percentiles to cho
 def choose_percentile(
     batches: Iterable[MapBatch], split: Split, *, image_size: int, upsampling: str, workers: int
 ) -> tuple[float, dict[str, Any], dict[str, int] | None]:
-    """IVR's percentile with the best `selection_score` on a split, the lowest of equals, from its maps without normalization.
+    """IVR's percentile with the best `selection_score` on val, the lowest of equals, from its maps without normalization.
 
-    Returns (q, {"chosen_on", "by", "scores"}, the split's levels at q). Raises InputError where the split has neither boxes nor masks.
+    Returns (q, {"chosen_on", "by", "scores"}, val's levels at q). Raises InputError where val has neither boxes nor masks.
     """
     if not split.boxes and not split.masks:
         raise InputError(f"--percentile val: {split.name} has neither boxes nor masks to choose by: give a number")
@@ -273,7 +273,7 @@ def choose_percentile(
         name, scores[q] = selection_score(result["metrics"])
         levels[q] = result["levels"]
     best = max(QS, key=scores.__getitem__)
-    return best, {"chosen_on": split.name, "by": name, "scores": scores}, levels[best]
+    return best, {"chosen_on": "val", "by": name, "scores": scores}, levels[best]
 
 
 def write_results(path: Path, result: dict[str, Any], **head: Any) -> None:

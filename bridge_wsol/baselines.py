@@ -15,7 +15,6 @@ evaluation, "the search" what public scripts give as its tuned values for CUB: (
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -598,7 +597,7 @@ def compare(rows: list[str], seeds: list[int], runs: Path, checkpoint: str, flag
     methods = {name: row_of(name) for name in rows}
     # What only decides where and how fast it runs may change between calls.
     begun, free = runs / "flags.json", ("--workers", "--device", "--data-root", "--splits")
-    own = [flag for i, flag in enumerate(flags) if flag not in free and (i == 0 or flags[i - 1] not in free)]
+    own = [flag for i, flag in enumerate(flags) if flag.split("=")[0] not in free and (i == 0 or flags[i - 1] not in free)]
     if begun.exists() and json.loads(begun.read_text(encoding="utf-8")) != own:
         raise InputError(f"{begun}: these runs were begun with other flags: give the same, or choose another --runs")
     write_json(begun, own)
@@ -625,7 +624,7 @@ def compare(rows: list[str], seeds: list[int], runs: Path, checkpoint: str, flag
 def machine(flags: list[str]) -> list[str]:
     """Those of train.py's flags that evaluate.py has too."""
     shared = ("--workers", "--device", "--amp", "--data-root", "--splits")
-    return [flag for i, flag in enumerate(flags) if flag in shared or (i > 0 and flags[i - 1] in shared)]
+    return [flag for i, flag in enumerate(flags) if flag.split("=")[0] in shared or (i > 0 and flags[i - 1] in shared)]
 
 
 def measured(results: Path, log: Path) -> dict[str, float | None]:
