@@ -154,9 +154,9 @@ def test_values_out_of_range_are_named(tiny, fails, tmp_path):
 # -------------------------------------------------------------------------------------------------------------------- ACoL
 
 
-@pytest.mark.parametrize("arch", ["vgg16", "resnet50"])
-def test_acol_erases_for_b_and_fuses_by_the_maximum(arch):
-    method, model = make("acol", arch, acol_delta=0.6)
+@pytest.mark.parametrize("arch, delta", [("vgg16", 0.6), ("vgg16", 1.0), ("resnet50", 0.6)])
+def test_acol_erases_for_b_and_fuses_by_the_maximum(arch, delta):
+    method, model = make("acol", arch, acol_delta=delta)
     seen = {}
     model.head_a.register_forward_hook(lambda _, inputs, output: seen.update(x=inputs[0], s_a=output))
     model.register_forward_hook(lambda _, inputs, output: seen.update(features=output.features))
@@ -170,10 +170,10 @@ def test_acol_erases_for_b_and_fuses_by_the_maximum(arch):
         attention = (s - s.min()) / (s.max() - s.min())
         for i in range(len(s)):
             for j in range(len(s)):
-                column = torch.zeros_like(seen["x"][n, :, i, j]) if attention[i, j] >= 0.6 else seen["x"][n, :, i, j]
-                zeros += int(attention[i, j] >= 0.6)
+                column = torch.zeros_like(seen["x"][n, :, i, j]) if attention[i, j] >= delta else seen["x"][n, :, i, j]
+                zeros += int(attention[i, j] >= delta)
                 assert torch.equal(seen["erased"][n, :, i, j], column)
-    assert 2 <= zeros < 2 * len(s) ** 2
+    assert zeros == 2 if delta == 1 else 2 < zeros < 2 * len(s) ** 2  # at 1 the maximum itself, of each of the two
     for term, s in (("l_a", seen["s_a"]), ("l_b", seen["s_b"])):
         torch.testing.assert_close(losses.terms[term], (1.0, nnf.cross_entropy(s.mean((2, 3)), LABELS)))
     assert torch.equal(losses.logits, seen["s_a"].mean((2, 3)))
