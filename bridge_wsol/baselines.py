@@ -264,7 +264,7 @@ class CutMix(CAM, name="cutmix"):
     The search: cutmix_beta (0.85), (1.35), cutmix_p (0.79), (0.24 or 0.34: its sources disagree).
     """
 
-    allowed = {"cutmix_beta": (1e-3, float("inf")), "cutmix_p": (0, 1)}
+    allowed = {"cutmix_beta": (0.01, 100), "cutmix_p": (0, 1)}
 
     @classmethod
     def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
@@ -355,7 +355,7 @@ class PaS(CAM, name="pas"):
     Our choice: pas_theta on ResNet50, where nothing was released, is VGG16's, on layer4's output.
     """
 
-    allowed = {"pas_theta": (-float("inf"), 1), "pas_nwc": ("on", "off")}
+    allowed = {"pas_theta": (-1, 1), "pas_nwc": ("on", "off")}
 
     @classmethod
     def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
