@@ -1,6 +1,7 @@
 """The compared methods, each by its defining property: worked by hand, or against plain code of the test's own."""
 
 import functools
+import itertools
 import json
 import shutil
 import sys
@@ -445,13 +446,14 @@ def test_pas_pools_for_the_logits_and_clamps_weights_for_the_map_alone(arch):
 # -------------------------------------------------------------------------------------------------------------------- CALM
 
 
-def calm_factors(model, pictures):
-    """(p(y|x,z), p(z|x)) as written in the paper, the sum that normalizes the second a constant for the gradient."""
+def calm_factors(model, pictures, detached=False):
+    """(p(y|x,z), p(z|x)) as written in the paper; detached: the sum that normalizes the second is a constant for the gradient."""
     features = model(pictures).features
     scores = torch.einsum("kc,nchw->nkhw", model.fc.weight, features) + model.fc.bias[:, None, None]
     classes = scores.exp() / scores.exp().sum(1, keepdim=True)
     s = (1 + (torch.einsum("c,nchw->nhw", model.location.weight[0, :, 0, 0], features) + model.location.bias).exp()).log()
-    return classes, s / s.sum((1, 2), keepdim=True).detach()
+    total = s.sum((1, 2), keepdim=True)
+    return classes, s / (total.detach() if detached else total)
 
 
 @pytest.mark.parametrize("arch", ["vgg16", "resnet50"])
@@ -469,12 +471,13 @@ def test_calm_s_joint_is_a_distribution_over_classes_and_locations(arch):
 
 
 @pytest.mark.parametrize("loss", ["em", "ml"])
-def test_calm_s_losses_and_what_is_detached_in_them(loss):
-    method, model = make("calm", calm_loss=loss)
+@pytest.mark.parametrize("normalizer", ["exact", "detached"])
+def test_calm_s_losses_and_what_is_detached_in_them(loss, normalizer):
+    method, model = make("calm", calm_loss=loss, calm_normalizer=normalizer)
     nn.init.normal_(model.location.weight, std=0.3)
     nn.init.normal_(model.fc.weight, std=0.3)
     losses = method.losses(model.train(), images(), LABELS, 1)
-    classes, locations = calm_factors(model, images())
+    classes, locations = calm_factors(model, images(), normalizer == "detached")
     joint = torch.stack([classes[n, label] * locations[n] for n, label in enumerate(LABELS)])
     if loss == "ml":
         expected = -joint.sum((1, 2)).log().mean()
@@ -488,8 +491,8 @@ def test_calm_s_losses_and_what_is_detached_in_them(loss):
 
 
 def test_calm_is_finite_where_a_location_has_no_probability():
-    for loss in ("em", "ml"):
-        method, model = make("calm", calm_loss=loss)
+    for loss, normalizer in itertools.product(("em", "ml"), ("exact", "detached")):
+        method, model = make("calm", calm_loss=loss, calm_normalizer=normalizer)
         with torch.no_grad():
             model.location.bias.fill_(-1000)  # softplus underflows to zero
             model.location.weight[0, 0] = 1e6
