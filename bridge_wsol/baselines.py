@@ -392,8 +392,8 @@ class CALM(CAM, name="calm"):
     em on CUB, alike elsewhere.)
     calm_normalizer "detached": the sum under p(z|x) is a constant for the gradient, as in the released code, so nothing pulls the location head
     down. Our choice is "exact": detached, the features of the demo's VGG16 (no batch norm) grew 25-fold in four epochs and classified no longer.
-    Our choice too: softplus, where code (ReLU, which can be 0/0) and paper differ; the joint among the maps the code offers, and the evaluator's
-    8-bit levels for it: the paper's localization was not released. Bilinear upsampling is the released code's.
+    Our choice too: softplus, where code (ReLU, which can be 0/0) and paper differ; the joint among the maps the code offers: the paper's localization
+    was not released. The joint is heavy-tailed, and even levels of it miss the object's extent: `evaluate.py --normalize log` has the code's log-spaced ones. Bilinear upsampling is the released code's.
     """
 
     upsampling = "bilinear"
@@ -562,7 +562,7 @@ def of_class(maps: Tensor, labels: Tensor) -> Tensor:
 
 # A row: a method, or METHOD+NORMALIZATION, the same runs under another normalization of the map (ivr's percentile chosen on val).
 ROWS = (
-    "cam", "cam+ivr", "has", "acol", "spg", "adl", "adl+ivr", "cutmix", "eil", "pas", "pas+pas", "calm", "bridge", "bridge+ivr", "bridge+cutmix",
+    "cam", "cam+ivr", "has", "acol", "spg", "adl", "adl+ivr", "cutmix", "eil", "pas", "pas+pas", "calm", "calm+log", "bridge", "bridge+ivr", "bridge+cutmix",
 )
 # Heading -> where the number is in "metrics" of a results file; images/s comes from the log.
 COLUMNS = {

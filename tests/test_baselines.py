@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import math
 import shutil
 import sys
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import evaluate
 import train
 from bridge_wsol import baselines, optim
 from bridge_wsol.baselines import METHODS, attention_dropout, hide, mix, seed_loss, seeds, thresholded_average
+from bridge_wsol.cam import normalize
 from bridge_wsol.losses import alignment_losses, consistency_loss
 from bridge_wsol.models import load_pretrained, restore_weights
 from conftest import REPOSITORY
@@ -501,6 +503,12 @@ def test_calm_is_finite_where_a_location_has_no_probability():
         assert value.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_log_spaced_thresholds_of_a_probability():
+    maps = torch.tensor([[[1e-7, 10**-3.5, 1.0], [0.0, 0.1, 1e-9]], [[0.2, 0.2, 0.2], [0.2, 0.2, 0.2]]])
+    expected = torch.tensor([[[0.0, 0.5, 1.0], [0.0, 6 / 7, 0.0]], [[0.0] * 3, [0.0] * 3]])  # a constant map is zeros, as ever
+    torch.testing.assert_close(normalize(maps, "log"), expected)
+
+
 # --------------------------------------------------------------------------------------------------------------------- SPG
 
 
@@ -532,9 +540,11 @@ def test_seed_loss_counts_seeds_only():
 @pytest.mark.parametrize("arch", ["vgg16", "resnet50"])
 def test_spg_s_three_guidances(arch):
     method, model = make("spg", arch, spg_l1=0.3, spg_h2=0.52, spg_l2=0.49, spg_h3=0.51, spg_l3=0.5)
-    losses = method.losses(model.train(), images(), LABELS, 1)
-
     again = make("spg", arch)[1].train()
+    for network in (model, again):
+        for name in ("a4", "b", "c"):  # fresh, they say next to nothing, and every cross-entropy is log 2
+            getattr(network, name)[-1].weight.data *= 100
+    losses = method.losses(model.train(), images(), LABELS, 1)
     if arch == "vgg16":
         a1 = again.features[:23](images())  # conv4_3's ReLU, before pool4
         a2 = again.features[23:](a1)
@@ -557,7 +567,7 @@ def test_spg_s_three_guidances(arch):
     ):
         expected = seed_loss(branch[:, 0], seeds(guide[:, 0], h, l))
         torch.testing.assert_close(losses.terms[term][1], expected, rtol=1e-3, atol=1e-4, msg=term)
-        assert expected > 0
+        assert (expected - math.log(2)).abs() > 0.01
 
     # A guide learns nothing from those it guides.
     heads = {"l_ce": {"a3", "a4"}, "l_b2": {"b2", "b"}, "l_b1": {"b1", "b"}, "l_c": {"c", "a3"}}
