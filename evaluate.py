@@ -52,6 +52,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     parser.add_argument("--split", choices=("test", "val"), default="test")
     parser.add_argument("--normalize", choices=cam.NORMALIZATIONS, default="minmax", help="of the score map; the protocol's is minmax")
+    parser.add_argument("--percentile", type=percentile, metavar="Q", help="of pas (0.9) or ivr (0.45), in [0, 1); val: the ivr one best on val")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes that load images, and as many that sweep their maps")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -77,9 +78,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--threshold goes with --images and is in [0, 1)")
     if args.dataset and args.run:
         parser.error("--dataset goes with --score-maps; a RUN knows its own")
+    if args.percentile is not None and args.normalize not in cam.PERCENTILES:
+        parser.error(f"--percentile goes with --normalize {' or '.join(cam.PERCENTILES)}")
+    if args.percentile == "val" and (args.normalize != "ivr" or args.run is None or args.images):
+        parser.error("--percentile val goes with --normalize ivr and the evaluation of a RUN")
     if args.batch_size < 1 or args.workers < 0 or args.pictures < 0:
         parser.error("--batch-size must be at least 1, --workers and --pictures at least 0")
     return args
+
+
+def percentile(text: str) -> float | str:
+    """A value of --percentile."""
+    if text != "val" and not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be val, or at least 0 and below 1")
+    return text if text == "val" else float(text)
 
 
 # ------------------------------------------------------------------------------------------------- where maps come from
@@ -87,26 +99,45 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 @torch.inference_mode()
 def network_maps(
-    model: nn.Module, loader: DataLoader, *, method: CAM, device: torch.device, amp: str, normalization: str, image_size: int
+    model: nn.Module,
+    loader: DataLoader,
+    *,
+    method: CAM,
+    device: torch.device,
+    amp: str,
+    normalization: str | None,
+    image_size: int,
+    percentile: float | None = None,
 ) -> Iterator[MapBatch]:
-    """The ground-truth class's map of every image, as a score map, and the rank of its class: one forward pass each."""
+    """The ground-truth class's map of every image, as a score map, and the rank of its class: one forward pass each.
+
+    normalization None: the maps as the method gives them, N x h x w and unbounded, for `score_maps`.
+    """
     model.eval()
     for images, labels, indices in loader:
         with autocast(device, amp):
             logits, maps = method.predict(model, to_input(images, device), labels.to(device))
-        maps = cam.normalize(cam.resize(maps, image_size, method.upsampling), normalization)
+        if normalization is not None:
+            maps = cam.normalize(cam.resize(maps, image_size, method.upsampling), normalization, percentile)
         logits = logits.float().cpu().numpy()
         ranks = label_ranks(logits, labels.numpy())
         yield MapBatch(indices.tolist(), maps.cpu().numpy(), ranks.tolist(), logits.argmax(1).tolist())
 
 
-def file_maps(folder: Path, split: Split, image_size: int, normalization: str) -> Iterator[MapBatch]:
+def score_maps(batches: Iterable[MapBatch], image_size: int, upsampling: str, normalization: str, percentile: float) -> Iterator[MapBatch]:
+    """What `network_maps` would give with this normalization, from the maps it gave without one."""
+    for batch in batches:
+        maps = cam.resize(torch.from_numpy(batch.maps), image_size, upsampling)
+        yield batch._replace(maps=cam.normalize(maps, normalization, percentile).numpy())
+
+
+def file_maps(folder: Path, split: Split, image_size: int, normalization: str, percentile: float | None = None) -> Iterator[MapBatch]:
     """The score maps of a folder, resized and normalized as the network's are. Raises InputError as `load_score_map` does."""
     if not folder.is_dir():
         raise InputError(f"--score-maps {folder}: no such folder")
     for index, image in enumerate(split.ids):
         score_map = torch.from_numpy(load_score_map(folder, image))[None]
-        maps = cam.normalize(cam.resize(score_map, image_size), normalization)
+        maps = cam.normalize(cam.resize(score_map, image_size), normalization, percentile)
         yield MapBatch([index], maps.numpy())
 
 
@@ -239,6 +270,28 @@ def selection_score(metrics: dict[str, Any]) -> tuple[str, float]:
     return ("PxAP", metrics["pxap"]) if metrics["pxap"] is not None else ("Top-1 cls", metrics["top1_cls"])
 
 
+QS = tuple(round(0.05 * i, 2) for i in range(1, 15))  # IVR's percentiles to choose from: 0.05, 0.10, ..., 0.70
+
+
+def choose_percentile(
+    batches: Iterable[MapBatch], split: Split, *, image_size: int, upsampling: str, workers: int
+) -> tuple[float, dict[str, Any], dict[str, int] | None]:
+    """IVR's percentile with the best `selection_score` on val, the lowest of equals, from its maps without normalization.
+
+    Returns (q, {"chosen_on", "by", "scores"}, val's levels at q). Raises InputError where val has neither boxes nor masks.
+    """
+    if not split.boxes and not split.masks:
+        raise InputError(f"--percentile val: {split.name} has neither boxes nor masks to choose by: give a number")
+    kept = list(batches)
+    scores, levels = {}, {}
+    for q in QS:
+        result = evaluate_maps(score_maps(kept, image_size, upsampling, "ivr", q), split, workers=workers)
+        name, scores[q] = selection_score(result["metrics"])
+        levels[q] = result["levels"]
+    best = max(QS, key=scores.__getitem__)
+    return best, {"chosen_on": "val", "by": name, "scores": scores}, levels[best]
+
+
 def write_results(path: Path, result: dict[str, Any], **head: Any) -> None:
     """results_<checkpoint>_<split>.json (shared by train.py and this script)."""
     write_json(path, head | {k: result[k] for k in ("images", "metrics", "thresholds", "curves")})
@@ -295,6 +348,8 @@ def load_run(run: Path, which: str, device: torch.device) -> tuple[nn.Module, CA
         raise InputError(f"{path}: not a checkpoint of train.py ({problem} is missing or of the wrong kind)")
     try:
         c = checkpoint["config"]
+        if c["method"] not in METHODS:
+            raise InputError(f"{path}: a run of method {c['method']!r}, which nothing here defines: import the file with its class before evaluating")
         method = METHODS[c["method"]](SimpleNamespace(**c))
         model = method.network(checkpoint["num_classes"])
         restore_weights(model, checkpoint["model"], path)
@@ -325,27 +380,37 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint.get("classes") and record.get("classes") and checkpoint["classes"] != record["classes"]:
         raise InputError(f"{args.run / args.checkpoint}.pt was trained on other classes than the sub-folders of {config['dataset']} are now")
 
-    def maps_of(split: Split) -> Iterator[MapBatch]:
-        loader = test_loader(split, args.batch_size, image_size=config["image_size"], workers=args.workers)
+    size = config["image_size"]
+
+    def maps_of(split: Split, normalization: str | None) -> Iterator[MapBatch]:
+        loader = test_loader(split, args.batch_size, image_size=size, workers=args.workers)
         return network_maps(
-            model, loader, method=method, device=device, amp=args.amp, normalization=args.normalize, image_size=config["image_size"]
+            model, loader, method=method, device=device, amp=args.amp, normalization=normalization, image_size=size, percentile=q
         )
 
-    val_levels = (checkpoint["val"] or {}).get("levels")
-    if args.normalize != "minmax" and args.split != "val":  # the thresholds in the checkpoint are those of min-max maps
-        val_levels = evaluate_maps(maps_of(splits["val"]), splits["val"], workers=args.workers)["levels"]
+    q, choice = cam.PERCENTILES.get(args.normalize) if args.percentile is None else args.percentile, {}
+    # The thresholds in the checkpoint are those of min-max maps.
+    val_levels = (checkpoint["val"] or {}).get("levels") if args.normalize == "minmax" else None
+    if q == "val":
+        maps = maps_of(splits["val"], None)
+        q, choice, val_levels = choose_percentile(maps, splits["val"], image_size=size, upsampling=method.upsampling, workers=args.workers)
+    elif args.normalize != "minmax" and args.split != "val":
+        val_levels = evaluate_maps(maps_of(splits["val"], args.normalize), splits["val"], workers=args.workers)["levels"]
     split = splits[args.split]
     drawn = spread_out(split, args.pictures)
     result = evaluate_maps(
-        maps_of(split), split, workers=args.workers, val_levels=val_levels, save_maps=args.save_maps, per_image=args.per_image, keep=drawn
+        maps_of(split, args.normalize), split, workers=args.workers, val_levels=val_levels, save_maps=args.save_maps,
+        per_image=args.per_image, keep=drawn,
     )
 
     name = f"{args.checkpoint}_{args.split}" + ("" if args.normalize == "minmax" else f"_{args.normalize}")
+    name += "" if args.percentile is None else f"_{args.percentile}"
     title = f"{config['dataset']} {args.split}, {config['arch']} {config['method']}, {args.checkpoint} checkpoint (epoch {checkpoint['epoch']})"
-    print(table(title, result))
+    print(table(title + percentile_note(args.normalize, q, choice), result))
     out = args.out or args.run / f"results_{name}.json"
     head = {key: config[key] for key in ("dataset", "arch", "method")}
-    write_results(out, result, **head, split=args.split, checkpoint=args.checkpoint, epoch=checkpoint["epoch"], normalize=args.normalize)
+    head |= {"split": args.split, "checkpoint": args.checkpoint, "epoch": checkpoint["epoch"], "normalize": args.normalize}
+    write_results(out, result, **head, **({} if q is None else {"percentile": {"value": q, **choice}}))
     print(f"written to {out}")
     if drawn:
         folder = args.run / f"pictures_{name}"
@@ -360,15 +425,25 @@ def evaluate_score_maps(args: argparse.Namespace) -> None:
     split = splits[args.split]
     image_size = optim.image_size(args.dataset)
     drawn = spread_out(split, args.pictures)
-    batches = file_maps(args.score_maps, split, image_size, args.normalize)
+    q = cam.PERCENTILES.get(args.normalize) if args.percentile is None else args.percentile
+    batches = file_maps(args.score_maps, split, image_size, args.normalize, q)
     result = evaluate_maps(batches, split, workers=args.workers, per_image=args.per_image, keep=drawn)
-    print(table(f"{args.dataset} {args.split}, score maps of {args.score_maps}", result))
+    print(table(f"{args.dataset} {args.split}, score maps of {args.score_maps}" + percentile_note(args.normalize, q, {}), result))
     out = args.out or Path(f"results_{args.score_maps.resolve().name}_{args.split}.json")
     nothing = dict.fromkeys(("arch", "method", "checkpoint"))
-    write_results(out, result, dataset=args.dataset, split=args.split, **nothing, normalize=args.normalize)
+    head = {"dataset": args.dataset, "split": args.split, **nothing, "normalize": args.normalize}
+    write_results(out, result, **head, **({} if q is None else {"percentile": {"value": q}}))
     print(f"written to {out}")
     for index in drawn:
         draw_result(out.with_suffix(""), split, index, result)
+
+
+def percentile_note(normalize: str, q: float | None, choice: dict[str, Any]) -> str:
+    """What a table's title says of a normalization that has a percentile."""
+    if q is None:
+        return ""
+    chosen = f", chosen on {choice['chosen_on']} by {choice['by']} ({choice['scores'][q]:.2f})" if choice else ""
+    return f", {normalize} at percentile {q:.2f}{chosen}"
 
 
 def spread_out(split: Split, n: int) -> list[int]:
@@ -421,7 +496,7 @@ def localize_images(args: argparse.Namespace, model: nn.Module, method: CAM, che
             logits, maps = method.predict(model, to_input(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], device))
         probabilities = logits[0].float().softmax(0)
         top = probabilities.topk(min(5, len(probabilities)))
-        score_map = cam.normalize(cam.resize(maps, size, method.upsampling), args.normalize)[0].cpu().numpy()
+        score_map = cam.normalize(cam.resize(maps, size, method.upsampling), args.normalize, args.percentile)[0].cpu().numpy()
         box = original_box(level_boxes(score_map).largest[level], size, image.size)
         classes = [{"class": int(k), **({"name": names[k]} if names else {}), "probability": float(q)} for k, q in zip(top.indices, top.values)]
         found.append({"image": str(path), "width": image.width, "height": image.height, "box": box, "top5": classes})

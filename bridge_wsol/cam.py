@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .losses import cosine_map, feature_norm, minmax
 
-NORMALIZATIONS = ("minmax", "max", "pas", "ivr")
+NORMALIZATIONS = ("minmax", "max", "pas", "ivr", "log")
+PERCENTILES = {"pas": 0.9, "ivr": 0.45}  # of the normalizations that have one, unless another is given: both from their authors' code
 
 
 class Factors(NamedTuple):
@@ -49,19 +50,20 @@ def resize(maps: Tensor, size: int, mode: str = "bicubic") -> Tensor:
 
 
 def normalize(maps: Tensor, how: str = "minmax", percentile: float | None = None) -> Tensor:
-    """Per-image normalization to [0, 1]: N x H x W -> the same shape, float32. Apply after `resize`.
+    """Normalization of each map to [0, 1]: N x H x W -> the same shape, float32. Apply after `resize`.
 
     minmax  (M - min) / (max - min): the protocol's, and this method's
     max     max(M, 0) / max M
     pas     M - min, divided by its `percentile` (default 0.9), clipped at 1      (Bae et al., ECCV 2020)
     ivr     max(M - v, 0) / its maximum, v the `percentile` (default 0.45) of M   (Kim et al., ICCV 2021)
+    log     1 + log10(M) / 7, M clipped to [1e-7, 1]: for probabilities, whose thresholds are even in the exponent then (CALM: Kim et al., ICCV 2021)
 
     A percentile q in [0, 1) is the sorted value at index int(q * H * W). A map that is constant, holds NaN or infinity,
     or has nothing left to divide by becomes all zeros. Raises ValueError for an unknown `how` or percentile.
     """
     if how not in NORMALIZATIONS:
         raise ValueError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {how!r}")
-    q = {"pas": 0.9, "ivr": 0.45}.get(how, 0.0) if percentile is None else percentile
+    q = PERCENTILES.get(how, 0.0) if percentile is None else percentile
     if not 0 <= q < 1:
         raise ValueError(f"percentile must be in [0, 1), got {q}")
     maps = maps.float()
@@ -69,6 +71,8 @@ def normalize(maps: Tensor, how: str = "minmax", percentile: float | None = None
     maps = torch.where(usable[:, None, None], maps, 0)
     if how == "minmax":
         return minmax(maps)
+    if how == "log":
+        return 1 + maps.clamp(1e-7, 1).log10() / 7
 
     if how == "max":
         maps = maps.clamp(min=0)

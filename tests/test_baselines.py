@@ -1,0 +1,712 @@
+"""The compared methods, each by its defining property: worked by hand, or against plain code of the test's own."""
+
+import functools
+import itertools
+import json
+import math
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+from torch import nn
+
+import evaluate
+import train
+from bridge_wsol import baselines, optim
+from bridge_wsol.baselines import METHODS, attention_dropout, hide, mix, seed_loss, seeds, thresholded_average
+from bridge_wsol.cam import normalize
+from bridge_wsol.losses import alignment_losses, consistency_loss
+from bridge_wsol.models import load_pretrained, restore_weights
+from conftest import REPOSITORY
+
+COMPARED = ("acol", "adl", "eil", "cutmix", "pas", "calm", "has", "spg", "bridge+cutmix")
+LABELS = torch.tensor([2, 0])
+
+
+def images(n=2, side=64, seed=0):
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def make(name, arch="vgg16", num_classes=3, **values):
+    """(method, network with weights of seed 0) at the CUB preset's values, VGG16 at a sixteenth of its width."""
+    preset = optim.preset("CUB", arch) | METHODS[name].preset("CUB", arch)
+    c = SimpleNamespace(arch=arch, **{key: value for key, (value, _) in preset.items()})
+    if arch == "vgg16":
+        c.width = 1 / 16
+    for key, value in values.items():
+        assert hasattr(c, key)
+        setattr(c, key, value)
+    torch.manual_seed(0)
+    method = METHODS[name](c)
+    return method, method.network(num_classes)
+
+
+def total(losses):
+    return sum(weight * value for weight, value in losses.terms.values())
+
+
+def gradients(loss, model):
+    return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, retain_graph=True)
+
+
+def same_gradients(loss, expected, model):
+    for (name, _), a, b in zip(model.named_parameters(), gradients(loss, model), gradients(expected, model)):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+
+
+# ------------------------------------------------------------------------------------------------------------- all of them
+
+
+@functools.cache
+def layers_of_the_vanilla_network(arch):
+    _, model = make("cam", arch)
+    return model.pretrained_layers().keys(), [p.shape for p in optim.parameter_groups(model, arch)[0]]
+
+
+@pytest.mark.parametrize("arch", ["vgg16", "resnet50"])
+@pytest.mark.parametrize("name", COMPARED)
+def test_forward_backward_and_pretrained_layers(name, arch):
+    method, model = make(name, arch)
+    old, new = optim.parameter_groups(model, arch)
+    assert (model.pretrained_layers().keys(), [p.shape for p in old]) == layers_of_the_vanilla_network(arch) and new
+
+    total(method.losses(model.train(), images(), LABELS, epoch=70)).backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, parameter_name
+
+    with torch.inference_mode():
+        logits, maps = method.predict(model.eval(), images())
+    side = 4 if arch == "vgg16" else 8
+    assert logits.shape == (2, 3) and maps.shape == (2, side, side) and maps.dtype == torch.float32
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", COMPARED)
+def test_maps_without_labels_are_the_first_predictions_and_checkpoints_come_back(name):
+    method, model = make(name)
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    logits, maps = method.predict(model.eval(), images())
+    assert torch.equal(maps, method.predict(model, images(), logits.argmax(1))[1])
+    assert not torch.equal(maps, method.predict(model, images(), (logits.argmax(1) + 1) % 3)[1])
+    _, again = make(name)
+    restore_weights(again, model.state_dict(), "checkpoint")
+    for ours, theirs in zip(method.predict(again.eval(), images()), (logits, maps)):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_pretrained_layers_load_and_the_precision_of_autocast_stays_out_of_maps(name, tmp_path):
+    _, vanilla = make("cam")
+    for parameter in vanilla.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    torch.save(vanilla.state_dict(), tmp_path / "weights.pth")
+    method, model = make(name)
+    load_pretrained(model, "vgg16", str(tmp_path / "weights.pth"))
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in vanilla.pretrained_layers().items())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = method.losses(model.train(), images(), LABELS, epoch=70)
+        with torch.no_grad():
+            maps = method.predict(model.eval(), images())[1]
+    assert maps.dtype == torch.float32 and {value.dtype for _, value in losses.terms.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_run_evaluates_to_the_same_table(name, tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    train.main([*tiny, "--method", name, "--out", str(run)])
+    before = {which: json.loads((run / f"results_{which}_test.json").read_text()) for which in ("best", "last")}
+    table = capsys.readouterr().out
+    for which in ("best", "last"):
+        evaluate.main([str(run), "--checkpoint", which, "--device", "cpu", "--workers", "0", "--batch-size", "8"])
+        assert json.loads((run / f"results_{which}_test.json").read_text()) == before[which]
+        assert capsys.readouterr().out.rsplit("written", 1)[0].split("\n", 1)[1] in table
+    assert before["last"]["method"] == name and before["last"]["metrics"]["max_box_acc_v2"]["mean"] is not None
+    own = {key for key in METHODS[name].preset("tiny", "vgg16") if key in train.method_values()}
+    assert own <= json.loads((run / "config.json").read_text())["config"].keys()
+
+
+@pytest.mark.parametrize("name", ["acol", "calm"])
+def test_ten_classes_of_cub(name, real_data, tiny_preset, tmp_path):
+    data = ["--data-root", real_data, "--splits", tmp_path / "splits"]
+    flags = ["--dataset", "CUB", "--method", name, *data, "--weights", "none", "--epochs", 2, "--warm-epochs", 1, "--device", "cpu"]
+    train.main([str(flag) for flag in [*flags, "--out", tmp_path / "run"]])
+    before = json.loads((tmp_path / "run" / "results_best_test.json").read_text())
+    evaluate.main([str(tmp_path / "run"), "--device", "cpu", "--batch-size", "8"])
+    assert json.loads((tmp_path / "run" / "results_best_test.json").read_text()) == before
+    assert before["images"] == 243 and before["method"] == name
+
+
+def test_values_out_of_range_are_named(tiny, fails, tmp_path):
+    out = ["--out", tmp_path / "run"]
+    for name, flag, value in (
+        ("acol", "--acol-delta", 1.5), ("adl", "--adl-rate", -1), ("adl", "--adl-position", "here"), ("eil", "--eil-lambda", "nan"),
+        ("cutmix", "--cutmix-beta", 0), ("bridge+cutmix", "--cutmix-p", 2), ("pas", "--pas-theta", 1.5), ("pas", "--pas-nwc", "maybe"),
+        ("calm", "--calm-loss", "mle"), ("has", "--has-p", 1.1), ("has", "--has-cells", "16,-2"), ("has", "--has-cells", "16,x"), ("spg", "--spg-h2", 7),
+    ):
+        fails(train.main, [*tiny, *out, "--method", name, flag, value], flag, str(value), "must be")
+    fails(train.main, [*tiny, *out, "--method", "cam", "--adl-rate", 0.5], "--adl-rate", "not a value of --method cam")
+    assert not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------------- ACoL
+
+
+@pytest.mark.parametrize("arch, delta", [("vgg16", 0.6), ("vgg16", 1.0), ("resnet50", 0.6)])
+def test_acol_erases_for_b_and_fuses_by_the_maximum(arch, delta):
+    method, model = make("acol", arch, acol_delta=delta)
+    seen = {}
+    model.head_a.register_forward_hook(lambda _, inputs, output: seen.update(x=inputs[0], s_a=output))
+    model.register_forward_hook(lambda _, inputs, output: seen.update(features=output.features))
+    model.head_b.register_forward_hook(lambda _, inputs, output: seen.update(erased=inputs[0], s_b=output))
+    pictures = images(side=64 if arch == "vgg16" else 32)
+    losses = method.losses(model.train(), pictures, LABELS, epoch=1)
+    assert arch == "vgg16" or torch.equal(seen["x"], seen["features"])
+    zeros = 0
+    for n, label in enumerate(LABELS):
+        s = seen["s_a"][n, label]
+        attention = (s - s.min()) / (s.max() - s.min())
+        for i in range(len(s)):
+            for j in range(len(s)):
+                column = torch.zeros_like(seen["x"][n, :, i, j]) if attention[i, j] >= delta else seen["x"][n, :, i, j]
+                zeros += int(attention[i, j] >= delta)
+                assert torch.equal(seen["erased"][n, :, i, j], column)
+    assert zeros == 2 if delta == 1 else 2 < zeros < 2 * len(s) ** 2  # at 1 the maximum itself, of each of the two
+    for term, s in (("l_a", seen["s_a"]), ("l_b", seen["s_b"])):
+        torch.testing.assert_close(losses.terms[term], (1.0, nnf.cross_entropy(s.mean((2, 3)), LABELS)))
+    assert torch.equal(losses.logits, seen["s_a"].mean((2, 3)))
+
+    # B's loss trains the layers that both share, and A's head not at all: the mask carries nothing.
+    reached = {name for (name, _), grad in zip(model.named_parameters(), gradients(losses.terms["l_b"][1], model)) if grad is not None}
+    assert {name.split(".")[0] for name in reached} & {"head_a", "head_b", "features", "conv1"} == {"head_b", "features" if arch == "vgg16" else "conv1"}
+
+    if arch == "resnet50":
+        return
+    with torch.inference_mode():
+        logits, maps = method.predict(model.eval(), images(), LABELS)
+    torch.testing.assert_close(logits, seen["s_a"].mean((2, 3)))
+    for n, label in enumerate(LABELS):
+        a, b = ((s - s.min()) / (s.max() - s.min()) for s in (seen["s_a"][n, label], seen["s_b"][n, label]))
+        torch.testing.assert_close(maps[n], torch.stack([a, b]).amax(0))
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+def test_acol_s_vgg16_pools_and_its_heads(stride):
+    _, model = make("acol", stride=stride)
+    _, vanilla = make("cam", stride=stride)
+    x = images(side=32)
+    plain = x
+    for layer in vanilla.features:
+        plain = nnf.max_pool2d(plain, 3, 2, 1) if isinstance(layer, nn.MaxPool2d) else layer(plain)
+    model.features.load_state_dict(vanilla.features.state_dict())
+    torch.testing.assert_close(model.pool(model(x).features), nnf.avg_pool2d(nnf.max_pool2d(plain, 3, 1, 1), 3, 1, 1))
+    assert [layer.weight.shape for layer in model.head_a if isinstance(layer, nn.Conv2d)] == [(64, 32, 3, 3), (64, 64, 3, 3), (3, 64, 1, 1)]
+
+
+# --------------------------------------------------------------------------------------------------------------------- ADL
+
+
+def test_attention_dropout_by_hand():
+    z = torch.tensor([[[1.0, 2.0], [0.0, 4.0]], [[1.0, 2.0], [2.0, 4.0]]]).expand(3, 2, 2, 2).clone().requires_grad_()
+    # Channel means 1, 2, 1, 4; with gamma = 0.5 the threshold is 2, and what equals it is dropped.
+    dropped = attention_dropout(z, gamma=0.5, rate=1.0)
+    torch.testing.assert_close(dropped[0], torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [2.0, 0.0]]]))
+    dropped.sum().backward()
+    assert torch.equal(z.grad[0], torch.tensor([[1.0, 0.0], [1.0, 0.0]]).expand(2, 2, 2))
+
+    z.grad = None
+    weighed = attention_dropout(z, gamma=0.5, rate=0.0)
+    importance = 1 / (1 + (-torch.tensor([[1.0, 2.0], [1.0, 4.0]])).exp())
+    torch.testing.assert_close(weighed, z * importance)
+    weighed.sum().backward()
+    through_the_map = z.detach().sum(1, keepdim=True) * importance * (1 - importance) / 2  # two channels
+    torch.testing.assert_close(z.grad, importance + through_the_map.expand_as(z))
+
+
+def test_adl_draws_once_for_the_whole_batch():
+    torch.manual_seed(0)
+    z, masks = torch.rand(16, 4, 5, 5) + 0.5, 0
+    for _ in range(400):
+        has_zeros = (attention_dropout(z, gamma=0.9, rate=0.75) == 0).flatten(1).any(1)
+        assert has_zeros.all() or not has_zeros.any()
+        masks += int(has_zeros.all())
+    assert 0.68 < masks / 400 < 0.82
+
+
+# Where torchvision has them: pool3, conv4_3's ReLU, pool4, conv5_3's ReLU.
+PLACES = {False: (16, 22, 23, 29), True: (23, 32, 33, 42)}
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("position", ["common", "authors"])
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_adl_sits_where_it_should_in_vgg16_and_is_nothing_at_test(batch_norm, stride, position, rate):
+    method, model = make("adl", stride=stride, batch_norm=batch_norm, adl_position=position, adl_rate=rate)
+    pool3, conv4_3, pool4, conv5_3 = PLACES[batch_norm]
+    places = {pool3, conv4_3 if position == "common" else pool4, conv5_3}
+    _, plain = make("cam", stride=stride, batch_norm=batch_norm)  # the same seed, the same weights
+    for training in (True, False):
+        x = images()
+        for i, layer in enumerate(plain.train(training).features):
+            x = layer(x)
+            if training and i in places:
+                x = attention_dropout(x, 0.8, rate)
+        expected = plain.fc(plain.conv6(x).mean((2, 3)))
+        torch.testing.assert_close(model.train(training)(images()).logits, expected)
+
+
+def test_adl_sits_where_it_should_in_resnet50():
+    method, model = make("adl", "resnet50", adl_rate=1.0)
+    _, plain = make("cam", "resnet50")
+    places = {plain.layer3[0], plain.layer4[0], plain.layer4[2]}
+    for training in (True, False):
+        plain.train(training), model.train(training)
+        x = plain.maxpool(plain.relu(plain.bn1(plain.conv1(images()))))
+        for block in (*plain.layer1, *plain.layer2, *plain.layer3, *plain.layer4):
+            x = block(x)
+            if training and block in places:
+                x = attention_dropout(x, 0.9, 1.0)
+        torch.testing.assert_close(model(images()).logits, plain.fc(x.mean((2, 3))))
+
+
+# --------------------------------------------------------------------------------------------------------------------- EIL
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+def test_eil_s_two_passes_share_weights_and_its_mask_has_no_gradient(stride):
+    method, model = make("eil", stride=stride, eil_lambda=0.5)
+    counts = {}
+    for name, layer in model.named_modules():
+        layer.register_forward_hook(lambda *_, name=name: counts.update({name: counts.get(name, 0) + 1}))
+    losses = method.losses(model.train(), images(), LABELS, epoch=1)
+    assert [counts[name] for name in ("features.22", "features.23", "features.24", "conv6", "fc")] == [1, 1, 2, 2, 2]
+
+    z = images()
+    for layer in model.features[:24]:
+        z = layer(z)
+    constant = z.detach().mean(1, keepdim=True)
+    keep = constant < 0.7 * constant.flatten(1).max(1).values[:, None, None, None]
+    assert 0 < keep.float().mean() < 1
+    rest = nn.Sequential(*model.features[24:], model.conv6, nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.fc)
+    expected = nnf.cross_entropy(rest(z), LABELS) + 0.5 * nnf.cross_entropy(rest(z * keep), LABELS)
+    torch.testing.assert_close(total(losses), expected)
+    same_gradients(total(losses), expected, model)
+    torch.testing.assert_close(losses.logits, rest(z))
+
+
+def test_eil_in_resnet50_splits_behind_layer3_and_keeps_the_unerased_statistics():
+    method, model = make("eil", "resnet50")
+    _, plain = make("cam", "resnet50")
+    plain.train()(images())
+    counts = [0, 0]
+    for i, layer in enumerate((model.layer3[5], model.layer4[0])):
+        layer.register_forward_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
+    losses = method.losses(model.train(), images(), LABELS, epoch=1)
+    assert counts == [1, 2] and not torch.allclose(losses.terms["l_ce"][1], losses.terms["l_erased"][1])
+    for (name, ours), theirs in zip(model.named_buffers(), plain.buffers()):
+        torch.testing.assert_close(ours, theirs, msg=name)
+
+
+# ------------------------------------------------------------------------------------------------------------------ CutMix
+
+
+def test_cutmix_s_lambda_is_the_area_that_stays(monkeypatch):
+    pictures = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 20, 30).contiguous()
+    before, areas, corners = pictures.clone(), set(), torch.zeros(20, 30)
+    torch.manual_seed(0)
+    for _ in range(300):
+        mixed, other, lam = mix(pictures, beta=1.0)
+        assert torch.equal(pictures, before) and sorted(other.tolist()) == list(range(6))
+        foreign = mixed != before
+        for n in range(6):
+            if other[n] != n:
+                assert foreign[n].float().mean() == pytest.approx(1 - lam) and (mixed[n][foreign[n]] == other[n]).all()
+                assert torch.equal(foreign[n], foreign[(other != torch.arange(6)).nonzero()[0, 0]])
+                corners += foreign[n, 0] / 300
+        areas.add(round(lam, 4))
+    assert len(areas) > 100 and (corners > 0).all()  # every pixel, the corners too, is pasted over at times
+
+    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self: torch.tensor(0.75))
+    kept = [mix(pictures, beta=1.0)[2] for _ in range(100)]
+    assert min(kept) == 1 - 10 * 15 / 600 and max(kept) <= 1 - 5 * 7 / 600  # half of each side; at most half of that is clipped
+
+
+@pytest.mark.parametrize("name", ["cutmix", "bridge+cutmix"])
+def test_cutmix_weighs_each_loss_over_both_labels_in_one_pass(name):
+    method, model = make(name)
+    passes = []
+    model.register_forward_hook(lambda *call: passes.append(call[-1]))
+    pictures, labels = images(4), torch.tensor([0, 1, 2, 1])
+    torch.manual_seed(2)
+    losses = method.losses(model.train(), pictures, labels, epoch=70)
+    assert len(passes) == 1
+    torch.manual_seed(2)
+    torch.rand(())  # whether to mix at all
+    mixed, other, lam = mix(pictures, 1.0)
+    assert 0.1 < lam < 0.9 and (labels[other] != labels).any()
+    output, c = passes[0], method.c
+    torch.testing.assert_close(output.logits, model(mixed).logits)
+    expected = {"l_ce": (1.0, lam * nnf.cross_entropy(output.logits, labels) + (1 - lam) * nnf.cross_entropy(output.logits, labels[other]))}
+    if name == "bridge+cutmix":
+        own, pasted = (alignment_losses(output.features, model.fc.weight, y, c.tau_fg, c.tau_bg, c.norm_class) for y in (labels, labels[other]))
+        expected |= {
+            "l_drop": (c.lambda_drop, consistency_loss(output.features, output.features_dropped)),
+            "l_sim": (c.lambda_sim, lam * own[0] + (1 - lam) * pasted[0]),
+            "l_norm": (c.lambda_norm, lam * own[1] + (1 - lam) * pasted[1]),
+        }
+        assert list(method.losses(model, pictures, labels, epoch=1).terms) == ["l_ce", "l_drop"]  # the warm stage
+        assert not torch.allclose(own[0], pasted[0])
+    assert losses.terms.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(losses.terms[key], value)
+
+
+def test_cutmix_with_probability():
+    method, model = make("cutmix", cutmix_p=0.3)
+    _, plain = make("cam")
+    expected, mixed = plain(images()).logits, 0
+    with torch.no_grad():
+        for _ in range(150):
+            mixed += not torch.equal(method.losses(model, images(), LABELS, 1).logits, expected)
+    assert 0.12 < mixed / 150 < 0.42  # the identity is half of the permutations of two: 0.3 of the batches, less what nobody sees
+
+
+# --------------------------------------------------------------------------------------------------------------------- HaS
+
+
+def test_hidden_cells():
+    torch.manual_seed(0)
+    pictures = torch.rand(200, 3, 10, 14) + 1
+    hidden = hide(pictures, [4], p=0.3) == 0
+    count = 0
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 10)):
+        for columns in (slice(0, 4), slice(4, 8), slice(8, 12), slice(12, 14)):
+            cell = hidden[:, :, rows, columns].flatten(1)
+            assert (cell.all(1) | ~cell.any(1)).all()
+            count += int(cell.all(1).sum())
+    assert 0.27 < count / (200 * 12) < 0.33
+    assert torch.equal(hide(pictures, [4], 0.0), pictures) and torch.equal(hide(pictures, [0], 1.0), pictures)
+    assert (hide(pictures, [4], 1.0) == 0).all()
+    whole = (hide(pictures, [0, 14], 1.0) == 0).flatten(1)  # each image draws its own side
+    assert (whole.all(1) | ~whole.any(1)).all() and 60 < whole.all(1).sum() < 140
+
+
+def test_has_trains_on_what_is_left_and_its_cells_scale_with_the_images():
+    method, model = make("has", has_cells="8", has_p=0.5)
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    torch.manual_seed(3)
+    losses = method.losses(model, images(), LABELS, 1)
+    torch.manual_seed(3)
+    assert torch.equal(seen[0], hide(images(), [8], 0.5)) and losses.terms.keys() == {"l_ce"}
+    assert METHODS["has"].preset("CUB", "vgg16")["has_cells"][0] == "0,16,32,44,56"
+    assert METHODS["has"].preset("demo", "vgg16")["has_cells"][0] == "0,8,16,22,28"
+
+
+# --------------------------------------------------------------------------------------------------------------------- PaS
+
+
+def test_thresholded_average_by_hand():
+    channels = [[1.0, 2.0, 10.0, 0.0], [4.0, 4.0, 4.0, 4.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 3.0, 0.0]]
+    features = torch.tensor(channels).view(1, 4, 2, 2).requires_grad_()
+    pooled = thresholded_average(features, 0.1)  # thresholds 1, 0.4, 0, 0.3; the 1 of the first is not above it
+    torch.testing.assert_close(pooled, torch.tensor([[6.0, 4.0, 0.0, 3.0]]))
+    pooled.sum().backward()
+    torch.testing.assert_close(features.grad.view(4, 4), torch.tensor([[0, 0.5, 0.5, 0], [0.25] * 4, [0] * 4, [0, 0, 1, 0]]))
+    torch.testing.assert_close(thresholded_average(features, 0.0), torch.tensor([[13 / 3, 4.0, 0.0, 3.0]]))
+    torch.testing.assert_close(thresholded_average(features, -1.0), features.mean((2, 3)))
+
+
+@pytest.mark.parametrize("arch", ["vgg16", "resnet50"])
+def test_pas_pools_for_the_logits_and_clamps_weights_for_the_map_alone(arch):
+    method, model = make("pas", arch)
+    with torch.inference_mode():
+        output = model.eval()(images())
+        features, weight = output.features, model.fc.weight
+        pooled = torch.stack([torch.stack([m[m > 0.1 * m.max()].mean() if m.max() > 0 else m.max() for m in f]) for f in features])
+        logits, maps = method.predict(model, images(), LABELS)
+        expected = pooled @ weight.T + model.fc.bias
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(method.losses(model, images(), LABELS, 1).terms["l_ce"][1], nnf.cross_entropy(expected, LABELS), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(logits, output.logits)
+        for n, label in enumerate(LABELS):
+            positive = weight[label].clone()
+            positive[positive < 0] = 0
+            torch.testing.assert_close(maps[n], (positive[:, None, None] * features[n]).sum(0), rtol=1e-4, atol=1e-5)
+        method.c.pas_nwc, method.c.pas_theta = "off", -1.0  # each switched off: the vanilla classifier
+        vanilla = METHODS["cam"](method.c).predict(model, images(), LABELS)
+        for ours, theirs in zip(method.predict(model, images(), LABELS), vanilla):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------------- CALM
+
+
+def calm_factors(model, pictures, detached=False):
+    """(p(y|x,z), p(z|x)) as written in the paper; detached: the sum that normalizes the second is a constant for the gradient."""
+    features = model(pictures).features
+    scores = torch.einsum("kc,nchw->nkhw", model.fc.weight, features) + model.fc.bias[:, None, None]
+    classes = scores.exp() / scores.exp().sum(1, keepdim=True)
+    s = (1 + (torch.einsum("c,nchw->nhw", model.location.weight[0, :, 0, 0], features) + model.location.bias).exp()).log()
+    total = s.sum((1, 2), keepdim=True)
+    return classes, s / (total.detach() if detached else total)
+
+
+@pytest.mark.parametrize("arch", ["vgg16", "resnet50"])
+def test_calm_s_joint_is_a_distribution_over_classes_and_locations(arch):
+    method, model = make("calm", arch)
+    with torch.inference_mode():
+        joint = method.log_joint(model.eval(), images()).exp()
+        torch.testing.assert_close(joint.sum((1, 2, 3)), torch.ones(2))
+        classes, locations = calm_factors(model, images())
+        torch.testing.assert_close(joint, classes * locations[:, None], rtol=1e-4, atol=1e-7)
+        logits, maps = method.predict(model, images(), LABELS)
+    torch.testing.assert_close(logits.exp(), joint.sum((2, 3)))
+    torch.testing.assert_close(maps, torch.stack([joint[n, label] for n, label in enumerate(LABELS)]))
+    assert method.upsampling == "bilinear" and METHODS["cam"].upsampling == "bicubic"
+
+
+@pytest.mark.parametrize("loss", ["em", "ml"])
+@pytest.mark.parametrize("normalizer", ["exact", "detached"])
+def test_calm_s_losses_and_what_is_detached_in_them(loss, normalizer):
+    method, model = make("calm", calm_loss=loss, calm_normalizer=normalizer)
+    nn.init.normal_(model.location.weight, std=0.3)
+    nn.init.normal_(model.fc.weight, std=0.3)
+    losses = method.losses(model.train(), images(), LABELS, 1)
+    classes, locations = calm_factors(model, images(), normalizer == "detached")
+    joint = torch.stack([classes[n, label] * locations[n] for n, label in enumerate(LABELS)])
+    if loss == "ml":
+        expected = -joint.sum((1, 2)).log().mean()
+    else:
+        with torch.no_grad():
+            responsibilities = joint / joint.sum((1, 2), keepdim=True)
+        expected = -(responsibilities * joint.log()).sum((1, 2)).mean()
+    torch.testing.assert_close(losses.terms[f"l_{loss}"][1], expected, rtol=1e-4, atol=1e-5)
+    same_gradients(losses.terms[f"l_{loss}"][1], expected, model)
+    torch.testing.assert_close(losses.logits, (classes * locations[:, None]).sum((2, 3)).log(), rtol=1e-4, atol=1e-5)
+
+
+def test_calm_is_finite_where_a_location_has_no_probability():
+    for loss, normalizer in itertools.product(("em", "ml"), ("exact", "detached")):
+        method, model = make("calm", calm_loss=loss, calm_normalizer=normalizer)
+        with torch.no_grad():
+            model.location.bias.fill_(-1000)  # softplus underflows to zero
+            model.location.weight[0, 0] = 1e6
+        value = method.losses(model, images(), LABELS, 1).terms[f"l_{loss}"][1]
+        value.backward()
+        assert value.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_log_spaced_thresholds_of_a_probability():
+    maps = torch.tensor([[[1e-7, 10**-3.5, 1.0], [0.0, 0.1, 1e-9]], [[0.2, 0.2, 0.2], [0.2, 0.2, 0.2]]])
+    expected = torch.tensor([[[0.0, 0.5, 1.0], [0.0, 6 / 7, 0.0]], [[0.0] * 3, [0.0] * 3]])  # a constant map is zeros, as ever
+    torch.testing.assert_close(normalize(maps, "log"), expected)
+
+
+# --------------------------------------------------------------------------------------------------------------------- SPG
+
+
+def test_seeds_by_hand():
+    values = torch.linspace(0, 1, 101)  # 0.00, 0.01, ..., 1.00
+    found = seeds(values.view(1, 101, 1), high=0.655, low=0.105)[0, :, 0]
+    assert [int((found == value).sum()) for value in (0, -1, 1)] == [11, 55, 35]
+    assert found[10] == 0 and found[11] == -1 and found[65] == -1 and found[66] == 1
+    # Above 0.755 there are 25 pixels, fewer than 30: 0.7 of the maximum, 0.7, is the bound.
+    found = seeds((values * 1.0).view(1, 101, 1), high=0.755, low=0.105)[0, :, 0]
+    assert (found == 1).sum() == (values > 0.7 * values.max()).sum() and found[72] == 1 and found[69] == -1
+    # Each image for itself; the background has the last word.
+    pair = torch.stack([values.view(101, 1), values.view(101, 1) / 10])
+    found = seeds(pair, high=0.6, low=0.2)
+    assert (found[0] == 1).sum() >= 30 and (found[1] == 0).all()
+    assert not seeds(torch.rand(1, 3, 3, requires_grad=True), 0.5, 0.1).requires_grad
+
+
+def test_seed_loss_counts_seeds_only():
+    logits, target = torch.tensor([[[0.5, -1.0], [2.0, 3.0]]], requires_grad=True), torch.tensor([[[1.0, 0.0], [-1.0, -1.0]]])
+    expected = ((1 + (-torch.tensor(0.5)).exp()).log() + (1 + torch.tensor(-1.0).exp()).log()) / 2
+    loss = seed_loss(logits, target)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert (logits.grad[0, 1] == 0).all() and (logits.grad[0, 0] != 0).all()
+    assert seed_loss(logits, -torch.ones(1, 2, 2)) == 0
+
+
+@pytest.mark.parametrize("arch", ["vgg16", "resnet50"])
+def test_spg_s_three_guidances(arch):
+    method, model = make("spg", arch, spg_l1=0.3, spg_h2=0.52, spg_l2=0.49, spg_h3=0.51, spg_l3=0.5)
+    again = make("spg", arch)[1].train()
+    for network in (model, again):
+        for name in ("a4", "b", "c"):  # fresh, they say next to nothing, and every cross-entropy is log 2
+            getattr(network, name)[-1].weight.data *= 100
+    losses = method.losses(model.train(), images(), LABELS, 1)
+    if arch == "vgg16":
+        a1 = again.features[:23](images())  # conv4_3's ReLU, before pool4
+        a2 = again.features[23:](a1)
+        a3 = again.a3(a2)
+    else:
+        x = again.layer2(again.layer1(again.maxpool(again.relu(again.bn1(again.conv1(images()))))))
+        a1 = again.layer3[0](x)
+        a2 = again.layer3[1:](a1)
+        a3 = again.layer4(a2)
+    up = nn.Upsample(size=(64, 64), mode="bilinear")
+    s = again.a4(a3)
+    b1, b2, c = up(again.b(again.b1(a1))), up(again.b(again.b2(a2))), up(again.c(a3))
+    s_y = up(torch.stack([s[n, y] for n, y in enumerate(LABELS)])[:, None])
+    low, high = s_y.amin((2, 3), keepdim=True), s_y.amax((2, 3), keepdim=True)
+    torch.testing.assert_close(losses.logits, s.mean((2, 3)), rtol=1e-4, atol=1e-5)
+    for term, branch, guide, h, l in (
+        ("l_b2", b2, (s_y - low) / (high - low), 0.7, 0.3),
+        ("l_b1", b1, b2.sigmoid(), 0.52, 0.49),
+        ("l_c", c, (b1.sigmoid() + b2.sigmoid()) / 2, 0.51, 0.5),
+    ):
+        expected = seed_loss(branch[:, 0], seeds(guide[:, 0], h, l))
+        torch.testing.assert_close(losses.terms[term][1], expected, rtol=1e-3, atol=1e-4, msg=term)
+        assert (expected - math.log(2)).abs() > 0.01
+
+    # A guide learns nothing from those it guides.
+    heads = {"l_ce": {"a3", "a4"}, "l_b2": {"b2", "b"}, "l_b1": {"b1", "b"}, "l_c": {"c", "a3"}}
+    for term, (_, value) in losses.terms.items():
+        reached = {name.split(".")[0] for (name, _), grad in zip(model.named_parameters(), gradients(value, model)) if grad is not None}
+        assert reached & {"a3", "a4", "b", "b1", "b2", "c"} == heads[term] - ({"a3"} if arch == "resnet50" else set()), term
+
+    if arch == "vgg16":
+        with torch.inference_mode():
+            logits, maps = method.predict(model.eval(), images(), LABELS)
+        torch.testing.assert_close(maps, torch.stack([s[n, y] for n, y in enumerate(LABELS)]))
+
+
+# ------------------------------------------------------------------------------------------------- percentiles of evaluate
+
+
+def test_ivr_s_percentile_is_chosen_on_val(trained, capsys):
+    _, run = trained
+    flags = [str(run), "--normalize", "ivr", "--device", "cpu", "--workers", "0", "--percentile"]
+    evaluate.main([*flags, "val"])
+    printed = capsys.readouterr().out
+    chosen = json.loads((run / "results_best_test_ivr_val.json").read_text())
+    q, scores = chosen["percentile"]["value"], chosen["percentile"]["scores"]
+    assert [float(key) for key in scores] == [round(0.05 * i, 2) for i in range(1, 15)] and len(set(scores.values())) > 1
+    for key in ("0.05", "0.45", str(q)):
+        evaluate.main([*flags, key, "--split", "val"])
+        assert json.loads((run / f"results_best_val_ivr_{key}.json").read_text())["metrics"]["max_box_acc_v2"]["mean"] == scores[key]
+    assert scores[str(q)] == max(scores.values()) and q == min(float(key) for key in scores if scores[key] == max(scores.values()))
+    assert f"ivr at percentile {q:.2f}, chosen on val by MaxBoxAccV2 ({scores[str(q)]:.2f})" in printed
+    evaluate.main([*flags, str(q)])
+    given = json.loads((run / f"results_best_test_ivr_{q}.json").read_text())
+    assert given.pop("percentile") == {"value": q} and chosen.pop("percentile") and given == chosen
+
+
+def test_a_percentile_reaches_the_maps(trained, tmp_path):
+    _, run = trained
+    saved = {}
+    for how, q in (("ivr", None), ("ivr", "0.45"), ("ivr", "0.6"), ("pas", "0.5")):
+        folder = tmp_path / f"{how}{q}"
+        evaluate.main([str(run), "--normalize", how, *(["--percentile", q] if q else []), "--save-maps", str(folder), "--device", "cpu", "--workers", "0"])
+        saved[how, q] = [path.read_bytes() for path in sorted(folder.rglob("*.npy"))]
+    assert saved["ivr", None] == saved["ivr", "0.45"] != saved["ivr", "0.6"] != saved["pas", "0.5"] and len(saved["ivr", None]) == 9
+
+
+def test_pxap_chooses_where_there_are_masks_only(trained, tmp_path):
+    _, run = trained
+    for split in ("val", "test"):
+        path = tmp_path / "splits" / "tiny" / split / "localization.txt"
+        path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "masks" in line))
+    flags = [run, "--normalize", "ivr", "--percentile", "val", "--device", "cpu", "--workers", "0", "--splits", tmp_path / "splits"]
+    evaluate.main([str(flag) for flag in flags])
+    assert json.loads((run / "results_best_test_ivr_val.json").read_text())["percentile"]["by"] == "PxAP"
+
+
+def test_bad_percentiles(trained, fails, tmp_path):
+    _, run = trained
+    for flags in (["--percentile", 0.5], ["--normalize", "max", "--percentile", 0.5], ["--normalize", "pas", "--percentile", "val"],
+                  ["--normalize", "ivr", "--percentile", 1], ["--normalize", "ivr", "--percentile", "half"]):
+        fails(evaluate.main, [run, *flags], "--percentile")
+    (tmp_path / "splits" / "tiny" / "val" / "localization.txt").unlink()
+    flags = [run, "--normalize", "ivr", "--device", "cpu", "--workers", 0, "--splits", tmp_path / "splits"]
+    fails(evaluate.main, [*flags, "--percentile", "val"], "--percentile val", "neither boxes nor masks")
+
+
+# ---------------------------------------------------------------------------------------------- the comparison, the example
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """The comparison's scripts run here, where the tiny preset is; what was called comes back."""
+    calls = []
+
+    def run_script(script, *arguments):
+        calls.append((script, *map(str, arguments)))
+        {"train.py": train, "evaluate.py": evaluate}[script].main([str(argument) for argument in arguments])
+
+    monkeypatch.setattr(baselines, "run_script", run_script)
+    return calls
+
+
+def test_the_comparison_trains_what_is_missing_and_tabulates_what_was_measured(tiny, in_this_process, tmp_path, capsys, fails):
+    runs, calls = tmp_path / "runs", in_this_process
+    arguments = ["--methods", "cam", "cam+ivr", "pas", "--runs", str(runs), *tiny]
+    baselines.main([*arguments, "--seeds", "0"])
+    assert [call[0] for call in calls] == ["train.py", "evaluate.py", "train.py"]
+
+    calls.clear()
+    interrupted = runs / "pas_seed0"  # as after one epoch of two
+    shutil.rmtree(interrupted)
+    train.main([*tiny, "--method", "pas", "--epochs", "1", "--out", str(interrupted)])
+    for path in interrupted.glob("results_*"):
+        path.unlink()
+    capsys.readouterr()
+    baselines.main([*arguments, "--seeds", "0", "1"])
+    trained = [(call[call.index("--method") + 1], call[call.index("--seed") + 1], "--resume" in call) for call in calls if call[0] == "train.py"]
+    assert trained == [("cam", "1", False), ("pas", "0", True), ("pas", "1", False)]
+
+    table = (runs / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert [line[0] for line in lines[2:]] == ["cam", "cam+ivr", "pas"]
+    for line, file in zip(lines[2:], ("cam_seed{}/results_last_test", "cam_seed{}/results_last_test_ivr_val", "pas_seed{}/results_last_test")):
+        metrics = [json.loads((runs / f"{file.format(seed)}.json").read_text())["metrics"] for seed in (0, 1)]
+        expected = {
+            "MaxBoxAccV2": [m["max_box_acc_v2"]["mean"] for m in metrics], "IoU 70": [m["max_box_acc_v2"]["70"] for m in metrics],
+            "GT-known": [m["max_box_acc"] for m in metrics], "Top-1 cls": [m["top1_cls"] for m in metrics], "PxAP": [m["pxap"] for m in metrics],
+        }
+        for heading, (a, b) in expected.items():
+            spread = (2 * ((a - (a + b) / 2) ** 2)) ** 0.5  # over n - 1 = 1
+            assert line[lines[0].index(heading)] == f"{(a + b) / 2:.1f} ± {spread:.1f}"
+        assert line[1] == "2" and float(line[-1].split(" ± ")[0]) > 0
+
+    fails(baselines.main, [*arguments, "--seeds", "0", "--lr", "0.1"], runs / "flags.json", "--runs")
+    fails(baselines.main, ["--methods", "cam+sum"], "--methods cam+sum")
+    fails(baselines.main, ["--method", "cam"], "--method", "--methods")
+    assert {baselines.row_of(row)[0] for row in baselines.ROWS} == METHODS.keys()
+
+
+@pytest.mark.skipif(not shutil.which("false"), reason="no program here that only fails")
+def test_a_script_that_fails_ends_the_comparison(fails, monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    fails(baselines.main, ["--methods", "cam", "--seeds", "7", "--epochs", "1"], "train.py ended with exit code 1", "--method cam --seed 7", "--epochs 1")
+
+
+def test_the_readme_s_own_method(tiny, tmp_path, fails):
+    """tests/my_method.py is the README's example: one file, no edit elsewhere, and its value is a flag."""
+    text, readme = (REPOSITORY / "tests" / "my_method.py").read_text(), (REPOSITORY / "README.md").read_text()
+    assert len(text.splitlines()) <= 26 and ("my_method.py" not in readme or text in readme)
+    exec(compile(text, "my_method.py", "exec"), {"__name__": "my_method"})
+    try:
+        run = tmp_path / "run"
+        train.main([*tiny, "--method", "gradcam", "--out", str(run), "--smoothing", "0.3"])
+        fails(train.main, [*tiny, "--method", "gradcam", "--out", tmp_path / "other", "--smoothing", 2], "--smoothing 2", "[0, 1]")
+        evaluate.main([str(run), "--device", "cpu", "--workers", "0"])
+        model, method, _ = evaluate.load_run(run, "last", torch.device("cpu"))
+        _, maps = method.predict(model.eval(), images(), LABELS)
+        vanilla = METHODS["cam"].predict(method, model, images(), LABELS)[1]
+        assert torch.equal(maps, vanilla.clamp(min=0)) and not torch.equal(maps, vanilla)
+    finally:
+        del METHODS["gradcam"]
+    assert json.loads((run / "config.json").read_text())["config"]["smoothing"] == {"value": 0.3, "source": "flag"}
+    fails(evaluate.main, [run, "--device", "cpu"], run / "best.pt", "'gradcam'", "import")
