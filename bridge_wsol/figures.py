@@ -85,9 +85,10 @@ def localization(
     width, height = image.size
     k = width // score_map.shape[1]
     large = Image.fromarray(colourise(score_map)).resize(image.size, Image.Resampling.BILINEAR)
+    blend = np.asarray(image, dtype=float) * 0.4 + np.asarray(large) * 0.6
     picture = Image.new("RGB", (width, 2 * height))
     picture.paste(image.convert("RGB"), (0, 0))
-    picture.paste(Image.blend(image.convert("RGB"), large, 0.6), (0, height))
+    picture.paste(Image.fromarray(blend.round().astype(np.uint8)), (0, height))
     draw = ImageDraw.Draw(picture)
     for box in [] if truth is None else truth:
         _frame(draw, box, k, TRUTH)
@@ -96,8 +97,8 @@ def localization(
         if truth is not None:
             text, font = f"IoU {iou_matrix(predicted, truth).max():.2f}", _font(max(10, width // 9))
             _, _, right, bottom = font.getbbox(text)
-            draw.rectangle([0, 0, right + 6, bottom + 3], fill=(0, 0, 0))
-            draw.text((3, 0), text, font=font, fill=(255, 255, 255))
+            draw.rectangle([0, height, right + 6, height + bottom + 3], fill=(0, 0, 0))  # on the map, where it hides no box
+            draw.text((3, height), text, font=font, fill=(255, 255, 255))
     return picture
 
 
@@ -283,6 +284,12 @@ def look(i: int) -> dict[str, Any]:
     return {"color": RUN_COLOURS[i % len(RUN_COLOURS)], "linestyle": LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]}
 
 
+def shortened(name: str, width: float) -> str:
+    """A name that fits a legend's line of so many inches, without its middle where it is too long."""
+    fits = max(9, int((width - 0.6) / 0.06))
+    return name if len(name) <= fits else f"{name[: fits // 2]}…{name[-(fits - fits // 2 - 1) :]}"
+
+
 # ------------------------------------------------------------------------------------------------------------------ runs
 
 
@@ -318,9 +325,24 @@ def read_results(run: Path, checkpoint: str, split: str, normalize: str = "minma
     for flag, value, default in (("checkpoint", checkpoint, "best"), ("split", split, "test"), ("normalize", normalize, "minmax")):
         command += f" --{flag} {value}" if value != default and path != run else ""
     result = read_json(path, command)
-    if not {"metrics", "thresholds", "curves", "dataset"} <= result.keys():
+    of_metrics, of_curves = result.get("metrics"), result.get("curves")
+    complete = isinstance(of_metrics, dict) and {"max_box_acc_v2", "gt_known_loc", "top1_cls", "pxap"} <= of_metrics.keys() and "dataset" in result
+    if of_curves is not None:  # null where the data set has masks only
+        levels = [of_curves.get(str(delta)) for delta in DELTAS] if isinstance(of_curves, dict) else []
+        complete = complete and isinstance(result.get("thresholds"), dict) and bool(levels) and all(
+            isinstance(curve, list) and len(curve) == LEVELS and all(isinstance(value, (int, float)) for value in curve) for curve in levels
+        )
+    if not complete:
         raise InputError(f"{path}: not a results file of evaluate.py; it is made by: {command}")
     return path, result
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The values of a run, from its config.json."""
+    try:
+        return {name: entry["value"] for name, entry in read_json(run / "config.json", "train.py")["config"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{run / 'config.json'}: not a run's values ({error} is missing or of the wrong kind)") from error
 
 
 class Run(NamedTuple):
@@ -431,8 +453,6 @@ def curves(args: argparse.Namespace) -> list[Path]:
         entry: dict[str, Any] = {"name": name, "results": str(path)}
         for delta in map(str, DELTAS):
             curve = result["curves"][delta]
-            if len(curve) != LEVELS:
-                raise InputError(f"{path}: a curve of {len(curve)} levels where {LEVELS} are expected")
             first, last, width = flatness(curve)
             top = int(np.argmax(curve))
             entry[delta] = {
@@ -443,14 +463,18 @@ def curves(args: argparse.Namespace) -> list[Path]:
 
     written: list[Path] = []
     beside = args.width > 5
-    with figure(args, 2.3 if beside else 1.75 * len(DELTAS) + 0.2, written) as drawn:
+    names = [shortened(entry["name"], args.width) for entry in entries]
+    columns = min(len(names), max(1, int(args.width // (0.06 * max(map(len, names)) + 0.5))))  # of names, above everything
+    lines_above = (len(names) if beside else (len(names) + 1) // 2) * 0.15
+    height = (2.0 + lines_above if beside else (1.45 + lines_above) * len(DELTAS) + 0.2) + 0.17 * -(-len(names) // columns)
+    with figure(args, height, written) as drawn:
         panels = drawn.subplots(1, 3, sharey=True) if beside else drawn.subplots(3, 1, sharex=True)
         for panel, delta in zip(panels, DELTAS):
             for i, (entry, of_run) in enumerate(zip(entries, lines)):
                 style, numbers = look(i), entry[str(delta)]
                 at = round(numbers["threshold"] * LEVELS)
                 flat = "–" if numbers["flatness"] is None else f"{numbers['flatness']:.2f}"
-                label = f"{entry['name']}: {numbers['maximum']:.1f}, {flat} wide"
+                label = f"{numbers['maximum']:.1f}, {flat} wide"
                 low, high = (round(t * LEVELS) for t in numbers["within_95_percent"])
                 panel.plot(np.arange(low, high + 1) / LEVELS, of_run[str(delta)][low : high + 1], color=style["color"], linewidth=5, alpha=0.25)
                 panel.plot(np.arange(LEVELS) / LEVELS, of_run[str(delta)], markevery=[at], label=label, **style)
@@ -459,11 +483,13 @@ def curves(args: argparse.Namespace) -> list[Path]:
             panel.set_ylim(0, 105)
             panel.set_yticks([0, 25, 50, 75, 100])
             # Above the panel: inside, some curve passes wherever a legend could be.
-            panel.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, handlelength=2.6)
+            panel.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, handlelength=2.6, ncols=1 if beside else 2)
             if beside or delta == DELTAS[-1]:
                 panel.set_xlabel("threshold")
             if not beside or delta == DELTAS[0]:
                 panel.set_ylabel("accuracy, %")
+        handles = [panel.plot([], [], **look(i))[0] for i in range(len(names))]
+        drawn.legend(handles, names, loc="outside upper left", ncols=columns, handlelength=2.6)
     write_json(_with_suffix(args.out, ".json"), {"runs": entries})
     return [*written, _with_suffix(args.out, ".json")]
 
@@ -484,12 +510,12 @@ def histogram(args: argparse.Namespace) -> list[Path]:
         values[i, run.name] = np.concatenate(largest)
     edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=args.bins)
     entries, written = [], []
-    with figure(args, 2.4, written) as drawn:
+    with figure(args, 2.1 + 0.15 * len(values), written) as drawn:
         panel = drawn.subplots()
         for (i, name), of_run in values.items():
             density = np.histogram(of_run, edges, density=True)[0]
             style = look(i)
-            label = f"{name}: mean {of_run.mean():.3g}"
+            label = f"{shortened(name, args.width - 1)}: mean {of_run.mean():.3g}"
             panel.stairs(density, edges, fill=True, color=style["color"], alpha=0.15)
             panel.stairs(density, edges, color=style["color"], linestyle=style["linestyle"], linewidth=1.2)
             centres, filled = (edges[:-1] + edges[1:]) / 2, np.flatnonzero(density)
@@ -534,7 +560,7 @@ def _iou_at(job: tuple[np.ndarray, int, np.ndarray]) -> float:
 def chosen_level(run: Run, args: argparse.Namespace) -> int:
     """The level of the largest contour's boxes, one for the whole split, that evaluate.py found."""
     path, result = read_results(run.folder, args.checkpoint, args.split)
-    if result["thresholds"] is None:
+    if result["curves"] is None:
         raise InputError(f"{path}: {result['dataset']} has no boxes to draw")
     return round(result["thresholds"]["largest"] * LEVELS)
 
@@ -600,9 +626,9 @@ def sweep(args: argparse.Namespace) -> list[Path]:
     flag = f"--{param.replace('_', '-')}"
     preset, sources = train.resolve_config(train.parse_args(args.flags), None)
     value = vars(preset).get(param)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or param in (*FREE, "seed"):
-        names = ", ".join(k for k, v in sorted(vars(preset).items()) if isinstance(v, (int, float)) and not isinstance(v, bool) and k not in (*FREE, "seed"))
-        raise InputError(f"--param {args.param}: not a number that train.py has a flag for; {preset.dataset} {preset.arch} {preset.method} has {names}")
+    numbers = [name for name, v in vars(preset).items() if type(v) in (int, float) and sources[name] != "default"]
+    if param not in numbers:
+        raise InputError(f"--param {args.param}: not a number of the preset; {preset.dataset} {preset.arch} {preset.method} has {', '.join(numbers)}")
     if sources[param] == "flag":
         raise InputError(f"{flag}: is what this sweep varies: leave it out of the flags")
     if any(word.split("=")[0] in ("--out", "--resume") for word in args.flags):
@@ -621,8 +647,19 @@ def sweep(args: argparse.Namespace) -> list[Path]:
     if waiting:
         load_splits(preset.dataset, Path(preset.data_root), Path(preset.splits), ("train", "val", "test"), preset.val_per_class)
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done already", flush=True)
+    failures: list[InputError] = []
+
+    def train_one(job: tuple[Path, list[str]]) -> None:
+        if not failures:  # what ended one run would end the others too
+            try:
+                train_run(*job, args.jobs)
+            except InputError as error:
+                failures.append(error)
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: train_run(*job, args.jobs), waiting))
+        list(pool.map(train_one, waiting))
+    if failures:
+        raise failures[0]
 
     rows = []
     for text in args.values:
@@ -642,7 +679,7 @@ def sweep(args: argparse.Namespace) -> list[Path]:
         else:
             panel.plot(x, mean, **look(0))
         if value in x:
-            panel.plot([value], [mean[x.index(value)]], "*", markersize=9, color=RUN_COLOURS[1], zorder=3)
+            panel.plot([value], [mean[x.index(value)]], "*", markersize=13, color=RUN_COLOURS[1], zorder=3)
         panel.set_xlabel(param_label(param))
         panel.set_ylabel(f"{label}, %")
         panel.margins(y=0.15)
@@ -669,7 +706,7 @@ def is_finished(folder: Path, arguments: list[str]) -> bool:
     asked = vars(train.resolve_config(train.parse_args(arguments), None)[0])
     if not (folder / "last.pt").exists():
         return False
-    there = {name: entry["value"] for name, entry in read_json(folder / "config.json", "train.py")["config"].items()}
+    there = read_config(folder)
     for name, value in asked.items():
         if name not in (*FREE, "epochs") and there.get(name) != json.loads(json.dumps(value)):
             raise InputError(f"{folder}: a run with {name} {there.get(name)}, where this sweep asks for {value}: pass another --runs DIR, or remove it")
@@ -733,7 +770,7 @@ def grouped(args: argparse.Namespace) -> list[Group]:
         if path == run:
             config: dict[str, Any] = {"file": str(run.resolve()), "method": name}
         else:
-            config = {k: v["value"] for k, v in read_json(run / "config.json", "train.py")["config"].items() if k not in FREE}
+            config = {name: value for name, value in read_config(run).items() if name not in FREE}
         seed = config.pop("seed", 0)
         entry = {"run": run, "name": name if args.names else config["method"], "named": bool(args.names), "seed": seed, "config": config, "result": result}
         same = found.setdefault(json.dumps(config, sort_keys=True), [])
