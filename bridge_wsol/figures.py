@@ -39,7 +39,7 @@ from .losses import feature_norm, minmax
 from .metrics import DELTAS
 from .models import Output
 from .utils import (
-    InputError, Parser, autocast, default_workers, one_line_errors, ordered_map, replacing, resolve_device, write_json, write_text,
+    InputError, Parser, autocast, default_workers, one_line_errors, replacing, resolve_device, write_json, write_text,
 )
 
 TRUTH, PREDICTION = (40, 80, 255), (0, 220, 60)  # Fig. A4: ground truth blue, prediction green
@@ -80,10 +80,10 @@ def localization(
 ) -> Image.Image:
     """Fig. A4 for one image: boxes above, the map under it. Ground truth blue, prediction green and dashed, their best IoU printed.
 
-    image: RGB of the map's size or k times as large; score_map H x W in [0, 1]; boxes in the map's pixels: predicted 4, truth G x 4.
+    image: RGB of any size; score_map H x W in [0, 1]; boxes in the map's pixels: predicted 4, truth G x 4.
     """
     width, height = image.size
-    k = width // score_map.shape[1]
+    zoom = width / score_map.shape[1], height / score_map.shape[0]
     large = Image.fromarray(colourise(score_map)).resize(image.size, Image.Resampling.BILINEAR)
     blend = np.asarray(image, dtype=float) * 0.4 + np.asarray(large) * 0.6
     picture = Image.new("RGB", (width, 2 * height))
@@ -91,9 +91,9 @@ def localization(
     picture.paste(Image.fromarray(blend.round().astype(np.uint8)), (0, height))
     draw = ImageDraw.Draw(picture)
     for box in [] if truth is None else truth:
-        _frame(draw, box, k, TRUTH)
+        _frame(draw, box, TRUTH, zoom)
     if predicted is not None:
-        _frame(draw, predicted, k, PREDICTION, dashed=True)
+        _frame(draw, predicted, PREDICTION, zoom, dashed=True)
         if truth is not None:
             text, font = f"IoU {iou_matrix(predicted, truth).max():.2f}", _font(max(10, width // 9))
             _, _, right, bottom = font.getbbox(text)
@@ -102,10 +102,12 @@ def localization(
     return picture
 
 
-def _frame(draw: ImageDraw.ImageDraw, box: Sequence[int], k: int, colour: tuple[int, int, int], dashed: bool = False) -> None:
-    """The outline of a box of a map, on a picture k times as large: it encloses all pixels of the box, corners included."""
-    x0, y0, x1, y1 = (int(x) * k for x in box)
-    x1, y1 = x1 + k - 1, y1 + k - 1
+def _frame(
+    draw: ImageDraw.ImageDraw, box: Sequence[int], colour: tuple[int, int, int], zoom: tuple[float, float] = (1, 1), dashed: bool = False
+) -> None:
+    """The outline of a box of a map, on a picture `zoom` times as large: it encloses all pixels of the box, corners included."""
+    x0, y0 = (int(box[i] * zoom[i]) for i in (0, 1))
+    x1, y1 = (int((box[i + 2] + 1) * zoom[i]) - 1 for i in (0, 1))
     width = max(2, draw.im.size[0] // 64)
     if not dashed:
         draw.rectangle([x0, y0, x1, y1], outline=colour, width=width)
@@ -210,7 +212,7 @@ def _box_legend(picture: Image.Image, size: int, x: int, y: int, width: int) -> 
     line = sum(_font(size).getmetrics())
     for text, colour, dashed in (("ground truth", TRUTH, False), ("prediction", PREDICTION, True)):
         sample = Image.new("RGB", (2 * line, line * 3 // 4), "white")
-        _frame(ImageDraw.Draw(sample), (0, 0, sample.width - 1, sample.height - 1), 1, colour, dashed)
+        _frame(ImageDraw.Draw(sample), (0, 0, sample.width - 1, sample.height - 1), colour, dashed=dashed)
         picture.paste(sample, (x, y + line // 8))
         draw.text((x + sample.width + size // 2, y), text, font=_font(size), fill="black")
         x += width // 2
@@ -546,15 +548,11 @@ def chosen_images(runs: list[Run], args: argparse.Namespace) -> list[str]:
         return [split.ids[i] for i in sorted(np.random.default_rng(args.seed).permutation(len(split))[:n].tolist())]
     level, ious = chosen_level(runs[0], args), {}
     for batch in predictions(runs[0], args):
-        jobs = [(m, level, runs[0].truth(i)) for i, m in zip(batch.indices, score_maps(batch.maps, runs[0], runs[0].method.upsampling))]
-        ious |= dict(zip(batch.indices, ordered_map(_iou_at, jobs, 0)))
+        for index, score_map in zip(batch.indices, score_maps(batch.maps, runs[0], runs[0].method.upsampling)):
+            if index in split.boxes:
+                ious[index] = float(iou_matrix(level_boxes(score_map).largest[level], runs[0].truth(index)).max())
     order = sorted(ious, key=lambda index: (ious[index] if args.worst else -ious[index], index))
     return [split.ids[i] for i in order[:n]]
-
-
-def _iou_at(job: tuple[np.ndarray, int, np.ndarray]) -> float:
-    score_map, level, truth = job
-    return float(iou_matrix(level_boxes(score_map).largest[level], truth).max())
 
 
 def chosen_level(run: Run, args: argparse.Namespace) -> int:
@@ -593,15 +591,14 @@ def boxes(args: argparse.Namespace) -> list[Path]:
     cells: dict[tuple[int, str], Image.Image] = {}
     for i, run in enumerate(runs):
         level = chosen_level(run, args)
-        k = max(1, round(args.cell / run.size))
         indices = [run.index_of(image) for image in images]
         for image, index in zip(images, indices):
             if index not in run.split.boxes:
-                raise InputError(f"--images {image}: has no box in {run.split.name}")
+                raise InputError(f"{image}: has no box in {run.split.name}: --images names others")
         for batch in predictions(run, args, indices):
             for index, score_map in zip(batch.indices, score_maps(batch.maps, run, run.method.upsampling)):
                 predicted, truth = level_boxes(score_map).largest[level], run.truth(index)
-                picture = load_rgb(run.split.path(index), k * run.size)
+                picture = load_rgb(run.split.path(index), args.cell)
                 cells[i, run.split.ids[index]] = localization(picture, score_map, predicted, truth)
                 iou = float(iou_matrix(predicted, truth).max())
                 numbers.append({"run": run.name, "image": run.split.ids[index], "box": predicted.tolist(), "truth": truth.tolist(), "iou": iou})
@@ -987,7 +984,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m bridge_wsol.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, what) in COMMANDS.items():
-        # No abbreviations: sweep hands on what it does not know, --seed among it, which is not --seeds.
+        # No abbreviations: sweep hands on what it does not know, --p among it, which is not short for --param.
         sub = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
         if name != "sweep":
             sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that train.py wrote")

@@ -195,8 +195,8 @@ def test_nothing_of_a_figure_with_many_long_names_is_cut_off_or_hidden(trained, 
     backend_agg = pytest.importorskip("matplotlib.backends.backend_agg")
     _, run = trained
     names = [f"run_{i}_with_a_name_as_long_as_names_of_folders_get_{'x' * 20 * i}_seed{i}" for i in range(4)]
-    draw("curves", *[run] * 4, "--names", *names, "--width", width, "--out", tmp_path / "c")
-    draw("histogram", *[run] * 4, "--names", *names, "--width", width, "--out", tmp_path / "h", *CPU)
+    draw("curves", *[run] * 4, "--names", *names, "--width", width, "--dpi", 60, "--out", tmp_path / "c")
+    draw("histogram", *[run] * 4, "--names", *names, "--width", width, "--dpi", 60, "--out", tmp_path / "h", *CPU)
     for figure in drawn:
         renderer = backend_agg.FigureCanvasAgg(figure).get_renderer()
         parts = [*figure.legends, *figure.axes]
@@ -301,12 +301,12 @@ def test_boxes_are_those_of_the_evaluation_and_the_worst_come_first(trained, tmp
 
     # In the picture: the first image's truth, scaled to the map (64) and to the cell (k x 64), in its colours.
     entry = read_json(tmp_path / "worst.json")["boxes"][0]
-    pixels, k = np.asarray(Image.open(tmp_path / "worst.png").convert("RGB")), round(224 / 64)
-    blue = np.argwhere((pixels[: 64 * k] == figures.TRUTH).all(-1))
-    (x0, y0, x1, y1), = entry["truth"]
-    left = pixels.shape[1] - 64 * k
-    assert blue.max(0).tolist() == [(y1 + 1) * k - 1, left + (x1 + 1) * k - 1] or entry["box"][2] >= x1 or entry["box"][3] >= y1
-    assert blue.min(0)[0] >= y0 * k and blue.min(0)[1] >= left + x0 * k
+    pixels = np.asarray(Image.open(tmp_path / "worst.png").convert("RGB"))
+    (x0, y0, x1, y1), (px0, py0, px1, py1) = entry["truth"][0], entry["box"]
+    left = pixels.shape[1] - 224
+    blue, green = (np.argwhere((pixels[:224, left:] == colour).all(-1)) for colour in (figures.TRUTH, figures.PREDICTION))
+    assert green.min(0).tolist() == [int(py0 * 3.5), int(px0 * 3.5)] and green.max(0).tolist() == [int((py1 + 1) * 3.5) - 1, int((px1 + 1) * 3.5) - 1]
+    assert blue.min(0)[0] >= int(y0 * 3.5) and blue.min(0)[1] >= int(x0 * 3.5) and blue.max(0)[0] < (y1 + 1) * 3.5 and blue.max(0)[1] < (x1 + 1) * 3.5
 
 
 # -------------------------------------------------------------------------------------------------------------------- gap
@@ -531,6 +531,7 @@ def test_sweep_does_what_is_missing_and_nothing_else(trained, in_process, drawn,
     # Other runs in the folder are not taken for what was asked.
     fails(figures.main, [*asked, "--runs", runs], "lambda_sim_2_seed0", "3 epochs", "--runs")
     fails(figures.main, [*asked, "--runs", runs, "--lr", 0.5, "--epochs", 3], "lr 0.004", "asks for 0.5", "--runs")
+    fails(figures.main, [*asked, "--runs", runs, "--p", 0.4, "--epochs", 3], "p 0.5", "asks for 0.4")  # train.py's --p, not short for --param
     assert len(in_process) == 4
 
 
