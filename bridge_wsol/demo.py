@@ -245,7 +245,7 @@ def draw_shape(rng: np.random.Generator, label: int) -> Picture:
         first, second = _rgb(hue, saturation, value), _rgb(hue, saturation * rng.uniform(0.3, 1), value * rng.uniform(0.2, 0.5))
         if rng.random() < 0.3:
             second = _rgb(hue, 0.1, 1)
-    pattern = _texture(rng, TEXTURES[texture], period=rng.uniform(6, 15) * SCALE, angle=rng.uniform(0, np.pi))
+    pattern = _texture(rng, TEXTURES[texture], period=rng.uniform(9, 20) * SCALE, angle=rng.uniform(0, np.pi))
     coat = Image.composite(Image.new("RGB", image.size, second), Image.new("RGB", image.size, first), pattern)
     image.paste(_shade(coat, shape), mask=mask)
     return _finish(rng, image, mask, Image.new("L", mask.size))

@@ -107,7 +107,7 @@ def _frame(
 ) -> None:
     """The outline of a box of a map, on a picture `zoom` times as large: it encloses all pixels of the box, corners included."""
     x0, y0 = (int(box[i] * zoom[i]) for i in (0, 1))
-    x1, y1 = (int((box[i + 2] + 1) * zoom[i]) - 1 for i in (0, 1))
+    x1, y1 = (max(int((box[i + 2] + 1) * zoom[i]) - 1, start) for i, start in enumerate((x0, y0)))
     width = max(2, draw.im.size[0] // 64)
     if not dashed:
         draw.rectangle([x0, y0, x1, y1], outline=colour, width=width)
@@ -119,7 +119,7 @@ def _frame(
         for a, b in zip(bounds[::3], bounds[2::3]):
             for near, far in (((x0, min(x0 + width - 1, x1)), (max(x1 - width + 1, x0), x1)) if upright else
                               ((y0, min(y0 + width - 1, y1)), (max(y1 - width + 1, y0), y1))):
-                draw.rectangle([near, a, far, b - 1] if upright else [a, near, b - 1, far], fill=colour)
+                draw.rectangle([near, a, far, max(b - 1, a)] if upright else [a, near, max(b - 1, a), far], fill=colour)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
