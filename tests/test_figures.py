@@ -196,7 +196,7 @@ def test_nothing_of_a_figure_with_many_long_names_is_cut_off_or_hidden(trained, 
     _, run = trained
     names = [f"run_{i}_with_a_name_as_long_as_names_of_folders_get_{'x' * 20 * i}_seed{i}" for i in range(4)]
     draw("curves", *[run] * 4, "--names", *names, "--width", width, "--dpi", 60, "--out", tmp_path / "c")
-    draw("histogram", *[run] * 4, "--names", *names, "--width", width, "--dpi", 60, "--out", tmp_path / "h", *CPU)
+    draw("histogram", *[run] * 4, "--names", *names, "--width", width, "--dpi", 60, "--bins", 10, "--out", tmp_path / "h", *CPU)
     for figure in drawn:
         renderer = backend_agg.FigureCanvasAgg(figure).get_renderer()
         parts = [*figure.legends, *figure.axes]
