@@ -7,7 +7,7 @@ Conventions of the whole package:
     results     percent
 
 Modules, in the order of the paper: `losses` (section 3), `models` (VGG16-GAP, ResNet50), `cam` (|w| * F * S, Fig. A3),
-`boxes` and `metrics` (the evaluation protocol of Choe et al.), `data`, `optim` (appendix B and C.5), `utils`; and `baselines` (this method and those
+`boxes` and `metrics` (the evaluation protocol of Choe et al.), `data` and `datasets`, `optim` (appendix B and C.5), `utils`; and `baselines` (this method and those
 it is compared with, as train.py runs them), `demo` (the drawn data set), `figures` (pictures in the appendix's form).
 """
 

@@ -384,8 +384,6 @@ def imagenet_v2_names(root: Path, ids: list[str]) -> list[str]:
     The folder may have the archive's name instead of val2, the files another suffix. Raises InputError for a later release, whose files are
     named by a hash: which is which cannot be told.
     """
-    if not ids or (root / ids[0]).exists():
-        return ids
     folders = [root / "val2", *sorted(root.glob("imagenetv2-*"))]
     folder = next((path for path in folders if path.is_dir()), None)
     if folder is None or not ids[0].startswith("val2/"):

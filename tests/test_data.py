@@ -102,6 +102,17 @@ def test_val_is_the_published_list_unless_told_otherwise(tmp_path):
     assert [len(found[name]) for name in ("train", "val")] == [12, 6] and "held out from train" in record["val"]
 
 
+@pytest.mark.parametrize("ids, names", [
+    (["train/n02/a.jpg", "train/n01/b.jpg", "train/n02/c.jpg"], ["n02", "n01"]),
+    (["n02/a.jpg", "n01/b.jpg", "n03/c.jpg"], None),  # two folders of one class
+    (["n02/a.jpg", "n02/b.jpg", "n02/c.jpg"], None),  # one folder of both
+    (["x/n01/a.jpg", "y/n01/b.jpg", "x/n01/c.jpg"], None),
+    (["a.jpg", "b.jpg", "c.jpg"], None),
+])
+def test_class_names_are_the_folders_where_they_tell_classes(tmp_path, ids, names):
+    assert data.class_names(data.Split("train", tmp_path, ids, np.array([0, 1, 0]))) == names
+
+
 def test_test_maps_can_be_evaluated_without_a_train_list(tmp_path):
     data_root, splits = make_tiny(tmp_path)
     shutil.rmtree(splits / "tiny" / "train")
