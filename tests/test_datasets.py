@@ -697,6 +697,18 @@ def test_a_flipped_bit_in_a_weight_is_found(trained, fails):
     fails(evaluate.main, [run, "--device", "cpu"], run / "best.pt", "wrong checksum of")
 
 
+@pytest.mark.parametrize("part, value", [("val", ...), ("val", {}), ("val", {"levels": {"30": 1}}), ("epoch", "3"), ("classes", ["one"])])
+def test_a_checkpoint_without_a_part_is_named(trained, fails, part, value):
+    _, run = trained
+    checkpoint = torch.load(run / "best.pt", weights_only=True)
+    if value is ...:
+        del checkpoint[part]
+    else:
+        checkpoint[part] = value
+    torch.save(checkpoint, run / "best.pt")
+    fails(evaluate.main, [run, "--device", "cpu"], run / "best.pt", f"not a checkpoint of train.py ({part} is missing or of the wrong kind)")
+
+
 def test_a_score_map_with_a_cut_header_is_named(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((3, 3)))
     content = (tmp_path / "a.npy").read_bytes()
