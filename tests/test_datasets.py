@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import scipy.io
+import torch
 from PIL import Image, ImageOps
 
 import evaluate
@@ -611,6 +612,10 @@ def test_the_threshold_is_val_s_or_the_user_s(trained, tmp_path, fails, capsys):
         areas.append((x1 - x0 + 1) * (y1 - y0 + 1))
         assert f"threshold {int(255 * float(threshold)) / 255:.3f}" in capsys.readouterr().out
     assert areas == sorted(areas, reverse=True) and areas[0] > areas[2]
+    (chosen,) = localize(run, tmp_path / "photo.png")
+    level = torch.load(run / "best.pt", weights_only=True)["val"]["levels"]["largest"]
+    assert f"threshold {level / 255:.3f}" in capsys.readouterr().out
+    assert [chosen] == localize(run, tmp_path / "photo.png", "--threshold", str((level + 0.5) / 255))
     fails(evaluate.main, [run, "--images", tmp_path / "photo.png", "--threshold", "1"], "in [0, 1)")
     fails(evaluate.main, [run, "--threshold", "0.5"], "--threshold goes with --images")
     fails(evaluate.main, [run, "--device", "cpu", "--images", tmp_path / "photo.png", "--normalize", "ivr"], "pass --threshold")
@@ -682,6 +687,34 @@ def test_check_of_a_folder_and_of_lists_without_val(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------ damaged inputs
+
+
+def test_a_flipped_bit_in_a_weight_is_found(trained, fails):
+    _, run = trained
+    content, weight = (run / "best.pt").read_bytes(), torch.load(run / "best.pt", weights_only=True)["model"]["fc.weight"].numpy().tobytes()
+    at = content.index(weight) + 5
+    (run / "best.pt").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    fails(evaluate.main, [run, "--device", "cpu"], run / "best.pt", "wrong checksum of")
+
+
+@pytest.mark.parametrize("part, value", [("val", ...), ("val", {}), ("val", {"levels": {"30": 1}}), ("epoch", "3"), ("classes", ["one"])])
+def test_a_checkpoint_without_a_part_is_named(trained, fails, part, value):
+    _, run = trained
+    checkpoint = torch.load(run / "best.pt", weights_only=True)
+    if value is ...:
+        del checkpoint[part]
+    else:
+        checkpoint[part] = value
+    torch.save(checkpoint, run / "best.pt")
+    fails(evaluate.main, [run, "--device", "cpu"], run / "best.pt", f"not a checkpoint of train.py ({part} is missing or of the wrong kind)")
+
+
+def test_a_score_map_with_a_cut_header_is_named(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((3, 3)))
+    content = (tmp_path / "a.npy").read_bytes()
+    (tmp_path / "a.npy").write_bytes(content.replace(b"}", b" ", 1))
+    with pytest.raises(InputError, match="a.npy: not a .npy array"):
+        data.load_score_map(tmp_path, "a")
 
 
 def test_damaged_inputs_give_neither_tracebacks_nor_wrong_numbers(trained, tmp_path):
