@@ -2,7 +2,7 @@
 
     python tests/kill_resume.py [--kills 20] [--epochs 12] [--seed 0] [--workers 0 2]
 
-SIGKILL, half of the times while a checkpoint is being written, and SIGTERM in turn. Compared: last.pt, best.pt, the results, and log.jsonl
+SIGKILL while a checkpoint is being written, SIGKILL at any moment, and SIGTERM in turn. Compared: last.pt, best.pt, the results, and log.jsonl
 without what the clock decides.
 """
 
@@ -80,7 +80,7 @@ def main() -> None:
             rng, out = random.Random(args.seed), Path(folder) / f"killed_{workers}"
             with_workers = [*flags, "--workers", str(workers)]
             for i in range(args.kills):
-                print(f"{workers} workers, {i + 1}: {interrupt(with_workers, out, ('SIGKILL', 'writing', 'SIGTERM')[i % 3], rng)}", flush=True)
+                print(f"{workers} workers, {i + 1}: {interrupt(with_workers, out, ('writing', 'SIGKILL', 'SIGTERM')[i % 3], rng)}", flush=True)
                 if (out / "results_last_test.json").exists():  # it got to its end between two kills: once more, elsewhere
                     compare(whole, out, with_workers)
                     out = Path(folder) / f"killed_{workers}_{i}"

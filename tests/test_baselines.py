@@ -131,7 +131,7 @@ def test_a_run_evaluates_to_the_same_table(name, tiny, tmp_path, capsys):
     assert own <= json.loads((run / "config.json").read_text())["config"].keys()
 
 
-@pytest.mark.parametrize("name", ["acol", "calm"])
+@pytest.mark.parametrize("name", ["acol"])
 def test_ten_classes_of_cub(name, real_data, tiny_preset, tmp_path):
     data = ["--data-root", real_data, "--splits", tmp_path / "splits"]
     flags = ["--dataset", "CUB", "--method", name, *data, "--weights", "none", "--epochs", 2, "--warm-epochs", 1, "--device", "cpu"]
