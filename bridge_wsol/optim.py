@@ -69,9 +69,9 @@ PRESETS: dict[tuple[str, str], dict[str, tuple[Any, str]]] = {
     # Provisional: the README's "The demo" says what was tried and what was not (lambda_drop among it).
     ("demo", "vgg16"): {
         "lr": (1e-3, OURS), "lr_new": (2e-2, OURS),
-        "lambda_sim": (1.0, OURS), "lambda_norm": (2.0, OURS), "lambda_drop": (0.0, OURS),
-        "tau_fg": (0.25, OURS), "tau_bg": (0.15, OURS), "gamma": (0.8, OURS), "p": (0.5, OURS),
-        "epochs": (10, OURS), "warm_epochs": (5, OURS), "decay_at": ([9], OURS), "decay_factor": (0.2, OURS),
+        "lambda_sim": (1.0, OURS), "lambda_norm": (1.0, OURS), "lambda_drop": (0.0, OURS),
+        "tau_fg": (0.3, OURS), "tau_bg": (0.2, OURS), "gamma": (0.8, OURS), "p": (0.5, OURS),
+        "epochs": (10, OURS), "warm_epochs": (0, OURS), "decay_at": ([9], OURS), "decay_factor": (0.2, OURS),
         "warm_batch_size": (32, OURS), "batch_size": (32, OURS),
         "norm_class": ("target", OURS), "stride": (8, OURS), "width": (0.25, OURS), "resize_size": (128, OURS), "image_size": (112, OURS),
         "weights": (DEMO_WEIGHTS, OURS),
@@ -81,7 +81,7 @@ PRESETS: dict[tuple[str, str], dict[str, tuple[Any, str]]] = {
         "lr": (3e-2, OURS), "lr_new": (3e-2, OURS),
         "lambda_sim": (0.0, OURS), "lambda_norm": (0.0, OURS), "lambda_drop": (0.0, OURS),
         "tau_fg": (0.25, OURS), "tau_bg": (0.15, OURS), "gamma": (0.8, OURS), "p": (0.5, OURS),
-        "epochs": (5, OURS), "warm_epochs": (5, OURS), "decay_at": ([4, 5], OURS), "decay_factor": (0.2, OURS),
+        "epochs": (12, OURS), "warm_epochs": (12, OURS), "decay_at": ([9, 11], OURS), "decay_factor": (0.2, OURS),
         "warm_batch_size": (32, OURS), "batch_size": (32, OURS),
         "norm_class": ("target", OURS), "stride": (8, OURS), "width": (0.25, OURS), "resize_size": (128, OURS), "image_size": (112, OURS),
         "weights": ("none", OURS), "batch_norm": (True, OURS),
