@@ -131,17 +131,6 @@ def test_a_run_evaluates_to_the_same_table(name, tiny, tmp_path, capsys):
     assert own <= json.loads((run / "config.json").read_text())["config"].keys()
 
 
-@pytest.mark.parametrize("name", ["acol"])
-def test_ten_classes_of_cub(name, real_data, tiny_preset, tmp_path):
-    data = ["--data-root", real_data, "--splits", tmp_path / "splits"]
-    flags = ["--dataset", "CUB", "--method", name, *data, "--weights", "none", "--epochs", 2, "--warm-epochs", 1, "--device", "cpu"]
-    train.main([str(flag) for flag in [*flags, "--out", tmp_path / "run"]])
-    before = json.loads((tmp_path / "run" / "results_best_test.json").read_text())
-    evaluate.main([str(tmp_path / "run"), "--device", "cpu", "--batch-size", "8"])
-    assert json.loads((tmp_path / "run" / "results_best_test.json").read_text()) == before
-    assert before["images"] == 243 and before["method"] == name
-
-
 def test_values_out_of_range_are_named(tiny, fails, tmp_path):
     out = ["--out", tmp_path / "run"]
     for name, flag, value in (

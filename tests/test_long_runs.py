@@ -124,14 +124,6 @@ def test_a_signal_during_validation_repeats_it(trained, tmp_path, monkeypatch):
     assert same_run(run, tmp_path / "stopped")
 
 
-def test_killed_runs_resume_to_the_same_bytes():
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tests" / "kill_resume.py"), "--kills", "1", "--epochs", "4", "--workers", "0"],
-        capture_output=True, text=True, env=ENVIRONMENT, timeout=150,
-    )
-    assert done.returncode == 0 and "as if nobody had touched it" in done.stdout, done.stdout + done.stderr
-
-
 @pytest.mark.parametrize("at", [2, 6])
 def test_a_loss_that_is_not_finite_is_named_with_its_step(trained, tmp_path, monkeypatch, at):
     flags, _ = trained
