@@ -4,8 +4,8 @@ A map is quantised to v = floor(255 * map); at level t the mask is v > t. A thre
 of the 255 levels 0 ... 254, so a sweep over the levels is the exact sweep: there is no interval to choose. It needs no labeling
 per level either. One pass over the pixels and one over a small tree give the components of all masks:
 
-*Basins.* Every pixel points to the highest of its neighbours, itself included; following the pointers leads uphill to a peak, and the
-pixels that reach the same peak are its basin. A path uphill never leaves a mask it is in, so the part of a basin that lies in the mask
+*Basins.* Every pixel points to a neighbour higher than itself; following the pointers leads uphill to a peak, and the pixels that reach the
+same peak are its basin (which of the higher neighbours does not matter: first along the row, then the highest above or below). A path uphill never leaves a mask it is in, so the part of a basin that lies in the mask
 is connected at every level: within a basin, boxes and areas are running minima, maxima and sums from the peak's value downwards.
 
 *Saddles.* Between two neighbouring basins the mask is first connected at the highest pair of touching pixels: the saddle is the largest
