@@ -74,11 +74,11 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         flags = [*tiny_flags(*make_tiny(Path(folder))), "--epochs", str(args.epochs)]
-        whole = Path(folder) / "whole"
-        finish(flags, whole)
         for workers in args.workers:
             rng, out = random.Random(args.seed), Path(folder) / f"killed_{workers}"
-            with_workers = [*flags, "--workers", str(workers)]
+            # A run of its own for each: checkpoints tell the number of workers they were written with.
+            whole, with_workers = Path(folder) / f"whole_{workers}", [*flags, "--workers", str(workers)]
+            finish(with_workers, whole)
             for i in range(args.kills):
                 print(f"{workers} workers, {i + 1}: {interrupt(with_workers, out, ('writing', 'SIGKILL', 'SIGTERM')[i % 3], rng)}", flush=True)
                 if (out / "results_last_test.json").exists():  # it got to its end between two kills: once more, elsewhere
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def compare(whole: Path, out: Path, flags: list[str]) -> None:
-    finish([*flags, "--workers", "0"], out, "--resume")
+    finish(flags, out, "--resume")
     ours, theirs = content(whole), content(out)
     different = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
     if different:
