@@ -11,6 +11,8 @@ import random
 import signal
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -99,6 +101,18 @@ def ignore_interrupts(*_: Any) -> None:
     """For worker processes: Ctrl-C reaches the whole group, and what happens then is the main process's decision."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end_with(parent: int) -> None:
+    """For the workers of `ordered_map`: the end of a process that was killed reaches nobody who waits for its next item."""
+    ignore_interrupts()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # ------------------------------------------------------------------------------------- several processes (torchrun)
@@ -216,7 +230,7 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
         return
     # Forked workers share this process's memory and start at once; they touch neither torch nor a GPU.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    with ProcessPoolExecutor(workers, multiprocessing.get_context(method), initializer=ignore_interrupts) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context(method), initializer=_end_with, initargs=(os.getpid(),)) as pool:
         under_way: deque[Future[R]] = deque()
         try:
             for item in items:

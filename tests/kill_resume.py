@@ -50,7 +50,7 @@ def interrupt(flags: list[str], out: Path, how: str, rng: random.Random) -> str:
     if process.poll() is None:
         process.send_signal(signal.SIGTERM if how == "SIGTERM" else signal.SIGKILL)
     _, errors = process.communicate()
-    if how == "SIGTERM" and process.returncode == 130 and "--resume goes on" not in errors:
+    if how == "SIGTERM" and process.returncode == 130 and "with --resume" not in errors:
         raise SystemExit(f"SIGTERM left without its line: {errors}")
     if process.returncode not in (0, 130, -signal.SIGKILL, -signal.SIGTERM) or "Traceback" in errors:
         raise SystemExit(f"{how}: exit code {process.returncode}\n{errors}")

@@ -212,3 +212,20 @@ def test_a_run_on_the_gpu_learns_what_the_cpu_learns(trained, tmp_path):
     for a, b in zip(lines_of(tmp_path / "gpu"), lines_of(tmp_path / "cpu"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-2)
     evaluate.main([str(tmp_path / "gpu"), "--device", "cuda"])
+
+
+def test_workers_do_not_outlive_a_killed_process():
+    program = """
+import os, signal, time
+from bridge_wsol.utils import ordered_map
+
+def work(_):
+    time.sleep(0.02)
+
+for i, _ in enumerate(ordered_map(work, range(9), 2)):
+    if i == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    # Its workers hold the pipe of its output: run() returns when the last of them is gone.
+    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
