@@ -1,6 +1,6 @@
 """The embedded data set: drawn birds, in the field's split format, with exact boxes and masks.
 
-Fine-grained as CUB is. The *genus* is told by the whole body's pattern (plain or barred), the *species* by a small part,
+Fine-grained as CUB is. The *genus* is told by the whole body's pattern (spotted or barred), the *species* by a small part,
 the colour of the head; class = genus x species. Everything else varies: the body's hue, size, proportions, pose,
 position, background, and now and then a part of the bird is outside the picture. The head always is inside.
 
@@ -12,6 +12,7 @@ Every picture has a random generator of its own, derived from (seed, split, inde
 
 from __future__ import annotations
 
+import hashlib
 from colorsys import hsv_to_rgb
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -25,11 +26,11 @@ SIZE = 128  # of a picture; training crops 7/8 of it, as 224 of 256
 SCALE = 2  # drawn larger, then averaged: smooth edges
 CANVAS = SIZE * SCALE
 
-GENERA = ("plain", "barred")
+GENERA = {"spotted": "dots", "barred": "stripes"}  # and the texture of each
 # (hue, saturation, value) of the head.
 HEADS = {
-    "red": (0.99, 0.90, 0.88), "yellow": (0.145, 0.95, 0.98), "green": (0.34, 0.90, 0.68), "cyan": (0.50, 0.85, 0.92),
-    "blue": (0.635, 0.92, 0.85), "magenta": (0.85, 0.80, 0.92), "white": (0.10, 0.03, 0.99), "black": (0.60, 0.20, 0.09),
+    "red": (0.99, 0.90, 0.88), "orange": (0.075, 0.95, 0.98), "yellow": (0.15, 0.95, 0.98), "green": (0.34, 0.90, 0.68),
+    "cyan": (0.50, 0.85, 0.92), "blue": (0.625, 0.92, 0.85), "violet": (0.745, 0.80, 0.80), "magenta": (0.87, 0.80, 0.95),
 }
 DEMO_COUNTS = {"train": 1600, "val": 320, "test": 640}
 
@@ -70,8 +71,9 @@ class _Order(NamedTuple):
 
 def _draw(data_root: Path, splits: Path, name: str, counts: dict[str, int], classes: int, seed: int, draw: Callable) -> None:
     root, lists = data_root / name, splits / name
-    # Written last: where it is, everything is. Its text changes with the number of pictures.
-    done, stamp = root / "complete.txt", f"{name} seed {seed} {counts}\n"
+    # Written last: where it is, everything is. Its text changes with the number of pictures and with this file, which draws them.
+    drawer = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    done, stamp = root / "complete.txt", f"{name} seed {seed} {counts} by {drawer}\n"
     if done.exists() and done.read_text() == stamp and all((lists / split / "localization.txt").exists() for split in counts):
         return
     print(f"drawing {sum(counts.values())} pictures into {root}", flush=True)
@@ -115,7 +117,7 @@ def draw_bird(rng: np.random.Generator, label: int) -> Picture:
     while True:
         genus, species = divmod(label, len(HEADS))
         parts = _bird_outline(rng)
-        unit = rng.uniform(80, 128) / 128 * CANVAS / 2  # pixels per body length
+        unit = rng.uniform(84, 124) / 128 * CANVAS / 2  # pixels per body length
         to_canvas = _placement(rng, unit, tilt=25)
         parts = {k: to_canvas(v) for k, v in parts.items()}
         everything = np.concatenate(list(parts.values()))
@@ -136,7 +138,7 @@ def draw_bird(rng: np.random.Generator, label: int) -> Picture:
 
     hue, saturation = rng.random(), rng.uniform(0.15, 0.55)
     light, dark = _rgb(hue, saturation, rng.uniform(0.65, 0.95)), _rgb(hue + rng.uniform(-0.06, 0.06), saturation, rng.uniform(0.15, 0.38))
-    if GENERA[genus] == "barred" and rng.random() < 0.5:  # a dark plain body would not stand out
+    if rng.random() < 0.5:
         light, dark = dark, light
     skin = _rgb(rng.uniform(0.05, 0.12), 0.4, rng.uniform(0.25, 0.6))
 
@@ -149,9 +151,8 @@ def draw_bird(rng: np.random.Generator, label: int) -> Picture:
     for name in ("tail", "neck", "body"):
         _polygon(plumage_draw, parts[name], 255)
         _polygon(mask_draw, parts[name], 255)
-    kind = ("plain", "stripes")[genus]
     angle = _angle(parts["axis"])
-    pattern = _texture(rng, kind, period=unit * rng.uniform(0.22, 0.30), angle=angle + rng.uniform(-0.3, 0.3))
+    pattern = _texture(rng, list(GENERA.values())[genus], period=unit * rng.uniform(0.22, 0.30), angle=angle + rng.uniform(-0.3, 0.3))
     coat = Image.composite(Image.new("RGB", image.size, dark), Image.new("RGB", image.size, light), pattern)
     image.paste(_shade(coat, parts["body"]), mask=plumage)
 
@@ -173,12 +174,12 @@ def draw_bird(rng: np.random.Generator, label: int) -> Picture:
 
 def _bird_outline(rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Polygons (n x 2) in the bird's own frame: the body is 1 long, the head is to the right, y points down."""
-    height = rng.uniform(0.27, 0.36)
+    height = rng.uniform(0.38, 0.48)
     t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     body = np.stack([0.5 * np.cos(t), height * np.sin(t) * (1 + 0.25 * np.cos(t))], 1)
 
     lift, stretch, r = np.radians(rng.uniform(15, 70)), rng.uniform(0.20, 0.36), rng.uniform(0.165, 0.2)
-    shoulder = np.array([0.36, -0.08])
+    shoulder = np.array([0.34, -0.45 * height])
     centre = shoulder + stretch * np.array([np.cos(lift), -np.sin(lift)])
     across = np.array([np.sin(lift), np.cos(lift)])
     neck = np.array([shoulder - 0.2 * across, centre - 0.85 * r * across, centre + 0.85 * r * across, shoulder + 0.2 * across])
@@ -192,17 +193,17 @@ def _bird_outline(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
     droop = np.radians(rng.uniform(-35, 25))
     back, side = np.array([-np.cos(droop), -np.sin(droop)]), np.array([np.sin(droop), -np.cos(droop)])
-    root, length, spread = np.array([-0.36, -0.04]), rng.uniform(0.35, 0.62), rng.uniform(0.08, 0.2)
+    root, length, spread = np.array([-0.36, -0.04]), rng.uniform(0.25, 0.45), rng.uniform(0.1, 0.22)
     end = root + back * length
     tail = np.array([root + 0.09 * side, end + spread * side, end + 0.04 * back, end - spread * side, root - 0.09 * side])
 
     parts = {"body": body, "neck": neck, "head": head, "beak": beak, "tail": tail}
     parts["eye"], parts["pupil"] = eye + _ellipse(0.05, 0.05), eye + _ellipse(0.028, 0.028)
     for i, x in enumerate((-0.09, 0.10)):
-        swing = rng.uniform(-0.14, 0.14)
-        hip, foot = np.array([x, 0.8 * height]), np.array([x + swing, height + rng.uniform(0.22, 0.36)])
+        swing = rng.uniform(-0.08, 0.08)
+        hip, foot = np.array([x, 0.8 * height]), np.array([x + swing, height + rng.uniform(0.05, 0.13)])
         w = 0.028
-        toes = foot + np.array([[w, -0.02], [0.15, 0.03], [0.15, 0.06], [-0.07, 0.06], [-0.07, 0.03], [-w, -0.02]])
+        toes = foot + np.array([[w, -0.02], [0.12, 0.02], [0.12, 0.05], [-0.06, 0.05], [-0.06, 0.02], [-w, -0.02]])
         parts[f"leg{i}"] = np.concatenate([[hip + [w, 0]], toes, [hip - [w, 0]]])
     s = np.linspace(0, np.pi, 14)
     parts["wing"] = np.stack([-0.08 + 0.3 * np.cos(s), -0.02 + 0.6 * height * np.sin(s) - 0.05 * np.cos(s)], 1)
