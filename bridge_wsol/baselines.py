@@ -10,12 +10,13 @@ learning rates. Where the literature leaves something unsaid, the docstring says
 evaluation, "the search" what public scripts give as its tuned values for CUB: (VGG16), (ResNet50).
 
     python -m bridge_wsol.baselines --seeds 0 1 2                          every method on the demo, one table
-    python -m bridge_wsol.baselines --methods cam adl+ivr bridge --dataset CUB --arch vgg16
+    python -m bridge_wsol.baselines --methods cam adl+ivr bridge bridge:lambda_sim=0 --dataset CUB --arch vgg16
 """
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -560,7 +561,8 @@ def of_class(maps: Tensor, labels: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------------- the comparison
 
-# A row: a method, or METHOD+NORMALIZATION, the same runs under another normalization of the map (ivr's percentile chosen on val).
+# A row: a method, with :NAME=VALUE,... under values of its own, with +NORMALIZATION the same runs under another normalization of the map
+# (ivr's percentile chosen on val).
 ROWS = (
     "cam", "cam+ivr", "has", "acol", "spg", "adl", "adl+ivr", "cutmix", "eil", "pas", "pas+pas", "calm", "calm+log", "bridge", "bridge+ivr", "bridge+cutmix",
 )
@@ -581,22 +583,34 @@ def run_script(script: str, *arguments: Any) -> None:
         raise InputError(f"{script} ended with exit code {code}: {' '.join(map(str, arguments))}; the same command goes on from here")
 
 
-def row_of(name: str) -> tuple[str, str]:
-    """(method, normalization) of a row's name. Raises InputError for another name."""
-    method, _, normalization = name.rpartition("+")
-    if name in METHODS:
-        return name, "minmax"
-    if method in METHODS and normalization in NORMALIZATIONS:
-        return method, normalization
-    raise InputError(f"--methods {name}: not a method ({', '.join(METHODS)}), nor one with + and {', '.join(NORMALIZATIONS)}")
+class Row(NamedTuple):
+    method: str
+    flags: list[str]  # of train.py, this row's own
+    normalization: str
+    run: str  # its runs are folders of this name with _seedN behind
+
+
+def row_of(name: str) -> Row:
+    """What METHOD[:NAME=VALUE,...][+NORMALIZATION] asks for. Raises InputError for another name."""
+    trained, _, normalization = name.rpartition("+")
+    if normalization not in NORMALIZATIONS or not trained:
+        trained, normalization = name, "minmax"
+    method, colon, values = trained.partition(":")
+    if method not in METHODS or (colon and not all(re.fullmatch(r"\w+=[^=]+", value) for value in values.split(","))):
+        raise InputError(
+            f"--methods {name}: not METHOD[:NAME=VALUE,...][+NORMALIZATION] with a method of {', '.join(METHODS)} "
+            f"and a normalization of {', '.join(NORMALIZATIONS)}"
+        )
+    flags = [f"--{name.replace('_', '-')}={number}" for name, number in (value.split("=") for value in values.split(",") if value)]
+    return Row(method, flags, normalization, trained.replace(":", "_").replace(",", "_"))
 
 
 def compare(rows: list[str], seeds: list[int], runs: Path, checkpoint: str, flags: list[str]) -> str:
-    """Trains what is not trained yet, each method with each seed in RUNS/METHOD_seedN, and returns the table, as in RUNS/table.md.
+    """Trains what is not trained yet, each row with each seed in RUNS/METHOD_seedN, and returns the table, as in RUNS/table.md.
 
     flags: of train.py, the same for all runs in RUNS. Raises InputError for other flags than those that RUNS began with, and where a run fails.
     """
-    methods = {name: row_of(name) for name in rows}
+    asked = {name: row_of(name) for name in rows}
     # What only decides where and how fast it runs may change between calls.
     begun, free = runs / "flags.json", ("--workers", "--device", "--data-root", "--splits")
     own = [flag for i, flag in enumerate(flags) if flag.split("=")[0] not in free and (i == 0 or flags[i - 1] not in free)]
@@ -605,12 +619,12 @@ def compare(rows: list[str], seeds: list[int], runs: Path, checkpoint: str, flag
     write_json(begun, own)
 
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
-    for name, (method, normalization) in methods.items():
-        for seed in seeds:
-            run = runs / f"{method}_seed{seed}"
+    for seed in seeds:  # all rows of a seed first: a table that is not finished compares like with like
+        for name, (method, values, normalization, folder) in asked.items():
+            run = runs / f"{folder}_seed{seed}"
             if not (run / "results_last_test.json").exists():  # the last file that train.py writes
                 resume = ["--resume"] if run.exists() else []
-                run_script("train.py", "--method", method, "--seed", seed, "--out", run, *flags, *resume)
+                run_script("train.py", "--method", method, "--seed", seed, "--out", run, *flags, *values, *resume)
             results = run / f"results_{checkpoint}_test.json"
             if normalization != "minmax":
                 results = results.with_name(f"results_{checkpoint}_test_{normalization}{'_val' * (normalization == 'ivr')}.json")
@@ -662,7 +676,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m bridge_wsol.baselines", description="Trains and evaluates methods over seeds, and writes one table of test results.",
         epilog="Every other flag is train.py's. Finished runs are not repeated, interrupted ones go on.", allow_abbrev=False,
     )
-    parser.add_argument("--methods", nargs="+", default=ROWS, metavar="M", help=f"a method, or METHOD+NORMALIZATION (default: {' '.join(ROWS)})")
+    parser.add_argument("--methods", nargs="+", default=ROWS, metavar="M", help=f"METHOD[:NAME=VALUE,...][+NORMALIZATION] (default: {' '.join(ROWS)})")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     parser.add_argument("--runs", type=Path, default=Path("runs/comparison"), metavar="DIR", help="of the runs and table.md (default runs/comparison)")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="last", help="whose results (default last: the same epoch for all)")

@@ -639,26 +639,28 @@ def in_this_process(monkeypatch):
 
 def test_the_comparison_trains_what_is_missing_and_tabulates_what_was_measured(tiny, in_this_process, tmp_path, capsys, fails):
     runs, calls = tmp_path / "runs", in_this_process
-    arguments = ["--methods", "cam", "cam+ivr", "pas", "--runs", str(runs), *tiny]
+    ablated = "pas:pas_nwc=off,pas_theta=-1"
+    arguments = ["--methods", "cam", "cam+ivr", ablated, "--runs", str(runs), *tiny]
     baselines.main([*arguments, "--seeds", "0"])
     assert [call[0] for call in calls] == ["train.py", "evaluate.py", "train.py"]
 
     calls.clear()
-    interrupted = runs / "pas_seed0"  # as after one epoch of two
+    interrupted = runs / "pas_pas_nwc=off_pas_theta=-1_seed0"  # as after one epoch of two
+    assert json.loads((interrupted / "config.json").read_text())["config"]["pas_nwc"] == {"value": "off", "source": "flag"}
     shutil.rmtree(interrupted)
-    train.main([*tiny, "--method", "pas", "--epochs", "1", "--out", str(interrupted)])
+    train.main([*tiny, "--method", "pas", "--pas-nwc", "off", "--pas-theta", "-1", "--epochs", "1", "--out", str(interrupted)])
     for path in interrupted.glob("results_*"):
         path.unlink()
     capsys.readouterr()
     baselines.main([*arguments, "--seeds", "0", "1"])
     trained = [(call[call.index("--method") + 1], call[call.index("--seed") + 1], "--resume" in call) for call in calls if call[0] == "train.py"]
-    assert trained == [("cam", "1", False), ("pas", "0", True), ("pas", "1", False)]
+    assert trained == [("pas", "0", True), ("cam", "1", False), ("pas", "1", False)]
 
     table = (runs / "table.md").read_text()
     assert table in capsys.readouterr().out
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert [line[0] for line in lines[2:]] == ["cam", "cam+ivr", "pas"]
-    for line, file in zip(lines[2:], ("cam_seed{}/results_last_test", "cam_seed{}/results_last_test_ivr_val", "pas_seed{}/results_last_test")):
+    assert [line[0] for line in lines[2:]] == ["cam", "cam+ivr", ablated]
+    for line, file in zip(lines[2:], ("cam_seed{}/results_last_test", "cam_seed{}/results_last_test_ivr_val", f"{interrupted.name[:-1]}{{}}/results_last_test")):
         metrics = [json.loads((runs / f"{file.format(seed)}.json").read_text())["metrics"] for seed in (0, 1)]
         expected = {
             "MaxBoxAccV2": [m["max_box_acc_v2"]["mean"] for m in metrics], "IoU 70": [m["max_box_acc_v2"]["70"] for m in metrics],
@@ -670,7 +672,10 @@ def test_the_comparison_trains_what_is_missing_and_tabulates_what_was_measured(t
         assert line[1] == "2" and float(line[-1].split(" ± ")[0]) > 0
 
     fails(baselines.main, [*arguments, "--seeds", "0", "--lr", "0.1"], runs / "flags.json", "--runs")
-    fails(baselines.main, ["--methods", "cam+sum"], "--methods cam+sum")
+    for name in ("cam+sum", "bridge:", "bridge:lambda_sim", "bridge:p=0,", "+ivr"):
+        fails(baselines.main, ["--methods", name], f"--methods {name}")
+    everything = baselines.row_of("bridge+cutmix:lambda_sim=0,p=0.25+ivr")
+    assert everything == ("bridge+cutmix", ["--lambda-sim=0", "--p=0.25"], "ivr", "bridge+cutmix_lambda_sim=0_p=0.25")
     fails(baselines.main, ["--method", "cam"], "--method", "--methods")
     assert {baselines.row_of(row)[0] for row in baselines.ROWS} == METHODS.keys()
 
