@@ -44,11 +44,11 @@ Color = tuple[int, int, int]
 class Picture(NamedTuple):
     image: Image.Image  # SIZE x SIZE, RGB
     mask: np.ndarray  # SIZE x SIZE, bool: the object
-    part: np.ndarray  # SIZE x SIZE, bool: the species-telling head (empty in the pretraining set); for diagnostics
+    part: np.ndarray  # SIZE x SIZE, bool: the species-telling head (empty in the pretraining set); `figures gap` reads it
 
 
 def draw_demo(data_root: Path, splits: Path) -> None:
-    """Draws the data set `demo`, once: images and masks below data_root/demo, the split files below splits/demo.
+    """Draws the data set `demo`, once: images, masks and (parts/) masks of the heads below data_root/demo, split files below splits/demo.
 
     The same pixels on every machine with the same Pillow and NumPy. Raises InputError where nothing can be written.
     """
@@ -67,6 +67,7 @@ class _Order(NamedTuple):
     label: int
     image: Path
     mask: Path
+    part: Path
 
 
 def _draw(data_root: Path, splits: Path, name: str, counts: dict[str, int], classes: int, seed: int, draw: Callable) -> None:
@@ -79,11 +80,11 @@ def _draw(data_root: Path, splits: Path, name: str, counts: dict[str, int], clas
     print(f"drawing {sum(counts.values())} pictures into {root}", flush=True)
     orders: dict[str, _Order] = {}
     for number, (split, count) in enumerate(counts.items()):
-        for folder in (root / split, root / "masks" / split):
+        for folder in (root / split, root / "masks" / split, root / "parts" / split):
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
         for index in range(count):
-            paths = (root / folder / f"{index:05d}.png" for folder in (split, f"masks/{split}"))
+            paths = (root / folder / f"{index:05d}.png" for folder in (split, f"masks/{split}", f"parts/{split}"))
             orders[f"{split}/{index:05d}.png"] = _Order(draw, (seed, number, index), index % classes, *paths)
     boxes = dict(zip(orders, ordered_map(_draw_one, orders.values(), default_workers())))
     for split in counts:
@@ -100,11 +101,13 @@ def _draw(data_root: Path, splits: Path, name: str, counts: dict[str, int], clas
 
 
 def _draw_one(order: _Order) -> tuple[int, int, int, int]:
-    """Writes one picture and its mask; returns the exact box of the mask."""
+    """Writes one picture, its mask, and the mask of its part if it has one; returns the exact box of the mask."""
     picture = order.draw(np.random.default_rng(order.random), order.label)
     with writing(order.image):
         picture.image.save(order.image, compress_level=1)
         Image.fromarray(picture.mask).save(order.mask)
+        if picture.part.any():
+            Image.fromarray(picture.part).save(order.part)
     y, x = np.nonzero(picture.mask)
     return int(x.min()), int(y.min()), int(x.max()), int(y.max())
 

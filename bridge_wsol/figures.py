@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from . import cam
 from .boxes import LEVELS, iou_matrix, level_boxes, scale_boxes
-from .data import Split, load_masks, load_rgb, load_splits, test_loader, to_input
+from .data import Masks, Split, load_masks, load_rgb, load_splits, test_loader, to_input
 from .losses import feature_norm, minmax
 from .metrics import DELTAS
 from .models import Output
@@ -873,9 +873,10 @@ def _pair(pair: tuple[str, str | None]) -> str:
 
 
 def regions(run: Run, index: int, shape: tuple[int, int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{"box": (inside, outside), "mask": ...}, h x w bool, of what the image has: a location is where its centre is.
+    """{"box": (inside, outside), "mask": ..., "part": ...}, h x w bool, of what the image has: a location is where its centre is.
 
-    The ignore region of a mask is in neither.
+    The ignore region of a mask is in neither. A part is what the data set has below parts/ (a mask parts/ID.png for an image ID), as the demo has its heads; outside of it
+    is the rest of the object.
     """
     y, x = ((2 * np.arange(n) + 1) * run.size // (2 * n) for n in shape)
     found = {}
@@ -887,6 +888,10 @@ def regions(run: Run, index: int, shape: tuple[int, int]) -> dict[str, tuple[np.
         mask, ignore = load_masks(run.split.root, run.split.masks[index], run.size)
         at = np.ix_(y, x)
         found["mask"] = mask[at], ~mask[at] & ~ignore[at]
+        part_file = (Path("parts") / run.split.ids[index]).with_suffix(".png")
+        if (run.split.root / part_file).exists():
+            part = load_masks(run.split.root, Masks([str(part_file)], []), run.size)[0][at]
+            found["part"] = part, mask[at] & ~part
     return found
 
 
@@ -905,6 +910,7 @@ GAP = {
     "S_inside": "S inside", "S_outside": "S outside", "F_hat_inside": "F-hat inside", "F_hat_outside": "F-hat outside",
     "S_negative_inside": "inside with S < 0, %",
 }
+REGIONS = ("box", "mask", "part")
 
 
 def gap_of(run: Run, args: argparse.Namespace) -> dict[str, Any]:
@@ -938,7 +944,7 @@ def gap_of(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         means[kind]["images"] = len(of.get("S_inside", ()))
     return {
         "name": run.name, "run": str(run.folder), "split": args.split, "checkpoint": args.checkpoint, "images": len(order),
-        "box": means.get("box"), "mask": means.get("mask"), "localization": localized,
+        **{kind: means.get(kind) for kind in REGIONS}, "localization": localized,
     }
 
 
@@ -950,7 +956,7 @@ def gap(args: argparse.Namespace) -> list[Path]:
         return [label, *("–" if value is None else f"{value:.{digits}f}" for value in values)]
 
     rows = []
-    for kind in ("box", "mask"):
+    for kind in REGIONS:
         for key, label in GAP.items():
             if any(entry[kind] for entry in found):
                 rows.append(row(f"{label} ({kind})", [(entry[kind] or {}).get(key) for entry in found], 1 if "%" in label else 3))

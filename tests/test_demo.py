@@ -49,6 +49,11 @@ def test_boxes_and_masks_are_exact(few, tmp_path, dataset, classes):
             y, x = np.nonzero(mask)
             assert split.boxes[i].tolist() == [[x.min(), y.min(), x.max(), y.max()]] and not ignore.any()
             assert 0.02 < mask.mean() < 0.75
+            part = split.root / "parts" / split.ids[i]
+            assert part.exists() == (dataset == "demo")
+            if part.exists():
+                head = load_masks(split.root, type(split.masks[i])([str(part)], []), demo.SIZE)[0]
+                assert head.any() and not (head & ~mask).any() and head.sum() < 0.4 * mask.sum()
             seen.add(split.path(i).read_bytes())
     assert len(seen) == sum(map(len, splits.values()))  # no picture of train in test
 

@@ -332,7 +332,14 @@ def test_regions_and_numbers_by_hand(tmp_path):
     expected[:2, :2] = True
     outside = ~expected
     outside[:, 3] = False
-    assert (found["mask"][0] == expected).all() and (found["mask"][1] == outside).all()
+    assert (found["mask"][0] == expected).all() and (found["mask"][1] == outside).all() and "part" not in found
+
+    part = np.zeros((8, 8), dtype=np.uint8)
+    part[1, 1] = part[7, 7] = 255
+    (tmp_path / "parts").mkdir()
+    Image.fromarray(part).save(tmp_path / "parts" / "x.png")
+    head, rest = figures.regions(run, 0, (4, 4))["part"]
+    assert np.argwhere(head).tolist() == [[0, 0], [3, 3]] and np.argwhere(rest).tolist() == [[0, 1], [1, 0], [1, 1]]
 
     S = np.array([[0.0, 0, 0, 0], [0, -0.5, 0.3, 0], [0, 0, 0, 0], [0, 0, 0, -1.3]])
     F_hat = np.array([[1.0, 0, 0, 0], [0, 0.5, 0.6, 0], [0, 0, 0, 0], [0, 0, 0, 0.26]])
