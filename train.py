@@ -64,7 +64,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, metavar="N", help="processes that load images, and as many that sweep maps (default: one a core, at most 8)")
     parser.add_argument("--cache", metavar="DIR", help="keep the resized training images there, decoded once: 0.2 MB an image")
     parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--amp", choices=("auto", "bf16", "off"), help="auto (default): bf16 on GPUs that have it")
+    parser.add_argument("--amp", choices=("auto", "bf16", "off"), help="auto (default): bf16 on GPUs and CPUs with instructions for it")
     group = parser.add_argument_group("preset values, under their paper names (default: bridge_wsol/optim.py for --dataset and --arch)")
     for name in ("epochs", "warm_epochs", "batch_size", "warm_batch_size"):
         group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")

@@ -209,9 +209,18 @@ def resolve_device(name: str) -> torch.device:
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """--amp: "bf16", "off", or "auto": bf16 on GPUs that have it."""
-    on = amp == "bf16" or (amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    """--amp: "bf16", "off", or "auto": bf16 where it is fast."""
+    on = amp == "bf16" or (amp == "auto" and has_bf16(device))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies in bf16 itself; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Private, so perhaps gone one day: then the CPU goes on in float32.
+    instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in instructions)
 
 
 def default_workers() -> int:

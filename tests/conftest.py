@@ -19,7 +19,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py and evaluate.py are scripts, not modules of the package
 
 import train
-from bridge_wsol import optim
+from bridge_wsol import optim, utils
 from bridge_wsol.utils import one_line_errors
 
 REPOSITORY = Path(__file__).parents[1]
@@ -40,6 +40,8 @@ def tiny_preset(monkeypatch):
 
 
 def set_tiny_preset(monkeypatch):
+    """Reduced in every way; float32 on every machine, unless a test asks for bf16."""
+    monkeypatch.setattr(utils, "has_bf16", lambda device: False)
     monkeypatch.setitem(optim.PRESETS, ("tiny", "vgg16"), optim.PRESETS["CUB", "vgg16"] | {
         "epochs": (2, "test"), "warm_epochs": (1, "test"), "warm_batch_size": (4, "test"), "batch_size": (8, "test"),
     })

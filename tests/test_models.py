@@ -1,5 +1,6 @@
 """The networks against torchvision's own, which layers run once and which twice, and weights files."""
 
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -8,6 +9,7 @@ import torchvision
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
+from bridge_wsol import utils
 from bridge_wsol.models import build_model, export_backbone, load_pretrained
 from bridge_wsol.utils import InputError
 
@@ -222,3 +224,18 @@ def test_unknown_networks_are_refused():
     for arguments in ({"arch": "vgg19", "stride": 16}, {"arch": "vgg16", "stride": 32}, {"arch": "resnet50", "stride": 8, "width": 0.5}):
         with pytest.raises(InputError):
             build_model(num_classes=3, **arguments)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="a Linux machine says what its CPU can")
+def test_auto_is_bf16_where_the_processor_has_the_instructions(monkeypatch):
+    cpu, flags = torch.device("cpu"), Path("/proc/cpuinfo").read_text()
+    assert utils.has_bf16(cpu) == ("avx512_bf16" in flags or "amx_bf16" in flags)
+
+    def product(amp):
+        with utils.autocast(cpu, amp):
+            return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+    for has in (True, False):
+        monkeypatch.setattr(utils, "has_bf16", lambda device: has)
+        assert product("auto") == (torch.bfloat16 if has else torch.float32)
+        assert product("bf16") == torch.bfloat16 and product("off") == torch.float32
