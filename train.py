@@ -59,7 +59,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--splits", metavar="DIR", help="lists of images, labels and boxes (default data_splits)")
     parser.add_argument("--weights", metavar="W", help="imagenet (torchvision's, the default but for demo), none, or a file of them")
     parser.add_argument("--val-per-class", type=int, metavar="N", help="hold N images a class out from train for val (2 where val has no list)")
-    parser.add_argument("--val-every", type=int, metavar="N", help="choose the best among every N-th epoch and the last (default 1)")
+    parser.add_argument("--val-every", type=int, metavar="N", help="choose the best among every N-th epoch and the last (default 1; demo: the last)")
     parser.add_argument("--seed", type=int, metavar="N")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that load images, and as many that sweep maps (default: one a core, at most 8)")
     parser.add_argument("--cache", metavar="DIR", help="keep the resized training images there, decoded once: 0.2 MB an image")
