@@ -15,7 +15,7 @@ from torch import nn
 
 import evaluate
 import train
-from bridge_wsol import baselines, optim
+from bridge_wsol import baselines, demo, optim
 from bridge_wsol.baselines import METHODS, attention_dropout, hide, mix, seed_loss, seeds, thresholded_average
 from bridge_wsol.cam import normalize
 from bridge_wsol.losses import alignment_losses, consistency_loss
@@ -129,6 +129,32 @@ def test_a_run_evaluates_to_the_same_table(name, tiny, tmp_path, capsys):
     assert before["last"]["method"] == name and before["last"]["metrics"]["max_box_acc_v2"]["mean"] is not None
     own = {key for key in METHODS[name].preset("tiny", "vgg16") if key in train.method_values()}
     assert own <= json.loads((run / "config.json").read_text())["config"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_ten_classes_of_cub(name, real_data, tiny_preset, tmp_path):
+    data = ["--data-root", real_data, "--splits", tmp_path / "splits"]
+    flags = ["--dataset", "CUB", "--method", name, *data, "--weights", "none", "--epochs", 2, "--warm-epochs", 1, "--device", "cpu"]
+    twice_the_same_table([*flags, "--out", tmp_path / "run"], name, images=243, batch_size=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_the_demo(name, monkeypatch, tmp_path):
+    """Its own preset and backbone, on fewer birds."""
+    monkeypatch.setattr(demo, "DEMO_COUNTS", {"train": 64, "val": 16, "test": 32})
+    data = ["--data-root", tmp_path / "data", "--splits", tmp_path / "splits"]
+    twice_the_same_table(["--method", name, *data, "--epochs", 2, "--device", "cpu", "--amp", "off", "--out", tmp_path / "run"], name, images=32, batch_size=32)
+
+
+def twice_the_same_table(flags, name, images, batch_size):
+    train.main([str(flag) for flag in flags])
+    run = flags[-1]
+    before = json.loads((run / "results_best_test.json").read_text())
+    evaluate.main([str(run), "--device", "cpu", "--amp", "off", "--batch-size", str(batch_size)])
+    after = json.loads((run / "results_best_test.json").read_text())
+    assert after == before and before["images"] == images and before["method"] == name
 
 
 def test_values_out_of_range_are_named(tiny, fails, tmp_path):
