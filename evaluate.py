@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes that load images, and as many that sweep their maps")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto", help="auto: bf16 on GPUs and CPUs with instructions for it")
+    parser.add_argument("--amp", choices=("auto", "bf16", "off"), help="default: the run's; auto: bf16 on GPUs and CPUs with instructions for it")
     parser.add_argument("--data-root", type=Path, help="default: the one the run was trained with, or data")
     parser.add_argument("--splits", type=Path, help="default: the one the run was trained with, or data_splits")
     parser.add_argument("--save-maps", type=Path, metavar="DIR", help="write each score map to DIR/<image id>.npy")
@@ -366,6 +366,7 @@ def main(argv: list[str] | None = None) -> None:
 
     model, method, checkpoint = load_run(args.run, args.checkpoint, device)
     config = checkpoint["config"]
+    args.amp = args.amp or config.get("amp", "auto")
     if args.images:
         return localize_images(args, model, method, checkpoint, device)
 

@@ -32,7 +32,12 @@ def test_drawn_twice_the_bytes_are_the_same_and_the_second_time_nothing_is_drawn
     picture.write_bytes(b"touched")
     demo.draw_demo(tmp_path / "a" / "data", tmp_path / "a" / "splits")
     assert picture.read_bytes() == b"touched"
-    (tmp_path / "a" / "data" / "demo" / "complete.txt").unlink()  # as after an interruption
+    complete = tmp_path / "a" / "data" / "demo" / "complete.txt"
+    complete.unlink()  # as after an interruption
+    demo.draw_demo(tmp_path / "a" / "data", tmp_path / "a" / "splits")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    picture.write_bytes(b"touched")
+    complete.write_text(complete.read_text().rsplit(" by ", 1)[0] + " by another drawer\n")
     demo.draw_demo(tmp_path / "a" / "data", tmp_path / "a" / "splits")
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
