@@ -16,7 +16,6 @@ evaluation, "the search" what public scripts give as its tuned values for CUB: (
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -596,12 +595,13 @@ def row_of(name: str) -> Row:
     if normalization not in NORMALIZATIONS or not trained:
         trained, normalization = name, "minmax"
     method, colon, values = trained.partition(":")
-    if method not in METHODS or (colon and not all(re.fullmatch(r"\w+=[^=]+", value) for value in values.split(","))):
+    pairs = [value.split("=") for value in values.split(",")] if colon else []
+    if method not in METHODS or not all(len(pair) == 2 and all(pair) for pair in pairs):
         raise InputError(
             f"--methods {name}: not METHOD[:NAME=VALUE,...][+NORMALIZATION] with a method of {', '.join(METHODS)} "
             f"and a normalization of {', '.join(NORMALIZATIONS)}"
         )
-    flags = [f"--{name.replace('_', '-')}={number}" for name, number in (value.split("=") for value in values.split(",") if value)]
+    flags = [f"--{flag.replace('_', '-')}={value}" for flag, value in pairs]
     return Row(method, flags, normalization, trained.replace(":", "_").replace(",", "_"))
 
 
@@ -638,8 +638,8 @@ def compare(rows: list[str], seeds: list[int], runs: Path, checkpoint: str, flag
 
 
 def machine(flags: list[str]) -> list[str]:
-    """Those of train.py's flags that evaluate.py has too."""
-    shared = ("--workers", "--device", "--amp", "--data-root", "--splits")
+    """Those of train.py's flags that evaluate.py has too and does not take from the run."""
+    shared = ("--workers", "--device", "--data-root", "--splits")
     return [flag for i, flag in enumerate(flags) if flag.split("=")[0] in shared or (i > 0 and flags[i - 1] in shared)]
 
 

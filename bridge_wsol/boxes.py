@@ -5,8 +5,8 @@ of the 255 levels 0 ... 254, so a sweep over the levels is the exact sweep: ther
 per level either. One pass over the pixels and one over a small tree give the components of all masks:
 
 *Basins.* Every pixel points to a neighbour higher than itself; following the pointers leads uphill to a peak, and the pixels that reach the
-same peak are its basin (which of the higher neighbours does not matter: first along the row, then the highest above or below). A path uphill never leaves a mask it is in, so the part of a basin that lies in the mask
-is connected at every level: within a basin, boxes and areas are running minima, maxima and sums from the peak's value downwards.
+same peak are its basin (which of the higher neighbours does not matter: first along the row, then the highest above or below). A path uphill
+never leaves a mask it is in, so the part of a basin that lies in the mask is connected at every level: within a basin, boxes and areas are running minima, maxima and sums from the peak's value downwards.
 
 *Saddles.* Between two neighbouring basins the mask is first connected at the highest pair of touching pixels: the saddle is the largest
 min(v, v') over such pairs. Going down through the saddles, two groups of basins that meet become one below that level (a maximum

@@ -875,8 +875,8 @@ def _pair(pair: tuple[str, str | None]) -> str:
 def regions(run: Run, index: int, shape: tuple[int, int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{"box": (inside, outside), "mask": ..., "part": ...}, h x w bool, of what the image has: a location is where its centre is.
 
-    The ignore region of a mask is in neither. A part is what the data set has below parts/ (a mask parts/ID.png for an image ID), as the demo has its heads; outside of it
-    is the rest of the object.
+    The ignore region of a mask is in neither. A part is what the data set has below parts/ (a mask parts/ID.png for an image ID), as the demo
+    has its heads; outside of it is the rest of the object.
     """
     y, x = ((2 * np.arange(n) + 1) * run.size // (2 * n) for n in shape)
     found = {}

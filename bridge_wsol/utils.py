@@ -104,7 +104,7 @@ def ignore_interrupts(*_: Any) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """For the workers of `ordered_map`: the end of a process that was killed reaches nobody who waits for its next item."""
+    """For the workers of `ordered_map`: ends this one when `parent` is killed, which a worker that waits for its next item would never notice."""
     ignore_interrupts()
 
     def watch() -> None:
@@ -202,7 +202,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} cannot be used here ({reason}): pass --device cpu") from error
     return device
