@@ -19,7 +19,7 @@ import train
 from bridge_wsol import cam
 from bridge_wsol.boxes import iou_matrix
 from bridge_wsol.data import load_splits, test_loader, to_input
-from bridge_wsol.utils import InputError, ordered_map
+from bridge_wsol.utils import InputError, load_tensors, ordered_map, save_checkpoint
 from conftest import REPOSITORY
 
 
@@ -302,6 +302,17 @@ def test_best_is_the_epoch_with_the_best_val(tiny, tmp_path):
     assert (best["checkpoint"], last["checkpoint"]) == ("best", "last") and last["epoch"] == 5 != best["epoch"] == 1 + int(np.argmax(scores))
     evaluate.main([str(run), "--checkpoint", "last", "--device", "cpu", "--batch-size", "8"])
     assert read_json(run / "results_last_test.json") == last and last["curves"] != best["curves"]
+
+
+def test_evaluation_is_as_precise_as_its_run_unless_told_otherwise(trained, monkeypatch):
+    _, run = trained
+    checkpoint, used, autocast = load_tensors(run / "best.pt"), [], evaluate.autocast
+    monkeypatch.setattr(evaluate, "autocast", lambda device, amp: used.append(amp) or autocast(device, amp))
+    for of_run, flags, expected in (("off", [], "off"), ("bf16", [], "bf16"), ("bf16", ["--amp", "off"], "off")):
+        save_checkpoint(run / "best.pt", checkpoint | {"config": checkpoint["config"] | {"amp": of_run}})
+        evaluate.main([str(run), "--device", "cpu", "--workers", "0", *flags])
+        assert set(used) == {expected}
+        used.clear()
 
 
 def test_val_every_skips_epochs_but_not_the_last(tiny, tmp_path):
