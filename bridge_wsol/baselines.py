@@ -32,7 +32,7 @@ from .cam import NORMALIZATIONS, class_activation_map, resize
 from .losses import alignment_losses, consistency_loss, minmax
 from .models import GAPNetwork, Output, VGG16GAP, build_model
 from .optim import OURS, image_size
-from .utils import InputError, Parser, one_line_errors, write_json, write_text
+from .utils import InputError, Parser, alone, one_line_errors, write_json, write_text, writing
 
 METHODS: dict[str, type[CAM]] = {}
 
@@ -608,7 +608,8 @@ def row_of(name: str) -> Row:
 def compare(rows: list[str], seeds: list[int], runs: Path, checkpoint: str, flags: list[str]) -> str:
     """Trains what is not trained yet, each row with each seed in RUNS/METHOD_seedN, and returns the table, as in RUNS/table.md.
 
-    flags: of train.py, the same for all runs in RUNS. Raises InputError for other flags than those that RUNS began with, and where a run fails.
+    flags: of train.py, the same for all runs in RUNS. Several calls at the same time share the runs out among them. Raises InputError
+    for other flags than those that RUNS began with, and where a run fails.
     """
     asked = {name: row_of(name) for name in rows}
     # What only decides where and how fast it runs may change between calls.
@@ -618,23 +619,37 @@ def compare(rows: list[str], seeds: list[int], runs: Path, checkpoint: str, flag
         raise InputError(f"{begun}: these runs were begun with other flags: give the same, or choose another --runs")
     write_json(begun, own)
 
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
-    for seed in seeds:  # all rows of a seed first: a table that is not finished compares like with like
-        for name, (method, values, normalization, folder) in asked.items():
-            run = runs / f"{folder}_seed{seed}"
-            if not (run / "results_last_test.json").exists():  # the last file that train.py writes
-                resume = ["--resume"] if run.exists() else []
-                run_script("train.py", "--method", method, "--seed", seed, "--out", run, *flags, *values, *resume)
-            results = run / f"results_{checkpoint}_test.json"
-            if normalization != "minmax":
-                results = results.with_name(f"results_{checkpoint}_test_{normalization}{'_val' * (normalization == 'ivr')}.json")
-                if not results.exists():
-                    choose = ["--percentile", "val"] if normalization == "ivr" else []
-                    run_script("evaluate.py", run, "--checkpoint", checkpoint, "--normalize", normalization, *choose, *machine(flags))
-            found[name].append(measured(results, run / "log.jsonl"))
+    found: dict[str, list[dict[str, float | None]]] = {name: [] for name in rows}
+    left = [(seed, name) for seed in seeds for name in rows]  # all rows of a seed first: a table that is not finished compares like with like
+    text, wait = "", False
+    while left:
+        busy = []
+        for seed, name in left:
+            run = runs / f"{asked[name].run}_seed{seed}"
+            with writing(run):
+                run.mkdir(parents=True, exist_ok=True)
+            with alone(run, wait) as ours:
+                if not ours:
+                    busy.append((seed, name))
+                    continue
+                found[name].append(measured(finish(asked[name], seed, run, checkpoint, flags), run / "log.jsonl"))
             text = comparison_table(found)
             write_text(runs / "table.md", text)
+        left, wait = busy, True  # what other calls are at comes last
     return text
+
+
+def finish(row: Row, seed: int, run: Path, checkpoint: str, flags: list[str]) -> Path:
+    """Trains and evaluates what of a row and seed is missing in the folder `run`; returns the file of its results."""
+    if not (run / "results_last_test.json").exists():  # the last file that train.py writes
+        run_script("train.py", "--method", row.method, "--seed", seed, "--out", run, *flags, *row.flags, "--resume")
+    if row.normalization == "minmax":
+        return run / f"results_{checkpoint}_test.json"
+    results = run / f"results_{checkpoint}_test_{row.normalization}{'_val' * (row.normalization == 'ivr')}.json"
+    if not results.exists():
+        choose = ["--percentile", "val"] if row.normalization == "ivr" else []
+        run_script("evaluate.py", run, "--checkpoint", checkpoint, "--normalize", row.normalization, *choose, *machine(flags))
+    return results
 
 
 def machine(flags: list[str]) -> list[str]:
@@ -674,7 +689,8 @@ def comparison_table(found: dict[str, list[dict[str, float | None]]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(
         prog="python -m bridge_wsol.baselines", description="Trains and evaluates methods over seeds, and writes one table of test results.",
-        epilog="Every other flag is train.py's. Finished runs are not repeated, interrupted ones go on.", allow_abbrev=False,
+        epilog="Every other flag is train.py's. Finished runs are not repeated, interrupted ones go on; several such calls at once share the work.",
+        allow_abbrev=False,
     )
     parser.add_argument("--methods", nargs="+", default=ROWS, metavar="M", help=f"METHOD[:NAME=VALUE,...][+NORMALIZATION] (default: {' '.join(ROWS)})")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")

@@ -27,7 +27,7 @@ from . import datasets
 from .demo import draw_demo, draw_pretraining
 from .optim import is_folder
 from .utils import (
-    InputError, Parser, default_workers, first_line, ignore_interrupts, one_line_errors, open_image, ordered_map, replacing,
+    InputError, Parser, alone, default_workers, first_line, ignore_interrupts, one_line_errors, open_image, ordered_map, replacing, writing,
 )
 
 SPLITS = ("train", "val", "test")
@@ -284,17 +284,20 @@ def load_splits(
 
 def _prepare(dataset: str, data_root: Path, splits_dir: Path) -> tuple[Path, Path, dict[str, Any]]:
     """(where ids start, the folder of the lists, record) of a data set with a name; draws it or builds its lists where that is to be done."""
-    root = data_root / IMAGE_ROOTS.get(dataset, dataset)
+    root, folder = data_root / IMAGE_ROOTS.get(dataset, dataset), splits_dir / dataset
+    record: dict[str, Any] = {}
     if dataset in DRAWN:
-        DRAWN[dataset](data_root, splits_dir)
+        with writing(data_root):
+            data_root.mkdir(parents=True, exist_ok=True)
     if not data_root.is_dir():
         raise InputError(f"--data-root {data_root}: no such folder")
-    folder = splits_dir / dataset
-    record: dict[str, Any] = {}
-    if dataset == "CUB":
-        record["lists"] = datasets.ensure_cub_lists(data_root / "CUB_200_2011", folder)
-    elif dataset == "ILSVRC" and (root.is_dir() or folder.is_dir()):
-        record["lists"] = datasets.ensure_ilsvrc_lists(root, folder)
+    with alone(data_root):  # several runs may be the first at once
+        if dataset in DRAWN:
+            DRAWN[dataset](data_root, splits_dir)
+        elif dataset == "CUB":
+            record["lists"] = datasets.ensure_cub_lists(data_root / "CUB_200_2011", folder)
+        elif dataset == "ILSVRC" and (root.is_dir() or folder.is_dir()):
+            record["lists"] = datasets.ensure_ilsvrc_lists(root, folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no lists of {dataset}: pass --splits DIR, a folder that holds {dataset}/train, val and test")
     if dataset == "OpenImages":
@@ -538,14 +541,17 @@ def resized_pixels(split: Split, size: int, folder: Path, workers: int) -> np.nd
     states = [(image, stat.st_size, stat.st_mtime_ns) for image, stat in zip(split.ids, (file.stat() for file in files))]
     key = hashlib.sha256(repr((size, Image.__version__, states)).encode()).hexdigest()[:16]
     path = folder / f"{split.name.replace(' ', '_').replace('/', '_')}_{size}_{key}.npy"
-    if not path.exists():
-        print(f"caching {len(split)} images in {path}", flush=True)
-        with replacing(path) as part:
-            pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(split), size, size, 3))
-            resized = ordered_map(_load_resized, [(file, size, split.upright) for file in files], workers)
-            for i, image in enumerate(resized):
-                pixels[i] = image
-            pixels.flush()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        if not path.exists():
+            print(f"caching {len(split)} images in {path}", flush=True)
+            with replacing(path, one_writer=True) as part:
+                pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(split), size, size, 3))
+                resized = ordered_map(_load_resized, [(file, size, split.upright) for file in files], workers)
+                for i, image in enumerate(resized):
+                    pixels[i] = image
+                pixels.flush()
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 

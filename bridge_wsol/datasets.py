@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Iterator
 from xml.etree import ElementTree
 
-from .utils import InputError, default_workers, first_line, open_image, ordered_map, write_text, writing
+from .utils import InputError, default_workers, first_line, open_image, ordered_map, write_json, write_text, writing
 
 LIST_FILES = ("image_ids", "class_labels", "image_sizes", "localization")
 
@@ -28,8 +28,8 @@ Lists = dict[str, list[str]]  # file name without .txt -> lines
 
 
 def write_lists(folder: Path, lists: Lists) -> None:
-    for name, lines in lists.items():
-        write_text(folder / f"{name}.txt", "".join(f"{line}\n" for line in lines))
+    for name in sorted(lists, key="image_ids".__eq__):  # last: where it is, the list is whole
+        write_text(folder / f"{name}.txt", "".join(f"{line}\n" for line in lists[name]))
 
 
 def differing_files(dataset: str, split: str, lists: Lists) -> list[str] | None:
@@ -204,9 +204,10 @@ def ensure_cub_lists(official: Path, folder: Path) -> str:
         says = f"built from {official}, equal to the published lists ({images} images, {classes} classes)"
     else:
         says = f"built from {official}: a subset, {classes} of 200 classes, {images} of {CUB_IMAGES} images; results do not compare with published ones"
+    write_json(stamp, {})  # so that lists of which a killed process wrote a part do not pass for somebody's own
     for split, files in lists.items():
         write_lists(folder / split, files)
-    write_text(stamp, json.dumps({"says": says, "sources": sources}, indent=1) + "\n")
+    write_json(stamp, {"says": says, "sources": sources})
     return says
 
 

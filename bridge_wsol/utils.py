@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import multiprocessing
 import os
 import platform
 import random
+import secrets
 import signal
 import subprocess
 import sys
@@ -28,6 +30,10 @@ import torch.distributed as dist
 import torchvision
 from PIL import Image
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 T, R = TypeVar("T"), TypeVar("R")
 
@@ -264,21 +270,61 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, one_writer: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it to `path` when the block ends well, removes it when not.
 
-    A reader, a crash or a full disk never meets a half-written file. Raises InputError where nothing can be written.
+    A reader, a crash or a full disk never meets a half-written file, and of two writers the later one wins. one_writer: nobody else writes
+    `path` now, so that what a killed process left of it is removed. Raises InputError where nothing can be written.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            if one_writer:
+                for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+                    left.unlink()
             yield part
             os.replace(part, path)
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+@contextmanager
+def alone(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Keeps other processes out of such blocks of the same, existing folder; they wait, or with wait=False get False at once.
+
+    The lock ends with its process, however that ends, and leaves no file. True without a lock where the file system has none.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    except OSError:
+        handle = None
+    if handle is None:
+        yield True
+        return
+    try:
+        held = _locked(handle, folder, wait)
+        yield held
+    finally:
+        # Not by closing alone: a forked worker that is still about has the handle too.
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
+
+def _locked(handle: int, folder: Path, wait: bool) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            return False
+        print(f"waiting for another process at work in {folder}", flush=True)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:  # a network file system without locks
+        pass
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -292,9 +338,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Tensors, numbers, strings, lists and dicts only: what `load_tensors` reads without executing anything."""
-    with replacing(path) as part:
+    with replacing(path, one_writer=True) as part, part.open("wb") as file:
         try:
-            torch.save(_canonical(checkpoint), part)
+            torch.save(_canonical(checkpoint), file)  # given a path, it would write that name into the file
         except RuntimeError as error:  # torch's zip writer reports a full disk so
             raise OSError(str(error).splitlines()[0]) from error
 

@@ -37,14 +37,16 @@ def finish(flags: list[str], out: Path, *more: str) -> None:
 
 def interrupt(flags: list[str], out: Path, how: str, rng: random.Random) -> str:
     """Starts or resumes the run and ends it after a moment. Returns what happened."""
-    part = out / ".last.pt.part"
-    part.unlink(missing_ok=True)  # of the time before
+    def writing() -> set[str]:
+        return {path.name for path in out.glob(".last.pt.*.part")}
+
+    before = writing()  # what the kill before left
     process = subprocess.Popen(
         command(flags, out, "--resume"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
     )
     process.stdout.readline()  # the first line: the program is up
     moment = time.monotonic() + rng.uniform(0, 2)
-    while process.poll() is None and (time.monotonic() < moment or (how == "writing" and not part.exists())):
+    while process.poll() is None and (time.monotonic() < moment or (how == "writing" and writing() <= before)):
         if how != "writing":
             time.sleep(0.001)
     if process.poll() is None:
@@ -56,7 +58,7 @@ def interrupt(flags: list[str], out: Path, how: str, rng: random.Random) -> str:
         raise SystemExit(f"{how}: exit code {process.returncode}\n{errors}")
     log = out / "log.jsonl"
     epochs = len(log.read_text().splitlines()) if log.exists() else 0
-    return f"{how}: exit code {process.returncode}, {epochs} epochs in the log{', a checkpoint half written' if part.exists() else ''}"
+    return f"{how}: exit code {process.returncode}, {epochs} epochs in the log{', a checkpoint half written' if not writing() <= before else ''}"
 
 
 def content(out: Path) -> dict[str, object]:

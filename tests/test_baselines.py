@@ -6,6 +6,9 @@ import json
 import math
 import shutil
 import sys
+import threading
+import time
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +23,7 @@ from bridge_wsol.baselines import METHODS, attention_dropout, hide, mix, seed_lo
 from bridge_wsol.cam import normalize
 from bridge_wsol.losses import alignment_losses, consistency_loss
 from bridge_wsol.models import load_pretrained, restore_weights
+from bridge_wsol.utils import alone
 from conftest import REPOSITORY
 
 COMPARED = ("acol", "adl", "eil", "cutmix", "pas", "calm", "has", "spg", "bridge+cutmix")
@@ -679,11 +683,11 @@ def test_the_comparison_trains_what_is_missing_and_tabulates_what_was_measured(t
         path.unlink()
     capsys.readouterr()
     baselines.main([*arguments, "--seeds", "0", "1"])
-    trained = [(call[call.index("--method") + 1], call[call.index("--seed") + 1], "--resume" in call) for call in calls if call[0] == "train.py"]
-    assert trained == [("pas", "0", True), ("cam", "1", False), ("pas", "1", False)]
+    trained = [(call[call.index("--method") + 1], call[call.index("--seed") + 1]) for call in calls if call[0] == "train.py"]
+    assert trained == [("pas", "0"), ("cam", "1"), ("pas", "1")]
 
-    table = (runs / "table.md").read_text()
-    assert table in capsys.readouterr().out
+    table, said = (runs / "table.md").read_text(), capsys.readouterr().out
+    assert table in said and said.count("resumed after epoch 1") == 1
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert [line[0] for line in lines[2:]] == ["cam", "cam+ivr", ablated]
     for line, file in zip(lines[2:], ("cam_seed{}/results_last_test", "cam_seed{}/results_last_test_ivr_val", f"{interrupted.name[:-1]}{{}}/results_last_test")):
@@ -706,10 +710,31 @@ def test_the_comparison_trains_what_is_missing_and_tabulates_what_was_measured(t
     assert {baselines.row_of(row)[0] for row in baselines.ROWS} == METHODS.keys()
 
 
+def test_comparisons_at_the_same_time_share_the_runs(tmp_path, monkeypatch):
+    """Another call is at cam's first seed: that one comes last, is waited for, and is not trained twice."""
+    order, other = [], ExitStack()
+    (tmp_path / "cam_seed0").mkdir()
+    other.enter_context(alone(tmp_path / "cam_seed0"))
+
+    def finish(row, seed, run, checkpoint, flags):
+        order.append((row.method, seed))
+        if len(order) == 3:  # the other call ends while this one waits
+            threading.Timer(0.3, other.close).start()
+        return run / "results.json"
+
+    monkeypatch.setattr(baselines, "finish", finish)
+    monkeypatch.setattr(baselines, "measured", lambda results, log: dict.fromkeys((*baselines.COLUMNS, "images/s"), 1.0))
+    started = time.monotonic()
+    text = baselines.compare(["cam", "bridge"], [0, 1], tmp_path, "last", [])
+    assert order == [("bridge", 0), ("cam", 1), ("bridge", 1), ("cam", 0)] and time.monotonic() - started > 0.3
+    assert text == (tmp_path / "table.md").read_text() and text.count("| 2 | 1.0 ± 0.0 |") == 2
+
+
 @pytest.mark.skipif(not shutil.which("false"), reason="no program here that only fails")
-def test_a_script_that_fails_ends_the_comparison(fails, monkeypatch):
+def test_a_script_that_fails_ends_the_comparison(fails, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    fails(baselines.main, ["--methods", "cam", "--seeds", "7", "--epochs", "1"], "train.py ended with exit code 1", "--method cam --seed 7", "--epochs 1")
+    arguments = ["--methods", "cam", "--seeds", "7", "--epochs", "1", "--runs", str(tmp_path)]
+    fails(baselines.main, arguments, "train.py ended with exit code 1", "--method cam --seed 7", "--epochs 1")
 
 
 def test_the_readme_s_own_method(tiny, tmp_path, fails):

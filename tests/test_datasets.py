@@ -62,6 +62,22 @@ def test_lists_follow_the_official_files_they_were_built_from(real_data, tmp_pat
     assert "found in" in datasets.ensure_cub_lists(official, folder)
 
 
+def test_lists_of_which_a_part_was_written_are_built_anew(real_data, tmp_path, monkeypatch):
+    write, folder = datasets.write_lists, tmp_path / "CUB"
+
+    def killed(path, lists):
+        write(path, lists)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(datasets, "write_lists", killed)
+    with pytest.raises(KeyboardInterrupt):
+        datasets.ensure_cub_lists(real_data / "CUB_200_2011", folder)
+    assert (folder / "train").exists() and not (folder / "test").exists()
+    monkeypatch.undo()
+    assert "a subset" in datasets.ensure_cub_lists(real_data / "CUB_200_2011", folder)
+    assert len((folder / "test" / "localization.txt").read_text().splitlines()) == 243
+
+
 def test_published_lists_are_told_from_others(real_data, tmp_path):
     for dataset, told in (
         ("CUB", "train as published; val as published; test as published"), ("ILSVRC", "val as published; test as published"),

@@ -1,5 +1,6 @@
 """What long runs meet: several processes, signals, losses that are not finite, full disks; and the cache of decoded images."""
 
+import multiprocessing
 import os
 import re
 import shutil
@@ -14,8 +15,9 @@ import torch
 
 import evaluate
 import train
+from bridge_wsol import demo
 from bridge_wsol.data import EpochSampler, TrainImages, load_splits, resized_pixels, test_loader
-from bridge_wsol.utils import InputError
+from bridge_wsol.utils import InputError, alone, replacing
 from conftest import REPOSITORY
 from test_train import lines_of, read_json, same_run, weights
 
@@ -230,3 +232,67 @@ for i, _ in enumerate(ordered_map(work, range(9), 2)):
     # Its workers hold the pipe of its output: run() returns when the last of them is gone.
     killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+
+# ------------------------------------------------------------------------------------------ several runs at the same time
+
+
+FORK = multiprocessing.get_context("fork")  # quicker than a new interpreter
+
+
+def test_of_several_first_runs_one_draws_and_the_others_wait(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(demo, "DEMO_COUNTS", {"train": 64, "val": 16, "test": 16})
+
+    def first_run():
+        splits, _ = load_splits("demo", tmp_path / "data", tmp_path / "splits", ("train", "val", "test"))
+        sizes = [split.path(i).stat().st_size for split in splits.values() for i in range(len(split))]
+        print(f"{len(sizes)} pictures of {sum(sizes)} bytes", flush=True)
+
+    started = [FORK.Process(target=first_run) for _ in range(3)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    said = capfd.readouterr().out.splitlines()
+    assert [line.split(" into ")[0] for line in said if line.startswith("drawing")] == ["drawing 96 pictures"]
+    found = [line for line in said if line.startswith("96 pictures of ")]
+    assert len(found) == 3 and len(set(found)) == 1
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    inside, folder = FORK.Event(), tmp_path / "data"
+    folder.mkdir()
+
+    def hold():
+        with alone(folder):
+            inside.set()
+            time.sleep(60)
+
+    holder = FORK.Process(target=hold)
+    holder.start()
+    inside.wait()
+    with alone(folder, wait=False) as held:
+        assert not held
+    holder.kill()
+    holder.join()
+    for _ in range(2):  # and with its block, though a forked worker be left
+        with alone(folder, wait=False) as held:
+            assert held
+            worker = FORK.Process(target=time.sleep, args=(60,), daemon=True)
+            worker.start()
+    assert list(folder.iterdir()) == []
+    with alone(tmp_path / "nowhere") as held:  # what cannot be locked, as on some network file systems, is not waited for
+        assert held
+
+
+def test_two_writers_of_a_file_do_not_meet_and_what_a_killed_one_left_is_removed(tmp_path):
+    path = tmp_path / "runs" / "table[1].md"
+    with replacing(path) as first, replacing(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]  # the outer block ended last
+    for name in (f".{path.name}.0123abcd.part", ".table1.md.0123abcd.part"):
+        (path.parent / name).write_text("half")
+    with replacing(path, one_writer=True) as part:
+        part.write_text("whole")
+    assert path.read_text() == "whole" and sorted(path.parent.iterdir()) == [path.parent / ".table1.md.0123abcd.part", path]
