@@ -1,6 +1,6 @@
 """How fast a training step is: ours in float32 and bf16 against a plain float32 eager step with the same mathematics.
 
-    python tests/bench_train.py [--arch vgg16] [--batch-size 8] [--steps 5] [--device cpu]
+    python tests/bench_train.py [--dataset CUB] [--arch vgg16] [--batch-size 8] [--steps 5] [--device cpu]
 
 The plain step: contiguous tensors, no autocast, cosine maps of all classes, SGD parameter by parameter. Same weights, same images, in turns.
 Printed: medians of images/s, the ratio to the plain step, peak memory (of a process of its own on the CPU), the share of what matrix products
@@ -35,7 +35,8 @@ from bridge_wsol.models import ARCHS
 from bridge_wsol.utils import autocast, resolve_device
 from train import TrainingStep
 
-CLASSES, EPOCH = 200, 50  # CUB's classes; an epoch after the warm stage, with all four losses
+CLASSES = {"CUB": 200, "ILSVRC": 1000, "OpenImages": 100}
+EPOCH = 50  # after the warm stage, with all four losses
 MODES = ("plain float32", "ours float32", "ours bf16")
 
 
@@ -57,12 +58,12 @@ def plain_losses(output, weight: Tensor, labels: Tensor, c: SimpleNamespace) -> 
     return losses | {"l_sim": l_sim / len(labels), "l_norm": l_norm / len(labels)}
 
 
-def make(mode: str, arch: str, device: torch.device) -> tuple[nn.Module, Callable[[Tensor, Tensor], dict[str, Tensor]]]:
+def make(mode: str, dataset: str, arch: str, device: torch.device) -> tuple[nn.Module, Callable[[Tensor, Tensor], dict[str, Tensor]]]:
     """(network, a function that does one step and returns the unweighted losses)."""
-    c = SimpleNamespace(**{name: value for name, (value, _) in optim.preset("CUB", arch).items()}, arch=arch)
+    c = SimpleNamespace(**{name: value for name, (value, _) in optim.preset(dataset, arch).items()}, arch=arch)
     torch.manual_seed(0)
     method = METHODS["bridge"](c)
-    model = method.network(CLASSES).to(device).train()
+    model = method.network(CLASSES[dataset]).to(device).train()
     if mode == "plain float32":
         old, new = optim.parameter_groups(model, arch)
         groups = [{"params": old, "lr": c.lr}, {"params": new, "lr": c.lr_new}]
@@ -109,27 +110,29 @@ def matrix_throughput(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
 
 
-def batch(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def batch(size: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(size, 3, 224, 224, generator=generator)
-    return images.to(device), torch.randint(CLASSES, (size,), generator=generator).to(device)
+    return images.to(device), torch.randint(classes, (size,), generator=generator).to(device)
 
 
 def peak_memory(mode: str, args: argparse.Namespace, device: torch.device) -> float:
     """GB at the most during three steps: of the allocator on a GPU, of a fresh process on the CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        _, step = make(mode, args.arch, device)
-        images, labels = batch(args.batch_size, device)
+        _, step = make(mode, args.dataset, args.arch, device)
+        images, labels = batch(args.batch_size, CLASSES[args.dataset], device)
         for _ in range(3):
             step(images, labels)
         return torch.cuda.max_memory_allocated(device) / 1e9
-    command = [sys.executable, __file__, "--arch", args.arch, "--batch-size", str(args.batch_size), "--memory-of", mode]
+    flags = ["--dataset", args.dataset, "--arch", args.arch, "--batch-size", str(args.batch_size)]
+    command = [sys.executable, __file__, *flags, "--memory-of", mode]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=CLASSES, default="CUB", help="whose preset and number of classes")
     parser.add_argument("--arch", choices=ARCHS, default="vgg16")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
@@ -140,16 +143,16 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in all of them
 
     if args.memory_of:
-        _, step = make(args.memory_of, args.arch, torch.device("cpu"))
-        images, labels = batch(args.batch_size, torch.device("cpu"))
+        _, step = make(args.memory_of, args.dataset, args.arch, torch.device("cpu"))
+        images, labels = batch(args.batch_size, CLASSES[args.dataset], torch.device("cpu"))
         for _ in range(3):
             step(images, labels)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
         return
 
     memory = {mode: peak_memory(mode, args, device) for mode in MODES}
-    images, labels = batch(args.batch_size, device)
-    made = {mode: make(mode, args.arch, device)[1] for mode in MODES}
+    images, labels = batch(args.batch_size, CLASSES[args.dataset], device)
+    made = {mode: make(mode, args.dataset, args.arch, device)[1] for mode in MODES}
     with FlopCounterMode(display=False) as counter:
         first = {"plain float32": made["plain float32"](images, labels)}
     flops = counter.get_total_flops()
@@ -160,7 +163,7 @@ def main() -> None:
             taken[mode].append(seconds(lambda: step(images, labels), device))
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.arch}, batch {args.batch_size}, 224 x 224, {CLASSES} classes, {name}; {flops / args.batch_size / 1e9:.0f} GFLOP an image")
+    print(f"{args.arch}, batch {args.batch_size}, 224 x 224, {CLASSES[args.dataset]} classes, {name}; {flops / args.batch_size / 1e9:.0f} GFLOP an image")
     reachable = {dtype: matrix_throughput(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     plain = np.median(taken["plain float32"])
     for mode in MODES:
