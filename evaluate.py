@@ -32,8 +32,8 @@ from bridge_wsol.data import (
 from bridge_wsol.metrics import BoxAccuracy, Localization, PixelAveragePrecision, label_ranks, localize, top_k_accuracy
 from bridge_wsol.models import restore_weights
 from bridge_wsol.utils import (
-    InputError, Parser, autocast, default_workers, gathered, load_tensors, one_line_errors, ordered_map, replacing, resolve_device, write_json,
-    write_text,
+    InputError, Parser, autocast, default_workers, gathered, keep_freed_memory, load_tensors, one_line_errors, ordered_map, replacing,
+    resolve_device, write_json, write_text,
 )
 
 
@@ -361,6 +361,8 @@ def load_run(run: Path, which: str, device: torch.device) -> tuple[nn.Module, CA
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = resolve_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if args.score_maps:
         return evaluate_score_maps(args)
 

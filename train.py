@@ -33,8 +33,8 @@ from bridge_wsol.datasets import download_cub
 from bridge_wsol.models import ARCHS, load_pretrained, restore_weights
 from bridge_wsol.utils import (
     InputError, Parser, Stopped, StopRequest, autocast, default_workers, environment, first_process_first, gathered, join_processes,
-    leave_processes, load_tensors, one_line_errors, random_states, rank, resolve_device, save_checkpoint, seed_everything, set_random_states,
-    world_size, write_json, write_text,
+    keep_freed_memory, leave_processes, load_tensors, one_line_errors, random_states, rank, resolve_device, save_checkpoint,
+    seed_everything, set_random_states, world_size, write_json, write_text,
 )
 from evaluate import evaluate_maps, load_run, network_maps, selection_score, table, write_results
 
@@ -160,11 +160,11 @@ def train_one_epoch(
     for done, (images, labels) in enumerate(loader, start=begun.step + 1):
         images, labels = to_input(images, device), labels.to(device, non_blocking=True)
         own, whole = loader.batch_sampler.size(done - 1)
+        optimizer.zero_grad(set_to_none=True)  # before the forward pass, where the activations need the memory
         with autocast(device, c.amp):
             terms, logits = step(images, labels, epoch)
         loss = sum(weight * value for weight, value in terms.values())
 
-        optimizer.zero_grad(set_to_none=True)
         # Gradients are averaged over processes; their shares of a last, smaller batch may differ.
         (loss * (own * world_size() / whole)).backward()
         optimizer.step()
@@ -213,6 +213,8 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = open_run(out, args.resume)
     c, sources = resolve_config(args, checkpoint)
     device = resolve_device(c.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     join_processes(device)
     stop = StopRequest()
     try:

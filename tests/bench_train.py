@@ -1,15 +1,17 @@
 """How fast a training step is: ours in float32 and bf16 against a plain float32 eager step with the same mathematics.
 
-    python tests/bench_train.py [--dataset CUB] [--arch vgg16] [--batch-size 8] [--steps 5] [--device cpu]
+    python tests/bench_train.py [--dataset CUB] [--arch vgg16] [--batch-size 8] [--steps 7] [--device cpu]
 
-The plain step: contiguous tensors, no autocast, cosine maps of all classes, SGD parameter by parameter. Same weights, same images, in turns.
-Printed: medians of images/s, the ratio to the plain step, peak memory (of a process of its own on the CPU), the share of what matrix products
-of the same type reach on this device; that the losses of the first step are equal; and the input's images/s, decoded and cached.
+The plain step: contiguous tensors, no autocast, cosine maps of all classes, SGD parameter by parameter. Same weights, same images, in turns,
+each in a process of its own. Printed: medians of images/s, the ratio to the plain step, peak memory (on the CPU the whole process's), the share
+of what matrix products of the same type reach on this device; that the losses of the first step are equal; and the input's images/s, decoded
+and cached.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import subprocess
 import sys
@@ -32,7 +34,7 @@ from bridge_wsol import optim
 from bridge_wsol.baselines import METHODS
 from bridge_wsol.data import resized_pixels, train_loader
 from bridge_wsol.models import ARCHS
-from bridge_wsol.utils import autocast, resolve_device
+from bridge_wsol.utils import autocast, keep_freed_memory, resolve_device
 from train import TrainingStep
 
 CLASSES = {"CUB": 200, "ILSVRC": 1000, "OpenImages": 100}
@@ -58,8 +60,8 @@ def plain_losses(output, weight: Tensor, labels: Tensor, c: SimpleNamespace) -> 
     return losses | {"l_sim": l_sim / len(labels), "l_norm": l_norm / len(labels)}
 
 
-def make(mode: str, dataset: str, arch: str, device: torch.device) -> tuple[nn.Module, Callable[[Tensor, Tensor], dict[str, Tensor]]]:
-    """(network, a function that does one step and returns the unweighted losses)."""
+def make(mode: str, dataset: str, arch: str, device: torch.device) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    """A function that does one step and returns the unweighted losses."""
     c = SimpleNamespace(**{name: value for name, (value, _) in optim.preset(dataset, arch).items()}, arch=arch)
     torch.manual_seed(0)
     method = METHODS["bridge"](c)
@@ -80,16 +82,17 @@ def make(mode: str, dataset: str, arch: str, device: torch.device) -> tuple[nn.M
         torch.manual_seed(1)  # the same locations dropped
         if mode == "plain float32":
             losses = plain_losses(model(images), model.fc.weight, labels, c)
+            optimizer.zero_grad(set_to_none=True)
         else:
+            optimizer.zero_grad(set_to_none=True)
             images = images.contiguous(memory_format=torch.channels_last)
             with autocast(device, "bf16" if mode == "ours bf16" else "off"):
                 losses = {name: value for name, (_, value) in step(images, labels, EPOCH).terms.items()}
-        optimizer.zero_grad(set_to_none=True)
         sum(factors[name] * value for name, value in losses.items()).backward()
         optimizer.step()
         return {name: value.detach() for name, value in losses.items()}
 
-    return model, one_step
+    return one_step
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -107,7 +110,7 @@ def matrix_throughput(dtype: torch.dtype, device: torch.device) -> float:
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     a @ b
-    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
+    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(20))
 
 
 def batch(size: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -116,18 +119,36 @@ def batch(size: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor
     return images.to(device), torch.randint(classes, (size,), generator=generator).to(device)
 
 
-def peak_memory(mode: str, args: argparse.Namespace, device: torch.device) -> float:
-    """GB at the most during three steps: of the allocator on a GPU, of a fresh process on the CPU."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        _, step = make(mode, args.dataset, args.arch, device)
-        images, labels = batch(args.batch_size, CLASSES[args.dataset], device)
-        for _ in range(3):
-            step(images, labels)
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    flags = ["--dataset", args.dataset, "--arch", args.arch, "--batch-size", str(args.batch_size)]
-    command = [sys.executable, __file__, *flags, "--memory-of", mode]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+class Runner:
+    """A process that does steps of one mode when it is told to: memory and the C library's settings are its own."""
+
+    def __init__(self, mode: str, flags: list[str]):
+        command = [sys.executable, __file__, *flags, "--run", mode]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.first = json.loads(self.process.stdout.readline())  # the losses of the first step, the FLOPs of one
+
+    def seconds(self) -> float:
+        print("step", file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+    def end(self) -> float:
+        """GB at the most so far: of the allocator on a GPU, of the whole process on the CPU."""
+        return float(self.process.communicate()[0])
+
+
+def serve(mode: str, args: argparse.Namespace, device: torch.device) -> None:
+    """What a Runner's process does."""
+    if device.type == "cpu" and mode != "plain float32":
+        keep_freed_memory()
+    step = make(mode, args.dataset, args.arch, device)
+    images, labels = batch(args.batch_size, CLASSES[args.dataset], device)
+    with FlopCounterMode(display=False) as counter:
+        losses = step(images, labels)
+    print(json.dumps({"losses": {name: float(value) for name, value in losses.items()}, "flops": counter.get_total_flops()}), flush=True)
+    for _ in sys.stdin:
+        print(seconds(lambda: step(images, labels), device), flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
+    print(peak / 1e9)
 
 
 def main() -> None:
@@ -135,35 +156,31 @@ def main() -> None:
     parser.add_argument("--dataset", choices=CLASSES, default="CUB", help="whose preset and number of classes")
     parser.add_argument("--arch", choices=ARCHS, default="vgg16")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--memory-of", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=MODES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = resolve_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in all of them
-
-    if args.memory_of:
-        _, step = make(args.memory_of, args.dataset, args.arch, torch.device("cpu"))
-        images, labels = batch(args.batch_size, CLASSES[args.dataset], torch.device("cpu"))
-        for _ in range(3):
-            step(images, labels)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    if args.run:
+        serve(args.run, args, device)
         return
 
-    memory = {mode: peak_memory(mode, args, device) for mode in MODES}
-    images, labels = batch(args.batch_size, CLASSES[args.dataset], device)
-    made = {mode: make(mode, args.dataset, args.arch, device)[1] for mode in MODES}
-    with FlopCounterMode(display=False) as counter:
-        first = {"plain float32": made["plain float32"](images, labels)}
-    flops = counter.get_total_flops()
-    first |= {mode: made[mode](images, labels) for mode in MODES[1:]}
+    flags = ["--dataset", args.dataset, "--arch", args.arch, "--batch-size", str(args.batch_size), "--device", str(device)]
+    runners = {mode: Runner(mode, flags) for mode in MODES}
+    for runner in runners.values():
+        runner.seconds()  # the second step is the first with gradients and momenta of before
     taken: dict[str, list[float]] = {mode: [] for mode in MODES}
     for _ in range(args.steps):
-        for mode, step in made.items():
-            taken[mode].append(seconds(lambda: step(images, labels), device))
+        for mode, runner in runners.items():
+            taken[mode].append(runner.seconds())
+    memory = {mode: runner.end() for mode, runner in runners.items()}
+    first = {mode: runner.first["losses"] for mode, runner in runners.items()}
+    flops = runners["plain float32"].first["flops"]
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.arch}, batch {args.batch_size}, 224 x 224, {CLASSES[args.dataset]} classes, {name}; {flops / args.batch_size / 1e9:.0f} GFLOP an image")
+    classes = CLASSES[args.dataset]
+    print(f"{args.arch}, batch {args.batch_size}, 224 x 224, {classes} classes, {name}; {flops / args.batch_size / 1e9:.0f} GFLOP an image")
     reachable = {dtype: matrix_throughput(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     plain = np.median(taken["plain float32"])
     for mode in MODES:
@@ -173,7 +190,7 @@ def main() -> None:
             f"   {100 * flops / median / reachable[dtype]:5.1f} % of a matrix product's {reachable[dtype] / 1e12:.2f} TFLOP/s"
         )
     for mode in MODES[1:]:
-        difference = max(abs(float(first[mode][key] - first["plain float32"][key])) for key in first[mode])
+        difference = max(abs(first[mode][key] - first["plain float32"][key]) for key in first[mode])
         print(f"  losses of the first step, {mode} and plain: at most {difference:.1e} apart")
 
     with tempfile.TemporaryDirectory() as folder:
