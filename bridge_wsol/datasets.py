@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Iterator
 from xml.etree import ElementTree
 
-from .utils import InputError, default_workers, first_line, open_image, ordered_map, write_json, write_text, writing
+from .utils import InputError, alone, default_workers, first_line, open_image, ordered_map, write_json, write_text, writing
 
 LIST_FILES = ("image_ids", "class_labels", "image_sizes", "localization")
 
@@ -90,9 +90,15 @@ def download_cub(data_root: Path) -> None:
     A download that was cut is gone on with, by this call or the next. Nothing is unpacked before the MD5 is right, and data_root/CUB_200_2011
     appears when it is whole. Raises InputError for whatever goes wrong; a CUB_200_2011.tgz in data_root is used instead of a download.
     """
+    with writing(data_root):
+        data_root.mkdir(parents=True, exist_ok=True)
+    with alone(data_root):
+        if not (data_root / "CUB_200_2011").is_dir():
+            _fetch_cub(data_root)
+
+
+def _fetch_cub(data_root: Path) -> None:
     target, archive = data_root / "CUB_200_2011", data_root / "CUB_200_2011.tgz"
-    if target.is_dir():
-        return
     own = archive.exists()
     if not own:
         archive = archive.with_name(f"{archive.name}.part")

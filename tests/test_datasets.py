@@ -199,6 +199,18 @@ def test_download_verifies_unpacks_and_leaves_nothing_else(server, monkeypatch, 
     assert asked == [None]
 
 
+def test_of_two_downloads_at_once_one_waits_for_the_other(server, monkeypatch, tmp_path):
+    content = archive()
+    url, asked = server(content)
+    official(monkeypatch, url, content)
+    both = [threading.Thread(target=datasets.download_cub, args=(tmp_path / "data",)) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert asked == [None] and [path.name for path in (tmp_path / "data").iterdir()] == ["CUB_200_2011"]
+
+
 def test_a_cut_download_goes_on_where_it_was(server, monkeypatch, tmp_path):
     content = archive()
     url, asked = server(content, cut=[100_000, 200_000])
