@@ -250,8 +250,7 @@ def faults():
 
 print(faults())
 keep_freed_memory()
-faults()
-print(faults())
+print(min(faults() for _ in range(5)))  # the first times fill the heap
 """
     environment = {key: value for key, value in ENVIRONMENT.items() if not key.startswith(("MALLOC_", "LD_PRELOAD", "GLIBC_TUNABLES"))}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=60)
