@@ -486,9 +486,11 @@ def test_contradicting_flags_of_evaluate(fails, tmp_path):
 
 
 def test_the_scripts_themselves_end_with_one_line_and_exit_code_2(tmp_path):
-    for script, arguments in (("train.py", ["--dataset", "CUB", "--data-root", "nowhere"]), ("evaluate.py", ["nowhere"])):
-        ended = subprocess.run([sys.executable, REPOSITORY / script, *arguments], capture_output=True, text=True, cwd=tmp_path)
-        assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "nowhere" in ended.stderr
+    commands = [["train.py", "--dataset", "CUB", "--data-root", "nowhere"], ["evaluate.py", "nowhere"]]
+    started = [subprocess.Popen([sys.executable, REPOSITORY / script, *arguments], stderr=subprocess.PIPE, text=True, cwd=tmp_path) for script, *arguments in commands]
+    for process in started:
+        said = process.communicate()[1]
+        assert process.returncode == 2 and said.count("\n") == 1 and "nowhere" in said
 
 
 # ------------------------------------------------------------------------------------------------------------ real birds
