@@ -496,7 +496,7 @@ def test_the_scripts_themselves_end_with_one_line_and_exit_code_2(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ real birds
 
 
-@pytest.mark.parametrize("method", ["bridge", "cam"])
+@pytest.mark.parametrize("method", ["bridge", pytest.param("cam", marks=pytest.mark.slow)])
 def test_ten_classes_of_cub(real_data, tiny_preset, tmp_path, method):
     flags = ["--data-root", real_data, "--splits", tmp_path / "splits", "--weights", "none", "--epochs", 2, "--warm-epochs", 1]
     run = tmp_path / "run"
