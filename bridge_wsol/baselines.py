@@ -32,7 +32,7 @@ from .cam import NORMALIZATIONS, class_activation_map, resize
 from .losses import alignment_losses, consistency_loss, minmax
 from .models import GAPNetwork, Output, VGG16GAP, build_model
 from .optim import OURS, image_size
-from .utils import InputError, Parser, alone, one_line_errors, write_json, write_text, writing
+from .utils import InputError, Parser, alone, one_line_errors, write_json, write_text
 
 METHODS: dict[str, type[CAM]] = {}
 
@@ -621,22 +621,19 @@ def compare(rows: list[str], seeds: list[int], runs: Path, checkpoint: str, flag
 
     found: dict[str, list[dict[str, float | None]]] = {name: [] for name in rows}
     left = [(seed, name) for seed in seeds for name in rows]  # all rows of a seed first: a table that is not finished compares like with like
-    text, wait = "", False
+    wait = False
     while left:
         busy = []
         for seed, name in left:
             run = runs / f"{asked[name].run}_seed{seed}"
-            with writing(run):
-                run.mkdir(parents=True, exist_ok=True)
             with alone(run, wait) as ours:
                 if not ours:
                     busy.append((seed, name))
                     continue
                 found[name].append(measured(finish(asked[name], seed, run, checkpoint, flags), run / "log.jsonl"))
-            text = comparison_table(found)
-            write_text(runs / "table.md", text)
+            write_text(runs / "table.md", comparison_table(found))
         left, wait = busy, True  # what other calls are at comes last
-    return text
+    return comparison_table(found)
 
 
 def finish(row: Row, seed: int, run: Path, checkpoint: str, flags: list[str]) -> Path:

@@ -27,7 +27,7 @@ from . import datasets
 from .demo import draw_demo, draw_pretraining
 from .optim import is_folder
 from .utils import (
-    InputError, Parser, alone, default_workers, first_line, ignore_interrupts, one_line_errors, open_image, ordered_map, replacing, writing,
+    InputError, Parser, alone, default_workers, first_line, ignore_interrupts, one_line_errors, open_image, ordered_map, replacing,
 )
 
 SPLITS = ("train", "val", "test")
@@ -286,10 +286,7 @@ def _prepare(dataset: str, data_root: Path, splits_dir: Path) -> tuple[Path, Pat
     """(where ids start, the folder of the lists, record) of a data set with a name; draws it or builds its lists where that is to be done."""
     root, folder = data_root / IMAGE_ROOTS.get(dataset, dataset), splits_dir / dataset
     record: dict[str, Any] = {}
-    if dataset in DRAWN:
-        with writing(data_root):
-            data_root.mkdir(parents=True, exist_ok=True)
-    if not data_root.is_dir():
+    if dataset not in DRAWN and not data_root.is_dir():
         raise InputError(f"--data-root {data_root}: no such folder")
     with alone(data_root):  # several runs may be the first at once
         if dataset in DRAWN:
@@ -541,8 +538,6 @@ def resized_pixels(split: Split, size: int, folder: Path, workers: int) -> np.nd
     states = [(image, stat.st_size, stat.st_mtime_ns) for image, stat in zip(split.ids, (file.stat() for file in files))]
     key = hashlib.sha256(repr((size, Image.__version__, states)).encode()).hexdigest()[:16]
     path = folder / f"{split.name.replace(' ', '_').replace('/', '_')}_{size}_{key}.npy"
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
         if not path.exists():
             print(f"caching {len(split)} images in {path}", flush=True)

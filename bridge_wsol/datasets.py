@@ -90,8 +90,6 @@ def download_cub(data_root: Path) -> None:
     A download that was cut is gone on with, by this call or the next. Nothing is unpacked before the MD5 is right, and data_root/CUB_200_2011
     appears when it is whole. Raises InputError for whatever goes wrong; a CUB_200_2011.tgz in data_root is used instead of a download.
     """
-    with writing(data_root):
-        data_root.mkdir(parents=True, exist_ok=True)
     with alone(data_root):
         if not (data_root / "CUB_200_2011").is_dir():
             _fetch_cub(data_root)

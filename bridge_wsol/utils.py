@@ -306,20 +306,20 @@ def replacing(path: Path, one_writer: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def alone(folder: Path, wait: bool = True) -> Iterator[bool]:
-    """Keeps other processes out of such blocks of the same, existing folder; they wait, or with wait=False get False at once.
+    """Keeps other processes out of such blocks of the same folder, which is made; they wait, or with wait=False get False at once.
 
-    The lock ends with its process, however that ends, and leaves no file. True without a lock where the file system has none.
+    The lock ends with its process, however that ends, and leaves no file. True without a lock where the file system has none. Raises
+    InputError where the folder cannot be made.
     """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     try:
-        handle = os.open(folder, os.O_RDONLY) if fcntl else None
-    except OSError:
-        handle = None
-    if handle is None:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows, or a folder that may not be listed
         yield True
         return
     try:
-        held = _locked(handle, folder, wait)
-        yield held
+        yield _locked(handle, folder, wait)
     finally:
         # Not by closing alone: a forked worker that is still about has the handle too.
         with suppress(OSError):

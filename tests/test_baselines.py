@@ -742,9 +742,12 @@ def test_comparisons_at_the_same_time_share_the_runs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(baselines, "finish", finish)
     monkeypatch.setattr(baselines, "measured", lambda results, log: dict.fromkeys((*baselines.COLUMNS, "images/s"), 1.0))
+    waits = []
+    monkeypatch.setattr(baselines, "alone", lambda run, wait: waits.append(wait) or alone(run, wait))
     started = time.monotonic()
     text = baselines.compare(["cam", "bridge"], [0, 1], tmp_path, "last", [])
     assert order == [("bridge", 0), ("cam", 1), ("bridge", 1), ("cam", 0)] and time.monotonic() - started > 0.3
+    assert waits == [False] * 4 + [True]
     assert text == (tmp_path / "table.md").read_text() and text.count("| 2 | 1.0 ± 0.0 |") == 2
 
 
