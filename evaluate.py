@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from bridge_wsol import cam, figures, optim
 from bridge_wsol.baselines import CAM, METHODS
-from bridge_wsol.boxes import LEVELS, level_boxes, scale_boxes
+from bridge_wsol.boxes import LEVELS, fixed_level, level_boxes, scale_boxes
 from bridge_wsol.data import (
     Masks, Split, decode, image_files, load_masks, load_rgb, load_score_map, load_splits, test_loader, to_input,
 )
@@ -65,7 +65,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--score-maps", type=Path, metavar="DIR", help="evaluate the maps in DIR instead of a run; needs --dataset")
     parser.add_argument("--dataset", help="with --score-maps: whose images the maps belong to")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the results file; with --images: the folder for boxes.json and pictures")
-    parser.add_argument("--threshold", type=float, metavar="T", help="with --images: fraction of the map's maximum (default: the one chosen on val)")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="T",
+        help="fixed threshold, a fraction of each map's maximum, in [0, 1): adds GT-known and Top-k Loc of the largest contour at T "
+        "(the rule of the papers since CAM, CVPR 2016); with --images: instead of the threshold chosen on val",
+    )
     parser.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="images, or folders of them, to localize with RUN")
     args = parser.parse_args(argv)
     if (args.run is None) == (args.score_maps is None):
@@ -74,8 +80,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--score-maps needs --dataset")
     if args.score_maps and (args.images or args.save_maps):
         parser.error("--images and --save-maps need a RUN, not --score-maps")
-    if args.threshold is not None and not (args.images and 0 <= args.threshold < 1):
-        parser.error("--threshold goes with --images and is in [0, 1)")
+    if args.threshold is not None and not 0 <= args.threshold < 1:
+        parser.error(f"--threshold {args.threshold}: must be in [0, 1)")
     if args.dataset and args.run:
         parser.error("--dataset goes with --score-maps; a RUN knows its own")
     if args.percentile is not None and args.normalize not in cam.PERCENTILES:
@@ -152,17 +158,23 @@ class Job(NamedTuple):
     boxes: np.ndarray | None  # G x 4 in the map's pixels
     root: Path
     masks: Masks | None
+    threshold: float | None  # a fixed one
 
 
-def measure(job: Job) -> tuple[int, Localization | None, PixelAveragePrecision | None]:
-    """The part of the evaluation that runs beside the network: the sweep over all levels, the histogram of the pixels."""
-    localization = pixels = None
+def measure(job: Job) -> tuple[int, Localization | None, int | None, PixelAveragePrecision | None]:
+    """The part of the evaluation that runs beside the network: the sweep over all levels, the histogram of the pixels.
+
+    (index, boxes of every level, level of the fixed threshold, pixels), each None where the image or the job has none.
+    """
+    localization = level = pixels = None
     if job.boxes is not None:
         localization = localize(job.score_map, job.boxes)
+        if job.threshold is not None:
+            level = fixed_level(job.score_map, job.threshold)
     if job.masks is not None:
         pixels = PixelAveragePrecision()
         pixels.update(job.score_map, *load_masks(job.root, job.masks, len(job.score_map)))
-    return job.index, localization, pixels
+    return job.index, localization, level, pixels
 
 
 def evaluate_maps(
@@ -174,18 +186,21 @@ def evaluate_maps(
     save_maps: Path | None = None,
     per_image: Path | None = None,
     keep: Iterable[int] = (),
+    threshold: float | None = None,
 ) -> dict[str, Any]:
     """All metrics of a set of score maps: {"images", "metrics", "levels", "thresholds", "curves", "kept"}.
 
     workers: processes that sweep the maps while the network makes the next ones; the results do not depend on their number.
     val_levels: levels chosen on val, for the accuracy at thresholds that did not see this split. per_image: a CSV file to write.
-    keep: indices whose maps come back in "kept". Metrics that need what is not there (boxes, masks, logits) are None.
+    keep: indices whose maps come back in "kept". threshold: a fixed one, a fraction of each map's maximum, for "fixed_threshold" in the
+    metrics (`BoxAccuracy.at_fixed_levels`). Metrics that need what is not there (boxes, masks, logits) are None.
     """
     accuracy, pixels, kept, keep = BoxAccuracy(), PixelAveragePrecision(), {}, set(keep)
     seen: list[int] = []  # of this process; of several (torchrun), each brings its share of the images
     ranks: dict[int, int] = {}
     predicted: dict[int, int] = {}
     largest: dict[int, np.ndarray] = {}
+    fixed: dict[int, int] = {}  # index -> level of the fixed threshold
 
     def jobs() -> Iterator[Job]:
         for batch in batches:
@@ -202,25 +217,27 @@ def evaluate_maps(
                 boxes = split.boxes.get(index)
                 if boxes is not None:
                     boxes = scale_boxes(boxes, tuple(split.sizes[index]), len(score_map))
-                yield Job(index, score_map, boxes, split.root, split.masks.get(index))
+                yield Job(index, score_map, boxes, split.root, split.masks.get(index), threshold)
 
-    for index, localization, image_pixels in ordered_map(measure, jobs(), workers):
+    for index, localization, level, image_pixels in ordered_map(measure, jobs(), workers):
         if localization is not None:
             accuracy.update(index, localization.ious, ranks.get(index))
             if per_image is not None:
                 largest[index] = localization.largest
+        if level is not None:
+            fixed[index] = level
         if image_pixels is not None:
             pixels.merge(image_pixels)
 
-    shares = gathered((seen, ranks, predicted, largest, accuracy, pixels))
+    shares = gathered((seen, ranks, predicted, largest, fixed, accuracy, pixels))
     if len(shares) > 1:
-        seen, ranks, predicted, largest, accuracy, pixels = [], {}, {}, {}, BoxAccuracy(), PixelAveragePrecision()
+        seen, ranks, predicted, largest, fixed, accuracy, pixels = [], {}, {}, {}, {}, BoxAccuracy(), PixelAveragePrecision()
         for share in shares:
             seen += share[0]
-            for mine, theirs in zip((ranks, predicted, largest), share[1:4]):
+            for mine, theirs in zip((ranks, predicted, largest, fixed), share[1:5]):
                 mine |= theirs
-            accuracy.merge(share[4])
-            pixels.merge(share[5])
+            accuracy.merge(share[5])
+            pixels.merge(share[6])
         seen.sort()
 
     names = ("max_box_acc_v2", "max_box_acc", "gt_known_loc", "gt_known_loc_largest", "top1_loc", "top5_loc")
@@ -231,6 +248,8 @@ def evaluate_maps(
         metrics |= computed.pop("metrics")
         result |= computed
         result["thresholds"] = {name: level / LEVELS for name, level in result["levels"].items()}
+        if threshold is not None:
+            metrics["fixed_threshold"] = {"threshold": threshold, **accuracy.at_fixed_levels(fixed)}
     if ranks:
         metrics |= {f"top{k}_cls": top_k_accuracy(list(ranks.values()), k) for k in (1, 5)}
     if split.masks:
@@ -314,6 +333,11 @@ def table(title: str, result: dict[str, Any]) -> str:
         honest = m["max_box_acc_v2_at_val_threshold"]
         if honest is not None:
             rows.append(("MaxBoxAccV2", honest["mean"], "at the thresholds chosen on val"))
+        fixed = m.get("fixed_threshold")
+        if fixed is not None:
+            at = f"largest contour, at the fixed threshold {fixed['threshold']:g} of the map's maximum"
+            names = {"GT-known Loc": "gt_known_loc", "Top-1 Loc": "top1_loc", "Top-5 Loc": "top5_loc"}
+            rows += [(name, fixed[key], at) for name, key in names.items()]
     rows += [("PxAP", m["pxap"], ""), ("Top-1 cls", m["top1_cls"], ""), ("Top-5 cls", m["top5_cls"], "")]
     lines = [f"  {name:<14}{value:6.2f}  {note}".rstrip() for name, value, note in rows if value is not None]
     return "\n".join([f"{title}, {result['images']} images (percent)", *lines])
@@ -403,7 +427,7 @@ def main(argv: list[str] | None = None) -> None:
     drawn = spread_out(split, args.pictures)
     result = evaluate_maps(
         maps_of(split, args.normalize), split, workers=args.workers, val_levels=val_levels, save_maps=args.save_maps,
-        per_image=args.per_image, keep=drawn,
+        per_image=args.per_image, keep=drawn, threshold=args.threshold,
     )
 
     name = f"{args.checkpoint}_{args.split}" + ("" if args.normalize == "minmax" else f"_{args.normalize}")
@@ -424,13 +448,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate_score_maps(args: argparse.Namespace) -> None:
     data_root, splits_dir = args.data_root or Path("data"), args.splits or Path("data_splits")
-    splits, _ = load_splits(args.dataset, data_root, splits_dir, (args.split,))
+    splits, _ = load_splits(args.dataset, data_root, splits_dir, (args.split,), lists_only=True)
     split = splits[args.split]
+    if args.pictures:
+        split.require_images()
     image_size = optim.image_size(args.dataset)
     drawn = spread_out(split, args.pictures)
     q = cam.PERCENTILES.get(args.normalize) if args.percentile is None else args.percentile
     batches = file_maps(args.score_maps, split, image_size, args.normalize, q)
-    result = evaluate_maps(batches, split, workers=args.workers, per_image=args.per_image, keep=drawn)
+    result = evaluate_maps(batches, split, workers=args.workers, per_image=args.per_image, keep=drawn, threshold=args.threshold)
     print(table(f"{args.dataset} {args.split}, score maps of {args.score_maps}" + percentile_note(args.normalize, q, {}), result))
     out = args.out or Path(f"results_{args.score_maps.resolve().name}_{args.split}.json")
     nothing = dict.fromkeys(("arch", "method", "checkpoint"))
@@ -467,23 +493,25 @@ def draw_result(folder: Path, split: Split, index: int, result: dict[str, Any]) 
         picture.save(part, format="PNG")
 
 
+# Of the map's maximum, where val chose none: the value of CAM (CVPR 2016) and of the papers after it.
+FALLBACK_THRESHOLD = 0.2
+
+
 @torch.inference_mode()
 def localize_images(args: argparse.Namespace, model: nn.Module, method: CAM, checkpoint: dict[str, Any], device: torch.device) -> None:
     """boxes.json and a picture for each of the user's own images: five classes, and the box of the first.
 
-    The box is the largest contour of the predicted class's map at the threshold chosen on val or --threshold, in pixels of the original image as it is
-    shown, its EXIF orientation applied; null where nothing of the map exceeds the threshold. An image that cannot be read is
+    The box is the largest contour of the predicted class's map at --threshold, else at the threshold chosen on val for this normalization,
+    else at FALLBACK_THRESHOLD; in pixels of the original image as it is shown, its EXIF orientation applied; null where nothing of the map exceeds the threshold. An image that cannot be read is
     named and left out; the exit code is then 1.
     """
-    size, levels, names = checkpoint["config"]["image_size"], (checkpoint["val"] or {}).get("levels"), checkpoint.get("classes")
-    if args.threshold is not None:
-        level = int(args.threshold * LEVELS)
-    elif levels is None:
-        raise InputError(f"{args.run}: this run chose no threshold on val, which has no boxes: pass --threshold, 0.2 for instance")
-    elif args.normalize != "minmax":
-        raise InputError(f"--normalize {args.normalize}: the run's threshold was chosen on min-max maps: pass --threshold")
-    else:
-        level = levels["largest"]
+    size, names = checkpoint["config"]["image_size"], checkpoint.get("classes")
+    level, threshold = None, args.threshold
+    if threshold is None:
+        level, why = chosen_level(args, model, method, checkpoint, device)
+        if level is None:
+            threshold = FALLBACK_THRESHOLD
+            print(f"no threshold was chosen on val ({why}): {threshold} of the map's maximum is used; --threshold sets another")
     folder = args.out or args.run / "images"
     model.eval()
     found, failed = [], 0
@@ -500,7 +528,8 @@ def localize_images(args: argparse.Namespace, model: nn.Module, method: CAM, che
         probabilities = logits[0].float().softmax(0)
         top = probabilities.topk(min(5, len(probabilities)))
         score_map = cam.normalize(cam.resize(maps, size, method.upsampling), args.normalize, args.percentile)[0].cpu().numpy()
-        box = original_box(level_boxes(score_map).largest[level], size, image.size)
+        at = fixed_level(score_map, threshold) if level is None else level
+        box = original_box(level_boxes(score_map).largest[at], size, image.size)
         classes = [{"class": int(k), **({"name": names[k]} if names else {}), "probability": float(q)} for k, q in zip(top.indices, top.values)]
         found.append({"image": str(path), "width": image.width, "height": image.height, "box": box, "top5": classes})
         with replacing(folder / f"{len(found):05d}_{path.stem}.png") as part:
@@ -508,10 +537,33 @@ def localize_images(args: argparse.Namespace, model: nn.Module, method: CAM, che
         where = ",".join(map(str, box)) if box else "none"
         print(f"{path}: class {classes[0].get('name', classes[0]['class'])} ({100 * classes[0]['probability']:.1f} %), box {where}", flush=True)
     write_json(folder / "boxes.json", found)
-    print(f"{len(found)} images, threshold {level / LEVELS:.3f}; written to {folder}")
+    print(f"{len(found)} images, threshold {threshold if level is None else level / LEVELS:.3f}; written to {folder}")
     if failed:
         sys.stderr.write(f"{failed} of {failed + len(found)} images could not be read\n")
         sys.exit(1)
+
+
+def chosen_level(
+    args: argparse.Namespace, model: nn.Module, method: CAM, checkpoint: dict[str, Any], device: torch.device
+) -> tuple[int | None, str]:
+    """(the level of the largest contour chosen on val for this normalization; None and the reason where val cannot tell)."""
+    config, levels = checkpoint["config"], (checkpoint["val"] or {}).get("levels")
+    if levels is None:
+        return None, "val has no boxes"
+    if args.normalize == "minmax":
+        return levels["largest"], ""
+    data_root, splits_dir = args.data_root or Path(config["data_root"]), args.splits or Path(config["splits"])
+    try:
+        split = load_splits(config["dataset"], data_root, splits_dir, ("val",), config["val_per_class"])[0]["val"]
+    except InputError as error:
+        return None, f"its images are needed for --normalize {args.normalize}: {error}"
+    q = cam.PERCENTILES.get(args.normalize) if args.percentile is None else args.percentile
+    size = config["image_size"]
+    loader = test_loader(split, args.batch_size, image_size=size, workers=args.workers)
+    maps = network_maps(
+        model, loader, method=method, device=device, amp=args.amp, normalization=args.normalize, image_size=size, percentile=q
+    )
+    return evaluate_maps(maps, split, workers=args.workers)["levels"]["largest"], ""
 
 
 def original_box(box: np.ndarray, size: int, image_size: tuple[int, int]) -> list[int] | None:

@@ -331,3 +331,11 @@ def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def scale_boxes(boxes: np.ndarray, size: tuple[int, int], map_size: int) -> np.ndarray:
     """Boxes from an image of size (width, height) to a map of map_size x map_size: int(x * map_size / width), truncated."""
     return np.asarray(boxes, dtype=np.int64) * map_size // np.array([*size, *size])
+
+
+def fixed_level(score_map: np.ndarray, threshold: float) -> int:
+    """The level of a fixed threshold, a fraction in [0, 1) of the map's maximum: floor(threshold * max v).
+
+    score_map H x W in [0, 1]. Raises ValueError as `level_boxes` does.
+    """
+    return int(threshold * (int(_heights(score_map).max()) >> 8))

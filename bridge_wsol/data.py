@@ -230,13 +230,21 @@ def _require_all(present: np.ndarray, ids: list[str], path: Path, what: str) -> 
 
 
 def load_splits(
-    dataset: str, data_root: Path, splits_dir: Path, names: tuple[str, ...], val_per_class: int | None = None, check_images: bool = True
+    dataset: str,
+    data_root: Path,
+    splits_dir: Path,
+    names: tuple[str, ...],
+    val_per_class: int | None = None,
+    check_images: bool = True,
+    lists_only: bool = False,
 ) -> tuple[dict[str, Split], dict[str, Any]]:
     """The named splits of a data set and a record of where they come from, for config.json and the log.
 
     dataset: a name, whose lists are in splits_dir, or the path of a folder (`read_folder`). demo is drawn, and the lists of CUB and ILSVRC are
     built from their official files, the first time. val is the published train-fullsup where its list is there; otherwise, or when
     val_per_class says so, that many images of each class are held out from train (default 2). check_images: that each file is there.
+    lists_only: for work without images, such as the evaluation of score maps. Lists in splits_dir are used as they are where the data
+    is not there; images are not checked. Not for a folder, whose images are its lists.
     record: "lists" and "val" in words, "num_classes", and "classes", their names, where the folders of the train images tell them.
     Raises InputError for what `read_split` names, missing images, and labels outside 0 ... K - 1, K the classes of train.
     """
@@ -248,7 +256,7 @@ def load_splits(
             record["val"] = f"held out from train: {val_per_class} images a class, {len(found['val'])} in all, the same for every seed"
         return {name: found[name] for name in names}, record
 
-    root, folder, record = _prepare(dataset, data_root, splits_dir)
+    root, folder, record = _prepare(dataset, data_root, splits_dir, names if lists_only else ())
     published_val = (folder / "val" / "image_ids.txt").exists()
     from_list = published_val and val_per_class is None
     found, num_classes = {}, None
@@ -276,16 +284,23 @@ def load_splits(
     if "test" in names:
         found["test"] = read_split(folder / "test", root, f"{dataset} test", num_classes)
     record["num_classes"] = num_classes or max(int(split.labels.max()) + 1 for split in found.values())
-    if check_images:
+    if check_images and not lists_only:
         for name in names:
             found[name].require_images()
     return {name: found[name] for name in names}, record
 
 
-def _prepare(dataset: str, data_root: Path, splits_dir: Path) -> tuple[Path, Path, dict[str, Any]]:
-    """(where ids start, the folder of the lists, record) of a data set with a name; draws it or builds its lists where that is to be done."""
+def _prepare(dataset: str, data_root: Path, splits_dir: Path, lists_suffice: tuple[str, ...] = ()) -> tuple[Path, Path, dict[str, Any]]:
+    """(where ids start, the folder of the lists, record) of a data set with a name; draws it or builds its lists where that is to be done.
+
+    lists_suffice: splits whose lists are enough, so that nothing is drawn or built where they are there and the data is not.
+    """
     root, folder = data_root / IMAGE_ROOTS.get(dataset, dataset), splits_dir / dataset
     record: dict[str, Any] = {}
+    if lists_suffice and all((folder / name / "image_ids.txt").exists() for name in lists_suffice):
+        # Official files, where they are, may be newer than the lists.
+        if not (datasets.has_official_files(root.parent) if dataset == "CUB" else root.is_dir()):
+            return root, folder, {"lists": datasets.describe_lists(dataset, folder)}
     if dataset not in DRAWN and not data_root.is_dir():
         raise InputError(f"--data-root {data_root}: no such folder")
     with alone(data_root):  # several runs may be the first at once

@@ -177,6 +177,11 @@ CUB_FILES = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "bo
 CUB_IMAGES = 11788
 
 
+def has_official_files(official: Path) -> bool:
+    """Whether CUB's lists can be built from this folder."""
+    return all((official / name).is_file() for name in CUB_FILES)
+
+
 def ensure_cub_lists(official: Path, folder: Path) -> str:
     """Builds CUB's train and test lists from the official files, once; returns one line that says which CUB this is.
 

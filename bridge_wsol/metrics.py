@@ -110,6 +110,23 @@ class BoxAccuracy:
         return {"metrics": metrics, "levels": levels, "curves": curves}
 
 
+    def at_fixed_levels(self, levels: dict[int, int]) -> dict[str, float | None]:
+        """GT-known, Top-1 and Top-5 Loc of the largest contour where no threshold is searched: the rule of the papers since CAM (CVPR 2016).
+
+        levels: index -> the image's own level (`boxes.fixed_level`). Percent; Top-k is None without logits.
+        Raises ValueError when there are no images.
+        """
+        if not self.ious:
+            raise ValueError("no images to evaluate")
+        order = sorted(self.ious)
+        hits = np.array([self.ious[i][1, levels[i]] >= 0.5 for i in order])
+        found: dict[str, float | None] = {"gt_known_loc": percent(hits), "top1_loc": None, "top5_loc": None}
+        if self.ranks:
+            ranks = np.array([self.ranks[i] for i in order])
+            found |= {f"top{k}_loc": percent(hits & (ranks < k)) for k in (1, 5)}
+        return found
+
+
 def _with_mean(accuracies: dict[str, float]) -> dict[str, float]:
     of_deltas = {str(delta): accuracies[str(delta)] for delta in DELTAS}
     return of_deltas | {"mean": sum(of_deltas.values()) / len(DELTAS)}

@@ -638,15 +638,13 @@ def test_the_threshold_is_val_s_or_the_user_s(trained, tmp_path, fails, capsys):
         (entry,) = localize(run, tmp_path / "photo.png", "--threshold", threshold)
         x0, y0, x1, y1 = entry["box"]
         areas.append((x1 - x0 + 1) * (y1 - y0 + 1))
-        assert f"threshold {int(255 * float(threshold)) / 255:.3f}" in capsys.readouterr().out
+        assert f"threshold {float(threshold):.3f}" in capsys.readouterr().out
     assert areas == sorted(areas, reverse=True) and areas[0] > areas[2]
     (chosen,) = localize(run, tmp_path / "photo.png")
     level = torch.load(run / "best.pt", weights_only=True)["val"]["levels"]["largest"]
     assert f"threshold {level / 255:.3f}" in capsys.readouterr().out
     assert [chosen] == localize(run, tmp_path / "photo.png", "--threshold", str((level + 0.5) / 255))
     fails(evaluate.main, [run, "--images", tmp_path / "photo.png", "--threshold", "1"], "in [0, 1)")
-    fails(evaluate.main, [run, "--threshold", "0.5"], "--threshold goes with --images")
-    fails(evaluate.main, [run, "--device", "cpu", "--images", tmp_path / "photo.png", "--normalize", "ivr"], "pass --threshold")
     fails(evaluate.main, [run, "--device", "cpu", "--images", tmp_path / "splits"], "no images in this folder")
 
 
@@ -665,10 +663,34 @@ def test_an_unreadable_photo_is_named_and_the_rest_is_done(trained, tmp_path, ca
     assert f"{photos / 'b.jpg'}: truncated" in error and "nothing.jpg: no such image" in error and "2 of 4 images could not be read" in error
 
 
-def test_without_a_threshold_from_val_the_user_gives_one(tmp_path, tiny_preset, fails):
-    run = tmp_path / "run"
+def test_another_normalization_gets_its_own_threshold_from_val(trained, tmp_path, capsys):
+    _, run = trained
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 70, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
+    for normalization in ("ivr", "max"):
+        evaluate.main([str(run), "--device", "cpu", "--split", "val", "--normalize", normalization])
+        threshold = read_json(run / f"results_best_val_{normalization}.json")["thresholds"]["largest"]
+        capsys.readouterr()
+        (chosen,) = localize(run, tmp_path / "photo.png", "--normalize", normalization)
+        assert f"threshold {threshold:.3f}" in capsys.readouterr().out
+        level = str(threshold + 0.5 / 255)
+        assert [chosen] == localize(run, tmp_path / "photo.png", "--normalize", normalization, "--threshold", level)
+    capsys.readouterr()
+    # The run was copied to a machine without the data.
+    (fallback,) = localize(run, tmp_path / "photo.png", "--normalize", "ivr", "--data-root", tmp_path / "nowhere")
+    printed = capsys.readouterr().out
+    assert printed.count("no threshold was chosen on val") == 1 and "--threshold sets another" in printed
+    assert [fallback] == localize(run, tmp_path / "photo.png", "--normalize", "ivr", "--threshold", "0.2")
+
+
+def test_without_a_threshold_from_val_the_papers_value_is_used(tmp_path, tiny_preset, capsys):
+    run, photo = tmp_path / "run", tmp_path / "own" / "class 0" / "0.png"
     train.main(own_flags(make_folder(tmp_path), run))
-    fails(evaluate.main, [run, "--device", "cpu", "--images", tmp_path / "own" / "class 0" / "0.png"], "no threshold on val", "pass --threshold")
+    (fallback,) = localize(run, photo)
+    assert capsys.readouterr().out.count("no threshold was chosen on val (val has no boxes): 0.2 of") == 1
+    assert [fallback] == localize(run, photo, "--threshold", "0.2") != localize(run, photo, "--threshold", "0.9")
+    for normalization in ("max", "ivr"):
+        (fallback,) = localize(run, photo, "--normalize", normalization)
+        assert [fallback] == localize(run, photo, "--normalize", normalization, "--threshold", "0.2")
 
 
 # ----------------------------------------------------------------------------------------------------------------- check

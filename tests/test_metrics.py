@@ -54,6 +54,26 @@ def test_thresholds_of_val_are_applied_as_they_are():
     assert honest == {"30": 50, "50": 0, "70": 100, "mean": 50}
 
 
+def test_a_fixed_threshold_asks_each_image_at_its_own_level():
+    accuracy = BoxAccuracy()
+    for index, (level, rank) in enumerate([(20, 0), (20, 3), (40, 0), (40, 9)]):
+        image = np.zeros((2, 255))
+        image[0] = 0.9  # all contours: not this rule's
+        image[1, level] = 0.5
+        accuracy.update(index, image, rank)
+    found = accuracy.at_fixed_levels({0: 20, 1: 20, 2: 20, 3: 40})  # image 2 is right at another level only
+    assert found == {"gt_known_loc": 75, "top1_loc": 25, "top5_loc": 50}
+    assert BoxAccuracy.at_fixed_levels(without_ranks(), {0: 7})["top1_loc"] is None
+    with pytest.raises(ValueError, match="no images"):
+        BoxAccuracy().at_fixed_levels({})
+
+
+def without_ranks():
+    accuracy = BoxAccuracy()
+    accuracy.update(0, np.ones((2, 255)))
+    return accuracy
+
+
 def test_the_two_box_rules_are_separate():
     image = np.zeros((2, 255))
     image[0, 10], image[1, 40] = 0.8, 0.55

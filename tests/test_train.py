@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 
 import evaluate
+import plain_boxes
 import train
 from bridge_wsol import cam
-from bridge_wsol.boxes import iou_matrix
+from bridge_wsol.boxes import iou_matrix, scale_boxes
 from bridge_wsol.data import load_splits, test_loader, to_input
 from bridge_wsol.utils import InputError, load_tensors, ordered_map, save_checkpoint
 from conftest import REPOSITORY
@@ -137,6 +139,65 @@ def test_saved_maps_evaluate_to_the_same_numbers(trained, tmp_path):
         path.unlink()
     evaluate.main(["--score-maps", str(maps), "--split", "test", "--out", str(tmp_path / "r2.json"), *data_flags])
     assert read_json(tmp_path / "r2.json") == of_maps
+
+
+def test_score_maps_need_the_lists_alone(trained, tmp_path, fails):
+    """No image, no data root, no train list: the numbers are the run's."""
+    flags, run = trained
+    evaluate.main([str(run), "--save-maps", str(tmp_path / "maps"), "--device", "cpu"])
+    lists = tmp_path / "lists" / "tiny" / "test"
+    shutil.copytree(tmp_path / "splits" / "tiny" / "test", lists)
+    boxes = [line for line in (lists / "localization.txt").read_text().splitlines() if ".png," in line and "masks" not in line]
+    (lists / "localization.txt").write_text("\n".join(boxes))
+    shutil.rmtree(tmp_path / "data")
+    arguments = ["--score-maps", tmp_path / "maps", "--dataset", "tiny", "--splits", tmp_path / "lists", "--out", tmp_path / "r.json"]
+    arguments += ["--data-root", tmp_path / "nowhere"]
+    evaluate.main([str(argument) for argument in arguments])
+    assert read_json(tmp_path / "r.json")["curves"] == read_json(run / "results_best_test.json")["curves"]
+    fails(evaluate.main, [*arguments, "--pictures", 1], "no such image", "--data-root")
+    fails(evaluate.main, [*arguments, "--split", "val"], "no such folder")
+
+
+@pytest.mark.parametrize("normalization", ["minmax", "max", "log"])
+def test_a_fixed_threshold_is_a_fraction_of_each_map_s_maximum(trained, tmp_path, normalization):
+    """Against a labeling of each float map at T * max, whatever the normalization leaves as its maximum."""
+    flags, run = trained
+    evaluate.main([str(run), "--save-maps", str(tmp_path / "maps"), "--device", "cpu", "--normalize", normalization])
+    evaluate.main([str(run), "--threshold", "0.35", "--device", "cpu", "--normalize", normalization])
+    suffix = "" if normalization == "minmax" else f"_{normalization}"
+    fixed = read_json(run / f"results_best_test{suffix}.json")["metrics"]["fixed_threshold"]
+    split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("test",))[0]["test"]
+    hits = []
+    for index in range(9):
+        v = plain_boxes.quantise(np.load(tmp_path / "maps" / f"{split.ids[index]}.npy")).astype(int)
+        labels, n = ndimage.label(ndimage.binary_fill_holes(v > int(0.35 * v.max())), plain_boxes.EIGHT)
+        box = (0, 0, 0, 0)
+        if n:
+            largest = plain_boxes.double_areas(labels, n).argmax()
+            box = np.minimum(plain_boxes.extents(labels)[largest] + [0, 0, 1, 1], 63)
+        truth = scale_boxes(split.boxes[index], tuple(split.sizes[index]), 64)
+        hits.append(iou_matrix(np.array(box)[None], truth).max() >= 0.5)
+    assert fixed["threshold"] == 0.35 and fixed["gt_known_loc"] == pytest.approx(100 * np.mean(hits))
+    assert fixed["top1_loc"] <= fixed["top5_loc"] == fixed["gt_known_loc"]  # three classes: each is among five
+
+
+def test_a_fixed_threshold_for_score_maps(tiny, tmp_path, capsys):
+    """Each map is 0.6 in its image's box and 0.3 around it: a threshold between the two is right, one below both draws the whole image.
+
+    log leaves a maximum below 1 (0.6 -> 0.968, 0.3 -> 0.925), of which T is a fraction."""
+    split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("test",))[0]["test"]
+    for index, image in enumerate(split.ids):
+        score_map = np.full((64, 64), 0.3)
+        x0, y0, x1, y1 = scale_boxes(split.boxes[index], tuple(split.sizes[index]), 64)[0]
+        score_map[y0:y1, x0:x1] = 0.6
+        (tmp_path / "maps" / image).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "maps" / f"{image}.npy", score_map)
+    arguments = ["--score-maps", str(tmp_path / "maps"), "--out", str(tmp_path / "r.json")]
+    for how, threshold, expected in (("max", "0.45", 0), ("max", "0.55", 100), ("log", "0.95", 0), ("log", "0.97", 100)):
+        evaluate.main([*arguments, "--normalize", how, *tiny[: tiny.index("--weights")], "--threshold", threshold])
+        fixed = read_json(tmp_path / "r.json")["metrics"]["fixed_threshold"]
+        assert fixed == {"threshold": float(threshold), "gt_known_loc": expected, "top1_loc": None, "top5_loc": None}
+        assert f"{expected:.2f}  largest contour, at the fixed threshold {threshold} of" in capsys.readouterr().out
 
 
 def test_results_and_per_image_lines_do_not_depend_on_workers(trained, tmp_path):
