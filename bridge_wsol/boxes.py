@@ -45,7 +45,8 @@ def level_boxes(score_map: np.ndarray) -> LevelBoxes:
     4-connected component of the background off the image border), as a contour tracer returns both. A component's
     box is its extent; a hole's is the extent of the ring of foreground around it; then x1 + 1, y1 + 1, clipped to the image.
     Largest contour (MaxBoxAcc): the contour with the largest polygon area, the polygon running through the centres
-    of its border pixels; ties go to the contour whose first pixel in reading order comes first.
+    of its border pixels; of equal areas the one whose first pixel in reading order comes last, which is the
+    first that the tracer of Choe et al. lists (OpenCV's findContours).
     A level without foreground has the one box (0, 0, 0, 0).
     Raises ValueError for another shape, NaN, or values outside [0, 1].
     """
@@ -74,9 +75,10 @@ def level_boxes(score_map: np.ndarray) -> LevelBoxes:
         within = filled.slot[mask.row, mask.level + 1]  # the filled component around each component
         first = np.full(len(filled.row), H * W)
         np.minimum.at(first, within, extents[0])
-    # Of equal areas the first in reading order; the component around all others in it has its first pixel.
-    rank = filled.double_areas() * (H * W) - first
-    highest = np.full(LEVELS, -H * W)
+    # Of equal areas the last in reading order; a filled component has the first pixel of the component around
+    # all others in it. A hole as large as the largest component has the box of the component around it.
+    rank = filled.double_areas() * (H * W) + first
+    highest = np.full(LEVELS, -1)
     np.maximum.at(highest, filled.level, rank)
     winner = np.flatnonzero((rank[within] == highest[mask.level]) & (first[within] == extents[0]))
     largest = np.zeros((LEVELS, 4), dtype=np.int64)

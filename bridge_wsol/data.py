@@ -480,8 +480,9 @@ def load_masks(root: Path, masks: Masks, size: int) -> tuple[np.ndarray, np.ndar
                     pixels = np.asarray(image.convert("L"))
                 except Exception as error:
                     raise InputError(f"{root / relative}: truncated or damaged mask ({first_line(error)})") from error
-            # Nearest neighbour as the field's evaluator has it: the pixel at floor(x * width / size).
-            rows, columns = (np.arange(size) * n // size for n in pixels.shape)
+            # Nearest neighbour in double precision, as the field's evaluator has it (OpenCV's INTER_NEAREST).
+            # At size 224 some pixel is the one before floor(x * n / size) for 105 of the widths 225 ... 1699.
+            rows, columns = (np.floor(np.arange(size) * (1 / (size / n))).astype(int) for n in pixels.shape)
             region |= pixels[rows[:, None], columns] > 0.5
     return mask, ignore & ~mask
 

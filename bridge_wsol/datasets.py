@@ -17,7 +17,7 @@ import urllib.request
 import zlib
 from contextlib import suppress
 from pathlib import Path
-from typing import Iterator
+from typing import Collection, Iterator
 from xml.etree import ElementTree
 
 from .utils import InputError, alone, default_workers, first_line, open_image, ordered_map, write_json, write_text, writing
@@ -173,7 +173,12 @@ def _download_once(url: str, part: Path, have: int) -> tuple[int | None, str | N
     return total, None
 
 
-CUB_FILES = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "bounding_boxes.txt")
+CUB_FILES = {  # what follows the image's number on each line: in words, and each field as a pattern
+    "images.txt": ("its path", [r"\S+"]),
+    "image_class_labels.txt": ("its class (a whole number from 1)", [r"[1-9]\d{0,8}"]),
+    "train_test_split.txt": ("1 (train) or 0 (test)", [r"[01]"]),
+    "bounding_boxes.txt": ("x, y, width and height in pixels", [r"\d{1,9}(?:\.\d*)?"] * 4),
+}
 CUB_IMAGES = 11788
 
 
@@ -222,31 +227,50 @@ def ensure_cub_lists(official: Path, folder: Path) -> str:
 
 def _cub_lists(official: Path) -> tuple[dict[str, Lists], int]:
     """{split: {file name: lines}} and the number of classes. Boxes: int(x), int(y), int(x + w), int(y + h), clipped to the image."""
-    table = {name: dict(_cub_table(official / name)) for name in CUB_FILES}
+    images = _cub_table(official / "images.txt")
+    labels, in_train, boxes = (_cub_table(official / name, images) for name in list(CUB_FILES)[1:])
     lists: dict[str, Lists] = {split: {name: [] for name in LIST_FILES} for split in ("train", "test")}
-    for key, (image,) in table["images.txt"].items():
-        try:
-            label = int(table["image_class_labels.txt"][key][0]) - 1
-            split = "train" if int(table["train_test_split.txt"][key][0]) else "test"
-            x, y, w, h = map(float, table["bounding_boxes.txt"][key])
-        except (KeyError, ValueError, IndexError):
-            raise InputError(f"{official}: image {key} ({image}) has no usable label, split or box in the official files") from None
+    for number, (image,) in images.items():
+        x, y, w, h = map(float, boxes[number])
         width, height = open_image(official / "images" / image).size
+        if x >= width or y >= height:
+            path, n = official / "bounding_boxes.txt", list(boxes).index(number) + 1  # one row a line
+            raise InputError(
+                f"{path}:{n}: a box inside image {number} ({image}, {width} x {height}) "
+                f"is expected: its corner is {x:g}, {y:g}"
+            )
         box = int(x), int(y), min(int(x + w), width - 1), min(int(y + h), height - 1)
-        files = lists[split]
+        files = lists["train" if in_train[number] == ("1",) else "test"]
         files["image_ids"].append(image)
-        files["class_labels"].append(f"{image},{label}")
+        files["class_labels"].append(f"{image},{int(labels[number][0]) - 1}")
         files["image_sizes"].append(f"{image},{width},{height}")
         files["localization"].append(",".join(map(str, (image, *box))))
-    return lists, len({row[0] for row in table["image_class_labels.txt"].values()})
+    return lists, len(set(labels.values()))
 
 
-def _cub_table(path: Path) -> Iterator[tuple[str, list[str]]]:
+def _cub_table(path: Path, images: Collection[int] | None = None) -> dict[int, tuple[str, ...]]:
+    """{image number: the fields after it}, in the order of the lines, one a line.
+
+    Raises InputError for a line that is not as CUB_FILES says, a number that was there before or is not in
+    images (None: any may be there), and one of images that is missing.
+    """
+    words, fields = CUB_FILES[path.name]
+    pattern = re.compile(r"\s+".join(f"({field})" for field in (r"\d{1,9}", *fields)), re.ASCII)
+    rows: dict[int, tuple[str, ...]] = {}
     for n, line in enumerate(read_lines(path), 1):
-        key, *values = line.split() or [""]
-        if not values:
-            raise InputError(f"{path}:{n}: an image number and its values are expected: {line[:80]!r}")
-        yield key, values
+        found = pattern.fullmatch(line.strip())
+        if found is None:
+            raise InputError(f"{path}:{n}: an image's number and {words} are expected: {line[:80]!r}")
+        number = int(found[1])
+        if number in rows:
+            raise InputError(f"{path}:{n}: one line for each image is expected: {number} was there before")
+        if images is not None and number not in images:
+            raise InputError(f"{path}:{n}: an image of images.txt is expected: {number} is not there")
+        rows[number] = found.groups()[1:]
+    missing = next((number for number in images or () if number not in rows), None)
+    if missing is not None:
+        raise InputError(f"{path}: a line for every image of images.txt is expected: {missing} has none")
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------------------- ILSVRC

@@ -38,8 +38,10 @@ def level_boxes(score_map: np.ndarray) -> LevelBoxes:
         levels.append(np.full(len(at_level), level))
         if n_filled:
             # No contour is larger than the component around it, so the largest is among the components, holes filled.
+            # Labels are in reading order of the first pixel; of equal areas the tracer lists the last first.
             areas = double_areas(filled, n_filled)
-            largest[level] = np.minimum(extents(filled)[areas.argmax()] + [0, 0, 1, 1], limit)
+            last = np.flatnonzero(areas == areas.max())[-1]
+            largest[level] = np.minimum(extents(filled)[last] + [0, 0, 1, 1], limit)
     return LevelBoxes(np.concatenate(boxes), np.concatenate(levels), largest)
 
 

@@ -64,8 +64,20 @@ def test_largest_contour_is_by_polygon_area_with_holes_filled():
     assert level_boxes(ring).largest[0].tolist() == [0, 0, 4, 4]
 
 
-def test_equal_areas_go_to_the_first_in_reading_order():
-    assert level_boxes(drawn("0000990", "0990990", "0990000", "0000000")).largest[0].tolist() == [4, 0, 6, 2]
+def test_equal_areas_go_to_the_last_in_reading_order():
+    def largest(*rows: str) -> list[int]:
+        return level_boxes(drawn(*rows)).largest[0].tolist()
+
+    assert largest("0000990", "0990990", "0990000", "0000000") == [1, 1, 3, 3]
+    # A block of area 2 beside a ring of area 2, whose hole has area 2 as well (the same four border pixels).
+    assert largest("00000900", "99909090", "99900900", "00000000") == [0, 1, 3, 3]
+    assert largest("00900000", "09090999", "00900999", "00000000") == [5, 1, 7, 3]
+    assert largest("99900900", "99909090", "00000900", "00000000") == [4, 0, 7, 3]
+    # The first pixel is in the topmost row, however far to the right.
+    assert largest("00000009", "00990090", "00000900") == [2, 1, 4, 2]
+    # Single pixels, area 0: at 0.6 of the maximum the contour tracer of the field's evaluator gives this box.
+    single = [[0.4, 0, 0.2, 0.2, 0.2], [0.4, 0.4, 0, 0.4, 0], [0, 0, 0, 0.4, 0], [1, 0.6, 0.8, 0.2, 0.2]]
+    assert level_boxes(np.array(single)).largest[int(0.6 * 255)].tolist() == [2, 3, 3, 3]
 
 
 def test_no_foreground_gives_the_zero_box():
@@ -95,9 +107,11 @@ def test_quantisation_is_the_floor():
 
 
 def random_maps(count: int, largest: int):
-    """Maps of many kinds: noise, smooth, plateaus, binary, blocks, rings, nested rings, cut by the border, one row, constant."""
+    """Maps of many kinds: noise, smooth, plateaus, binary, blocks, rings, nested rings, cut by the border,
+    one row, constant, many contours of the same area.
+    """
     rng = np.random.default_rng(0)
-    kinds = ("noise", "smooth", "plateaus", "binary", "blocks", "rings", "nested", "border", "constant")
+    kinds = "noise", "smooth", "plateaus", "binary", "blocks", "rings", "nested", "border", "constant", "ties"
     for i in range(count):
         height, width = rng.integers(1, largest + 1, 2) if i % 7 else (1, int(rng.integers(1, largest + 1)))
         y, x = np.mgrid[:height, :width]
@@ -117,6 +131,17 @@ def random_maps(count: int, largest: int):
             noise = np.round(noise * 4) if rng.random() < 0.5 else noise
         elif kind == "border":
             noise = np.exp(-np.hypot(y, x - width) / 5) + 0.05 * noise
+        elif kind == "ties":  # single pixels, squares, rings with or without an island in them
+            noise = np.zeros((height, width))
+            for _ in range(rng.integers(1, 9)):
+                side, value = rng.integers(1, 6), rng.integers(1, 4)
+                ring = np.full((side, side), value)
+                ring[1:-1, 1:-1] = 0
+                ring[2:-2, 2:-2] = rng.integers(0, 4)
+                ring[:: max(side - 1, 1), :: max(side - 1, 1)] *= rng.integers(0, 2)  # the corners
+                x0, y0 = rng.integers(0, width), rng.integers(0, height)
+                part = noise[y0 : y0 + side, x0 : x0 + side]
+                part[...] = ring[: part.shape[0], : part.shape[1]]
         elif kind == "constant":
             noise = np.full((height, width), rng.integers(0, 2))
         spread = noise.max() - noise.min()
@@ -125,7 +150,7 @@ def random_maps(count: int, largest: int):
 
 def test_agrees_with_the_contour_tracer():
     cv2 = pytest.importorskip("cv2")
-    for score_map in random_maps(45, 24):
+    for score_map in random_maps(50, 24):
         found, v = level_boxes(score_map), quantise(score_map)
         height, width = v.shape
         for level in range(255):
@@ -136,8 +161,8 @@ def test_agrees_with_the_contour_tracer():
                 traced.append((int(x0), int(y0), min(int(x1) + 1, width - 1), min(int(y1) + 1, height - 1)))
                 areas.append(cv2.contourArea(contour))
             assert at(found, level) == sorted(traced or [(0, 0, 0, 0)])
-            largest = {box for box, area in zip(traced, areas) if area == max(areas)} or {(0, 0, 0, 0)}
-            assert tuple(found.largest[level].tolist()) in largest
+            first_of_largest = traced[areas.index(max(areas))] if areas else (0, 0, 0, 0)
+            assert tuple(found.largest[level].tolist()) == first_of_largest
 
 
 def table(found) -> np.ndarray:
@@ -145,7 +170,9 @@ def table(found) -> np.ndarray:
     return rows[np.lexsort(rows.T[::-1])]
 
 
-@pytest.mark.parametrize("count, largest, dense", [(153, 20, boxes.DENSE), (18, 64, boxes.DENSE), (54, 20, 0)])
+@pytest.mark.parametrize(
+    "count, largest, dense", [(170, 20, boxes.DENSE), (20, 64, boxes.DENSE), (60, 20, 0)]
+)
 def test_the_sweep_equals_plain_labeling_at_every_level(monkeypatch, count, largest, dense):
     monkeypatch.setattr(boxes, "DENSE", dense)  # 0: saddles by sorting, as maps of very many basins have them
     for i, score_map in enumerate(random_maps(count, largest)):

@@ -1,5 +1,6 @@
 """Split files good and bad, images of every kind, order and crops for any number of workers."""
 
+import math
 import shutil
 
 import numpy as np
@@ -156,6 +157,34 @@ def test_masks_are_the_union_of_instances_and_ignore_is_what_remains(tmp_path):
     mask, ignore = load_masks(tmp_path, data.Masks(["a.png", "b.png"], ["i.png"]), 4)
     assert mask.astype(int).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
     assert ignore.astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_masks_shrink_to_the_pixels_that_the_field_takes(tmp_path):
+    size, odd = 224, []
+    for n in range(225, 1700):
+        exact = [x * n // size for x in range(size)]
+        field = [math.floor(x * (1 / (size / n))) for x in range(size)]
+        if field == exact:
+            continue
+        odd.append(n)
+        # Every other pixel of a line is in, so that its neighbours differ from it; rows and columns in turns.
+        stripes, tall = np.tile(np.arange(n) % 2 * 255, (3, 1)).astype(np.uint8), len(odd) % 2
+        Image.fromarray(stripes.T.copy() if tall else stripes).save(tmp_path / "mask.png")
+        mask, _ = load_masks(tmp_path, data.Masks(["mask.png"], []), size)
+        assert (mask.T if tall else mask)[0].tolist() == [x % 2 == 1 for x in field], n
+    assert len(odd) == 105 and {288, 344, 400, 1600} <= set(odd)
+
+
+def test_masks_shrink_as_opencv_shrinks_them(tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    rng = np.random.default_rng(0)
+    for height, width in ((1600, 400), (288, 344), (100, 1600), (224, 225), (5, 3), (1024, 683)):
+        pixels = rng.integers(0, 2, (height, width), dtype=np.uint8) * 255
+        Image.fromarray(pixels).save(tmp_path / "mask.png")
+        for size in (224, 64):
+            mask, _ = load_masks(tmp_path, data.Masks(["mask.png"], []), size)
+            expected = cv2.resize(pixels, (size, size), interpolation=cv2.INTER_NEAREST) > 0
+            np.testing.assert_array_equal(mask, expected, err_msg=f"{height} x {width} at {size}")
 
 
 def test_an_image_of_another_size_than_listed_is_refused(tmp_path):

@@ -54,8 +54,9 @@ def test_lists_follow_the_official_files_they_were_built_from(real_data, tmp_pat
     first = datasets.ensure_cub_lists(official, folder)
     (folder / "train" / "image_ids.txt").write_text("untouched\n")
     assert datasets.ensure_cub_lists(official, folder) == first and (folder / "train" / "image_ids.txt").read_text() == "untouched\n"
-    lines = (official / "images.txt").read_text().splitlines()
-    (official / "images.txt").write_text("\n".join(lines[:100]))
+    for name in datasets.CUB_FILES:
+        lines = (official / name).read_text().splitlines()
+        (official / name).write_text("\n".join(lines[:100]))
     assert "100 of 11788 images" in datasets.ensure_cub_lists(official, folder)
     assert (folder / "train" / "image_ids.txt").read_text() != "untouched\n"
     (folder / "built_from.json").unlink()  # lists that came from elsewhere stay
@@ -128,10 +129,45 @@ def test_incomplete_official_files_are_named(tmp_path):
         (official / name).write_text(text)
     with pytest.raises(InputError, match="bounding_boxes.txt: no such file"):
         datasets.ensure_cub_lists(official, tmp_path / "CUB")
-    (official / "bounding_boxes.txt").write_text("1 1.0 2.0 three 4.0\n")
-    with pytest.raises(InputError, match=r"image 1 \(a/1.jpg\) has no usable label, split or box"):
-        datasets.ensure_cub_lists(official, tmp_path / "CUB")
     assert not (tmp_path / "CUB").exists()
+
+
+CUB_LINES = {  # of each file: what follows an image's number, the words for it, and lines that are wrong
+    "images.txt": ("a/{}.jpg", "its path", ["2", "", "two a/2.jpg", "-2 a/2.jpg", "2 a/2.jpg 0"]),
+    "image_class_labels.txt": ("1", "its class (a whole number from 1)", ["2", "2 one", "2 0", "2 1.5"]),
+    "train_test_split.txt": ("0", "1 (train) or 0 (test)", ["2", "2 2", "2 yes", "2 0 1"]),
+    "bounding_boxes.txt": ("1.0 2.0 3.0 4.0", "x, y, width and height in pixels", [
+        "2 1.0 2.0 3.0", "2 1.0 2.0 3.0 4.0 5.0", "2 1.0 two 3.0 4.0", "2 1.0 2.0 nan 4.0",
+        "2 1.0 2.0 -3.0 4.0", f"2 1.0 2.0 3.0 {10**400}",
+    ]),
+}
+
+
+@pytest.mark.parametrize("name", CUB_LINES)
+def test_a_broken_line_of_cub_s_official_files_is_named(tmp_path, fails, name):
+    official, splits = tmp_path / "CUB_200_2011", tmp_path / "splits"
+    (official / "images" / "a").mkdir(parents=True)
+    for i in (1, 2, 3):
+        Image.new("RGB", (8, 6)).save(official / "images" / "a" / f"{i}.jpg")
+    for file, (values, _, _) in CUB_LINES.items():
+        (official / file).write_text("".join(f"{i} {values.format(i)}\n" for i in (1, 2, 3)))
+
+    values, expected, wrong = CUB_LINES[name]
+    cases = {line: f":2: an image's number and {expected} are expected: {line[:80]!r}" for line in wrong}
+    cases[f"1 {values}"] = ":2: one line for each image is expected: 1 was there before"
+    if name != "images.txt":
+        cases[f"9 {values}"] = ":2: an image of images.txt is expected: 9 is not there"
+        cases[None] = ": a line for every image of images.txt is expected: 2 has none"
+    if name == "bounding_boxes.txt":
+        for x, y in ((8, 2), (1, 6)):
+            words = f"a box inside image 2 (a/2.jpg, 8 x 6) is expected: its corner is {x}, {y}"
+            cases[f"2 {x} {y} 3 4"] = f":2: {words}"
+    first, _, last = (official / name).read_text().splitlines()
+    for line, words in cases.items():
+        (official / name).write_text("\n".join([first, *([] if line is None else [line]), last]))
+        flags = ["--dataset", "CUB", "--data-root", tmp_path, "--splits", splits, "--workers", "0"]
+        fails(data.main, ["check", *flags], f"error: {official / name}{words}\n")
+        assert not (splits / "CUB").exists()
 
 
 @pytest.fixture
