@@ -144,7 +144,8 @@ class ACoL(CAM, name="acol"):
     normalized, is at least acol_delta. L = CE(GAP S_A, y) + CE(GAP S_B, y). No gradient passes through the mask; X is not detached, so both
     heads train the backbone. The map is the element-wise maximum of the two, each min-max normalized; the prediction is A's.
     VGG16 pools 3 x 3 with padding 1, and X is conv5_3 after a max- and a mean-pool, both 3 x 3 at stride 1; ResNet50's X is layer4's output.
-    acol_delta: the authors' 0.6, the common code's 0.7, the search's (0.89), (0.57). Our choice: the heads' initialization, He's.
+    acol_delta: the authors' 0.6, the common code's 0.7, the search's (0.89), (0.57).
+    The heads' initialization is the common code's: Xavier's uniform one, biases 0.
     """
 
     allowed = {"acol_delta": (0, 1)}
@@ -450,11 +451,12 @@ class SPG(CAM, name="spg"):
     """Self-produced guidance (Zhang et al., ECCV 2018), as in the common code: L = CE + three binary cross-entropies with `seeds`.
 
     The classifier's map S (VGG16: two 3 x 3 convolutions and a 1 x 1 in place of conv6 and fc; ResNet50: a 1 x 1 on layer4) is averaged to
-    logits, and is the map. Single-channel branches, all upsampled bilinearly to the image: B1 on conv4_3 / layer3's first block, B2 on
-    conv5_3 / layer3, C on the layer before S. B2 learns from seeds of minmax(S_y) by (spg_h1, spg_l1), B1 from those of sigmoid(B2) by (h2, l2),
+    logits, and is the map. Single-channel branches, all upsampled bilinearly to the image: B1 on pool4 /
+    layer3's first block, B2 on conv5_3 / layer3, C on the layer before S. B2 learns from seeds of minmax(S_y) by (spg_h1, spg_l1), B1 from those of sigmoid(B2) by (h2, l2),
     C from those of the mean of sigmoid(B1) and sigmoid(B2) by (h3, l3); seeds are detached, pixels that are none do not count.
+    VGG16's pool4, and no other, is 3 x 3 with padding 1. The new convolutions' initialization is the common
+    code's: Xavier's uniform one, biases 0.
     The search: (.29,.23)(.03,.02)(.82,.59), (.41,.35)(.24,.21)(.12,.08); the authors' first pair is (.7,.05).
-    Our choice: B1 is taken before pool4, maps are upsampled before the min-max, and each cross-entropy is a mean over the batch's seeds.
     """
 
     allowed = {f"spg_{end}{i}": (0, 1) for i in (1, 2, 3) for end in "hl"}
@@ -469,6 +471,8 @@ class SPG(CAM, name="spg"):
         model = super().network(num_classes)
         vgg = isinstance(model, VGG16GAP)
         channels, _ = take_head_off(model)
+        if vgg and isinstance(model.features[model.dropout_at], nn.MaxPool2d):  # stride 8 has no pool4
+            model.features[model.dropout_at] = nn.MaxPool2d(3, stride=2, padding=1)
         hidden, inner = (channels, channels) if vgg else (512, 1024)  # of the branches; in front of B1 and B2
         model.a3 = head(channels, [hidden, hidden]) if vgg else nn.Identity()
         model.a4 = head(channels, [], num_classes)
@@ -479,7 +483,8 @@ class SPG(CAM, name="spg"):
 
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
         c, (layers, place) = self.c, backbone(model)
-        first, second = (place[name] for name in (("conv4_3", "conv5_3") if isinstance(model, VGG16GAP) else ("layer3.0", "layer3")))
+        names = ("pool4", "conv5_3") if isinstance(model, VGG16GAP) else ("layer3.0", "layer3")
+        first, second = (place[name] for name in names)
         a1 = layers[:first](images)
         a2 = layers[first:second](a1)
         a3 = model.a3(layers[second:](a2))
@@ -550,16 +555,18 @@ def take_head_off(model: GAPNetwork) -> tuple[int, int]:
 
 
 def head(channels: int, hidden: list[int], out: int | None = None) -> nn.Sequential:
-    """A 3 x 3 convolution and ReLU for each of `hidden`, and a 1 x 1 to `out` channels."""
+    """A 3 x 3 convolution and ReLU for each of `hidden`, and a 1 x 1 to `out` channels.
+
+    Xavier's uniform initialization, biases 0: the common code's for ACoL and SPG.
+    """
     layers: list[nn.Module] = []
     for c in hidden:
         layers += [nn.Conv2d(channels, c, 3, padding=1), nn.ReLU(inplace=True)]
-        nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")
         channels = c
     if out is not None:
         layers.append(nn.Conv2d(channels, out, 1))
-        nn.init.normal_(layers[-1].weight, std=0.01)
     for layer in layers[::2]:
+        nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 

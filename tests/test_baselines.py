@@ -581,6 +581,30 @@ def test_log_spaced_thresholds_of_a_probability():
 # --------------------------------------------------------------------------------------------------------------------- SPG
 
 
+def test_spg_s_vgg16_without_pool4():
+    """Stride 8: B1 sees conv4_3, and the map is as large as the vanilla one."""
+    method, model = make("spg", stride=8)
+    seen = []
+    model.b1.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape))
+    method.losses(model.train(), images(), LABELS, 1)
+    assert seen == [(2, 32, 8, 8)] and method.predict(model, images())[1].shape == (2, 8, 8)
+
+
+@pytest.mark.parametrize("arch", ["vgg16", "resnet50"])
+@pytest.mark.parametrize("name", ["acol", "spg"])
+def test_new_convolutions_start_from_xavier_s_uniform_distribution(name, arch):
+    _, model = make(name, arch)
+    heads = ("head_a", "head_b") if name == "acol" else ("a3", "a4", "b1", "b2", "b", "c")
+    layers = [layer for head in heads for layer in getattr(model, head).modules()]
+    convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+    assert len(convolutions) == {"acol": 6, "spg": 9 if arch == "vgg16" else 7}[name]
+    for layer in convolutions:
+        bound = (6 / (layer.kernel_size[0] ** 2 * (layer.in_channels + layer.out_channels))) ** 0.5
+        largest, deviation = layer.weight.abs().max(), layer.weight.square().mean().sqrt()
+        assert 0.8 * bound < largest <= bound and deviation.item() == pytest.approx(bound / 3**0.5, rel=0.3)
+        assert not layer.bias.any()
+
+
 def test_seeds_by_hand():
     values = torch.linspace(0, 1, 101)  # 0.00, 0.01, ..., 1.00
     found = seeds(values.view(1, 101, 1), high=0.655, low=0.105)[0, :, 0]
@@ -615,8 +639,8 @@ def test_spg_s_three_guidances(arch):
             getattr(network, name)[-1].weight.data *= 100
     losses = method.losses(model.train(), images(), LABELS, 1)
     if arch == "vgg16":
-        a1 = again.features[:23](images())  # conv4_3's ReLU, before pool4
-        a2 = again.features[23:](a1)
+        a1 = nnf.max_pool2d(again.features[:23](images()), 3, 2, 1)  # pool4 alone is 3 x 3
+        a2 = again.features[24:](a1)
         a3 = again.a3(a2)
     else:
         x = again.layer2(again.layer1(again.maxpool(again.relu(again.bn1(again.conv1(images()))))))
