@@ -676,6 +676,76 @@ def test_spg_s_three_guidances(arch):
         close(maps, torch.stack([s[n, y] for n, y in enumerate(LABELS)]))
 
 
+# ------------------------------------------------------------------------ against numbers of other people's code
+
+# Each file holds numbers that the other code gave in float64, and nothing of that code.
+AUTHORS_TRAINING = json.loads(Path(__file__).with_name("authors_training.json").read_text())
+COMMON_CODE_LOSSES = json.loads(Path(__file__).with_name("common_code_losses.json").read_text())
+
+
+def weighted_layers(model):
+    return [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_the_authors_training():
+    """Loss, terms, final weights and maps of their released code on drawn numbers; five steps are warm."""
+    values = {"lr": 0.001, "lr_new": 0.005, "p": 1.0, "warm_epochs": 5, "width": 1.0}
+    method, model = make("bridge", num_classes=10, **values)
+    c, rng = method.c, np.random.RandomState(7)
+    *convolutions, fc = weighted_layers(model)
+    with torch.no_grad():
+        for layer in convolutions:
+            o, i, _, _ = layer.weight.shape
+            layer.weight.copy_(torch.from_numpy(rng.randn(o, i, 3, 3) * np.sqrt(2 / (9 * i))))
+            layer.bias.zero_()
+        fc.weight.copy_(torch.from_numpy(rng.randn(10, 1024) * 0.01))
+    pictures, labels = torch.from_numpy(rng.randn(80, 3, 64, 64)), torch.from_numpy(rng.randint(0, 10, 80))
+
+    keys = ("lr", "lr_new", "momentum", "nesterov", "weight_decay")
+    optimizer = optim.build_optimizer(model.train(), "vgg16", **{key: getattr(c, key) for key in keys})
+    for step, expected in enumerate(AUTHORS_TRAINING["steps"]):
+        batch = slice(4 * step, 4 * step + 4)
+        losses = method.losses(model, pictures[batch], labels[batch], epoch=step + 1)
+        loss = total(losses)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found = {"loss": loss.item()} | {name: value.item() for name, (_, value) in losses.terms.items()}
+        assert found.keys() == (expected.keys() if step >= 5 else {"loss", "l_ce", "l_drop"})
+        assert found == pytest.approx({key: expected[key] for key in found}, rel=1e-9, abs=1e-9), step
+
+    norms = [layer.weight.norm().item() for layer in (*convolutions, fc)]
+    assert norms == pytest.approx(AUTHORS_TRAINING["norms"], rel=1e-9)
+    with torch.inference_mode():
+        _, maps = method.predict(model.eval(), pictures[:4], labels[:4])
+    assert normalize(maps).mean((1, 2)).tolist() == pytest.approx(AUTHORS_TRAINING["cam"], rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, values, n, side", [
+    ("acol", {"acol_delta": 0.7}, 6, 64),
+    ("adl_0", {"adl_rate": 0.0}, 6, 64),
+    ("adl_1", {"adl_rate": 1.0}, 6, 64),
+    ("spg", {}, 2, 224),
+])
+def test_losses_and_gradients_of_the_common_code(name, values, n, side):
+    method, model = make(name.split("_")[0], num_classes=10, width=1.0, **values)
+    layers, rng = weighted_layers(model), np.random.RandomState(11)
+    with torch.no_grad():
+        for layer in layers:
+            fan_in = layer.weight[0].numel()
+            layer.weight.copy_(torch.from_numpy(rng.randn(*layer.weight.shape) * np.sqrt(2 / fan_in)))
+            layer.bias.copy_(torch.from_numpy(rng.randn(len(layer.bias)) * 0.01))
+    pictures, labels = torch.from_numpy(rng.randn(n, 3, side, side)), torch.from_numpy(rng.randint(0, 10, n))
+    loss = total(method.losses(model.train(), pictures, labels, epoch=1))
+    loss.backward()
+    expected = COMMON_CODE_LOSSES[name]
+    assert loss.item() == pytest.approx(expected["loss"], rel=1e-9)
+    norms = [layer.weight.grad.norm().item() for layer in layers]
+    assert norms == pytest.approx(expected["gradient_norms"], rel=1e-9)
+
+
 # ------------------------------------------------------------------------------------------------- percentiles of evaluate
 
 
