@@ -29,6 +29,7 @@ from bridge_wsol.boxes import LEVELS, fixed_level, level_boxes, scale_boxes
 from bridge_wsol.data import (
     Masks, Split, decode, image_files, load_masks, load_rgb, load_score_map, load_splits, test_loader, to_input,
 )
+from bridge_wsol.losses import full_precision
 from bridge_wsol.metrics import BoxAccuracy, Localization, PixelAveragePrecision, label_ranks, localize, top_k_accuracy
 from bridge_wsol.models import restore_weights
 from bridge_wsol.utils import (
@@ -125,7 +126,7 @@ def network_maps(
             logits, maps = method.predict(model, to_input(images, device), labels.to(device))
         if normalization is not None:
             maps = cam.normalize(cam.resize(maps, image_size, method.upsampling), normalization, percentile)
-        logits = logits.float().cpu().numpy()
+        logits = full_precision(logits).cpu().numpy()
         ranks = label_ranks(logits, labels.numpy())
         yield MapBatch(indices.tolist(), maps.cpu().numpy(), ranks.tolist(), logits.argmax(1).tolist())
 
@@ -525,7 +526,7 @@ def localize_images(args: argparse.Namespace, model: nn.Module, method: CAM, che
         picture = image.resize((size, size), Image.Resampling.BILINEAR)
         with autocast(device, args.amp):
             logits, maps = method.predict(model, to_input(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], device))
-        probabilities = logits[0].float().softmax(0)
+        probabilities = full_precision(logits[0]).softmax(0)
         top = probabilities.topk(min(5, len(probabilities)))
         score_map = cam.normalize(cam.resize(maps, size, method.upsampling), args.normalize, args.percentile)[0].cpu().numpy()
         at = fixed_level(score_map, threshold) if level is None else level

@@ -9,6 +9,8 @@ The paper's method is `Bridge`; the others are those it is compared with, all on
 learning rates. Where the literature leaves something unsaid, the docstring says "our choice". "The common code" is that of Choe et al.'s
 evaluation, "the search" what public scripts give as its tuned values for CUB: (VGG16), (ResNet50).
 
+Losses and maps are computed in float32 under autocast too, those of a float64 network in float64.
+
     python -m bridge_wsol.baselines --seeds 0 1 2                          every method on the demo, one table
     python -m bridge_wsol.baselines --methods cam adl+ivr bridge bridge:lambda_sim=0 --dataset CUB --arch vgg16
 """
@@ -29,7 +31,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from .cam import NORMALIZATIONS, class_activation_map, resize
-from .losses import alignment_losses, consistency_loss, minmax
+from .losses import alignment_losses, consistency_loss, full_precision, minmax
 from .models import GAPNetwork, Output, VGG16GAP, build_model
 from .optim import OURS, image_size
 from .utils import InputError, Parser, alone, one_line_errors, write_json, write_text
@@ -91,10 +93,13 @@ class CAM:
         return Losses(self.terms(model, output, labels, epoch), output.logits)
 
     def terms(self, model: nn.Module, output: Output, labels: Tensor, epoch: int) -> dict[str, tuple[float, Tensor]]:
-        return {"l_ce": (1.0, nnf.cross_entropy(output.logits.float(), labels))}
+        return {"l_ce": (1.0, nnf.cross_entropy(full_precision(output.logits), labels))}
 
     def predict(self, model: nn.Module, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(logits N x K, maps N x h x w float32, unbounded) of a network in eval mode; the maps of `labels`, or of the first predictions."""
+        """(logits N x K, maps N x h x w, unbounded) of a network in eval mode.
+
+        The maps are those of `labels`, or of the first predictions.
+        """
         output = self.forward(model, images)
         labels = output.logits.argmax(1) if labels is None else labels
         return output.logits, class_activation_map(output.features, model.fc.weight, labels)
@@ -139,7 +144,8 @@ class ACoL(CAM, name="acol"):
     normalized, is at least acol_delta. L = CE(GAP S_A, y) + CE(GAP S_B, y). No gradient passes through the mask; X is not detached, so both
     heads train the backbone. The map is the element-wise maximum of the two, each min-max normalized; the prediction is A's.
     VGG16 pools 3 x 3 with padding 1, and X is conv5_3 after a max- and a mean-pool, both 3 x 3 at stride 1; ResNet50's X is layer4's output.
-    acol_delta: the authors' 0.6, the common code's 0.7, the search's (0.89), (0.57). Our choice: the heads' initialization, He's.
+    acol_delta: the authors' 0.6, the common code's 0.7, the search's (0.89), (0.57).
+    The heads' initialization is the common code's: Xavier's uniform one, biases 0.
     """
 
     allowed = {"acol_delta": (0, 1)}
@@ -161,12 +167,15 @@ class ACoL(CAM, name="acol"):
         return model
 
     def branches(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(S_A, S_B, each N x K x H x W float32; the labels by which X was erased for B: A's first predictions where there are none)."""
+        """(S_A, S_B, each N x K x H x W; the labels by which X was erased for B).
+
+        Without labels they are A's first predictions.
+        """
         x = model.pool(model(images).features)
-        s_a = model.head_a(x).float()
+        s_a = full_precision(model.head_a(x))
         labels = s_a.mean((2, 3)).argmax(1) if labels is None else labels
         erased = minmax(of_class(s_a, labels)) >= self.c.acol_delta
-        return s_a, model.head_b(x.masked_fill(erased[:, None], 0)).float(), labels
+        return s_a, full_precision(model.head_b(x.masked_fill(erased[:, None], 0))), labels
 
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
         logits_a, logits_b = (s.mean((2, 3)) for s in self.branches(model, images, labels)[:2])
@@ -210,7 +219,7 @@ def attention_dropout(z: Tensor, gamma: float, rate: float) -> Tensor:
 
     Gradient flows to z through the product and the importance map, not through the mask. The draw: torch's default generator.
     """
-    a = z.float().mean(1, keepdim=True)  # N x 1 x H x W
+    a = full_precision(z).mean(1, keepdim=True)  # N x 1 x H x W
     if torch.rand(()) < rate:
         return z * (a < gamma * a.amax((2, 3), keepdim=True))
     return z * a.sigmoid().to(z.dtype)
@@ -237,11 +246,11 @@ class EIL(CAM, name="eil"):
         split = place["pool4" if isinstance(model, VGG16GAP) else "layer3"]
         z = layers[:split](images)
         u = model.fc(layers[split:](z).mean((2, 3)))
-        a = z.float().mean(1, keepdim=True)  # N x 1 x H x W
+        a = full_precision(z).mean(1, keepdim=True)  # N x 1 x H x W
         with kept_statistics(model):
             e = model.fc(layers[split:](z.masked_fill(a >= self.c.eil_gamma * a.amax((2, 3), keepdim=True), 0)).mean((2, 3)))
-        erased = nnf.cross_entropy(e.float(), labels)
-        return Losses({"l_ce": (1.0, nnf.cross_entropy(u.float(), labels)), "l_erased": (self.c.eil_lambda, erased)}, u)
+        kept, erased = (nnf.cross_entropy(full_precision(logits), labels) for logits in (u, e))
+        return Losses({"l_ce": (1.0, kept), "l_erased": (self.c.eil_lambda, erased)}, u)
 
 
 @contextmanager
@@ -374,11 +383,13 @@ class PaS(CAM, name="pas"):
 
 
 def thresholded_average(features: Tensor, theta: float) -> Tensor:
-    """Of each channel the mean over the locations above theta * its maximum, 0 where there is none: N x C x H x W, >= 0 -> N x C, float32.
+    """Of each channel the mean over the locations above theta * its maximum, 0 where there is none.
+
+    features N x C x H x W, >= 0 -> N x C.
 
     Gradient flows to the kept values; threshold and count are constants for it.
     """
-    features = features.float()
+    features = full_precision(features)
     keep = features > theta * features.amax((2, 3), keepdim=True)
     return torch.where(keep, features, 0).sum((2, 3)) / keep.sum((2, 3)).clamp(min=1)
 
@@ -411,13 +422,13 @@ class CALM(CAM, name="calm"):
         return model
 
     def log_joint(self, model: nn.Module, images: Tensor) -> Tensor:
-        """log p(y,z|x), N x K x H x W, float32."""
+        """log p(y,z|x), N x K x H x W."""
         features = model(images).features
         classes = nnf.conv2d(features, model.fc.weight[:, :, None, None], model.fc.bias)
-        s = nnf.softplus(model.location(features).float())  # N x 1 x H x W
+        s = nnf.softplus(full_precision(model.location(features)))  # N x 1 x H x W
         total = s.sum((2, 3), keepdim=True)
         p_z = s / (total.detach() if self.c.calm_normalizer == "detached" else total)
-        return classes.float().log_softmax(1) + torch.where(p_z < 1e-8, p_z + 1e-8, p_z).log()
+        return full_precision(classes).log_softmax(1) + torch.where(p_z < 1e-8, p_z + 1e-8, p_z).log()
 
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
         log_joint = self.log_joint(model, images)
@@ -440,11 +451,12 @@ class SPG(CAM, name="spg"):
     """Self-produced guidance (Zhang et al., ECCV 2018), as in the common code: L = CE + three binary cross-entropies with `seeds`.
 
     The classifier's map S (VGG16: two 3 x 3 convolutions and a 1 x 1 in place of conv6 and fc; ResNet50: a 1 x 1 on layer4) is averaged to
-    logits, and is the map. Single-channel branches, all upsampled bilinearly to the image: B1 on conv4_3 / layer3's first block, B2 on
-    conv5_3 / layer3, C on the layer before S. B2 learns from seeds of minmax(S_y) by (spg_h1, spg_l1), B1 from those of sigmoid(B2) by (h2, l2),
+    logits, and is the map. Single-channel branches, all upsampled bilinearly to the image: B1 on pool4 /
+    layer3's first block, B2 on conv5_3 / layer3, C on the layer before S. B2 learns from seeds of minmax(S_y) by (spg_h1, spg_l1), B1 from those of sigmoid(B2) by (h2, l2),
     C from those of the mean of sigmoid(B1) and sigmoid(B2) by (h3, l3); seeds are detached, pixels that are none do not count.
+    VGG16's pool4, and no other, is 3 x 3 with padding 1. The new convolutions' initialization is the common
+    code's: Xavier's uniform one, biases 0.
     The search: (.29,.23)(.03,.02)(.82,.59), (.41,.35)(.24,.21)(.12,.08); the authors' first pair is (.7,.05).
-    Our choice: B1 is taken before pool4, maps are upsampled before the min-max, and each cross-entropy is a mean over the batch's seeds.
     """
 
     allowed = {f"spg_{end}{i}": (0, 1) for i in (1, 2, 3) for end in "hl"}
@@ -459,6 +471,8 @@ class SPG(CAM, name="spg"):
         model = super().network(num_classes)
         vgg = isinstance(model, VGG16GAP)
         channels, _ = take_head_off(model)
+        if vgg and isinstance(model.features[model.dropout_at], nn.MaxPool2d):  # stride 8 has no pool4
+            model.features[model.dropout_at] = nn.MaxPool2d(3, stride=2, padding=1)
         hidden, inner = (channels, channels) if vgg else (512, 1024)  # of the branches; in front of B1 and B2
         model.a3 = head(channels, [hidden, hidden]) if vgg else nn.Identity()
         model.a4 = head(channels, [], num_classes)
@@ -469,11 +483,12 @@ class SPG(CAM, name="spg"):
 
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
         c, (layers, place) = self.c, backbone(model)
-        first, second = (place[name] for name in (("conv4_3", "conv5_3") if isinstance(model, VGG16GAP) else ("layer3.0", "layer3")))
+        names = ("pool4", "conv5_3") if isinstance(model, VGG16GAP) else ("layer3.0", "layer3")
+        first, second = (place[name] for name in names)
         a1 = layers[:first](images)
         a2 = layers[first:second](a1)
         a3 = model.a3(layers[second:](a2))
-        s = model.a4(a3).float()
+        s = full_precision(model.a4(a3))
         logits = s.mean((2, 3))
 
         def full(x: Tensor) -> Tensor:
@@ -489,7 +504,7 @@ class SPG(CAM, name="spg"):
         return Losses({name: (1.0, value) for name, value in terms.items()}, logits)
 
     def predict(self, model: nn.Module, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        s = model.a4(model.a3(model(images).features)).float()
+        s = full_precision(model.a4(model.a3(model(images).features)))
         logits = s.mean((2, 3))
         return logits, of_class(s, logits.argmax(1) if labels is None else labels)
 
@@ -501,7 +516,8 @@ def seeds(maps: Tensor, high: float, low: float) -> Tensor:
     """
     few = (maps > high).sum((1, 2)) < 30
     high = torch.where(few, 0.7 * maps.amax((1, 2)), high)[:, None, None]
-    return torch.where(maps < low, 0.0, torch.where(maps > high, 1.0, -1.0))
+    # In the maps' type: PyTorch computes a binary cross-entropy in its target's.
+    return torch.where(maps < low, 0.0, torch.where(maps > high, 1.0, -1.0)).to(maps.dtype)
 
 
 def seed_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -539,16 +555,18 @@ def take_head_off(model: GAPNetwork) -> tuple[int, int]:
 
 
 def head(channels: int, hidden: list[int], out: int | None = None) -> nn.Sequential:
-    """A 3 x 3 convolution and ReLU for each of `hidden`, and a 1 x 1 to `out` channels."""
+    """A 3 x 3 convolution and ReLU for each of `hidden`, and a 1 x 1 to `out` channels.
+
+    Xavier's uniform initialization, biases 0: the common code's for ACoL and SPG.
+    """
     layers: list[nn.Module] = []
     for c in hidden:
         layers += [nn.Conv2d(channels, c, 3, padding=1), nn.ReLU(inplace=True)]
-        nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")
         channels = c
     if out is not None:
         layers.append(nn.Conv2d(channels, out, 1))
-        nn.init.normal_(layers[-1].weight, std=0.01)
     for layer in layers[::2]:
+        nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 

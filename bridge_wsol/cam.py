@@ -1,4 +1,7 @@
-"""From features to score maps: the class activation map, its three factors (Fig. A3), resize and normalization."""
+"""From features to score maps: class activation map, its three factors (Fig. A3), resize and normalization.
+
+Everything is computed and returned in float32, float64 input in float64.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from .losses import cosine_map, feature_norm, minmax
+from .losses import cosine_map, feature_norm, full_precision, minmax
 
 NORMALIZATIONS = ("minmax", "max", "pas", "ivr", "log")
 PERCENTILES = {"pas": 0.9, "ivr": 0.45}  # of the normalizations that have one, unless another is given: both from their authors' code
@@ -23,9 +26,12 @@ class Factors(NamedTuple):
 
 
 def class_activation_map(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """CAM(u) = w_y . f_u, without the bias: features N x C x H x W, weight K x C, labels N -> N x H x W, float32, unbounded."""
+    """CAM(u) = w_y . f_u, without the bias, unbounded.
+
+    features N x C x H x W, weight K x C, labels N -> N x H x W.
+    """
     with torch.autocast(features.device.type, enabled=False):
-        return torch.einsum("nc,nchw->nhw", weight[labels].float(), features.float())
+        return torch.einsum("nc,nchw->nhw", full_precision(weight[labels]), full_precision(features))
 
 
 def decompose(features: Tensor, weight: Tensor, labels: Tensor) -> Factors:
@@ -34,23 +40,24 @@ def decompose(features: Tensor, weight: Tensor, labels: Tensor) -> Factors:
     Differentiable, with the zero-vector rule of `losses.cosine_map`.
     """
     w_y = weight[labels]  # N x C
-    return Factors(
-        torch.linalg.vector_norm(w_y.float(), dim=1), feature_norm(features), cosine_map(features, w_y[:, None])[:, 0]
-    )
+    norm = torch.linalg.vector_norm(full_precision(w_y), dim=1)
+    return Factors(norm, feature_norm(features), cosine_map(features, w_y[:, None])[:, 0])
 
 
 def resize(maps: Tensor, size: int, mode: str = "bicubic") -> Tensor:
-    """N x H x W -> N x size x size, float32, half-pixel centres, no antialiasing. Bicubic (a = -0.75) is the protocol's.
+    """N x H x W -> N x size x size, half-pixel centres, no antialiasing.
 
+    Bicubic (a = -0.75) is the protocol's.
     Bicubic may overshoot the range of its input; normalize afterwards.
     """
+    maps = full_precision(maps)
     if maps.shape[1:] == (size, size):
-        return maps.float()
-    return nnf.interpolate(maps.float()[:, None], (size, size), mode=mode, align_corners=False)[:, 0]
+        return maps
+    return nnf.interpolate(maps[:, None], (size, size), mode=mode, align_corners=False)[:, 0]
 
 
 def normalize(maps: Tensor, how: str = "minmax", percentile: float | None = None) -> Tensor:
-    """Normalization of each map to [0, 1]: N x H x W -> the same shape, float32. Apply after `resize`.
+    """Normalization of each map to [0, 1]: N x H x W -> the same shape. Apply after `resize`.
 
     minmax  (M - min) / (max - min): the protocol's, and this method's
     max     max(M, 0) / max M
@@ -66,7 +73,7 @@ def normalize(maps: Tensor, how: str = "minmax", percentile: float | None = None
     q = PERCENTILES.get(how, 0.0) if percentile is None else percentile
     if not 0 <= q < 1:
         raise ValueError(f"percentile must be in [0, 1), got {q}")
-    maps = maps.float()
+    maps = full_precision(maps)
     usable = maps.isfinite().flatten(1).all(1) & (maps.flatten(1).amax(1) > maps.flatten(1).amin(1))
     maps = torch.where(usable[:, None, None], maps, 0)
     if how == "minmax":

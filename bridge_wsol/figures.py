@@ -420,7 +420,7 @@ def factors(run: Run, batch: Batch) -> cam.Factors:
     if batch.features is None or not isinstance(layer, nn.Linear) or layer.in_features != batch.features.shape[1]:
         raise InputError(f"{run.folder}: --method {run.config['method']} has no linear classifier over its features, so its map has no factors F and S")
     with torch.inference_mode():
-        return cam.decompose(batch.features.float(), layer.weight, batch.labels)
+        return cam.decompose(batch.features, layer.weight, batch.labels)
 
 
 def score_maps(maps: Tensor, run: Run, mode: str = "bicubic") -> np.ndarray:
@@ -508,7 +508,7 @@ def histogram(args: argparse.Namespace) -> list[Path]:
         for batch in predictions(run, args):
             if batch.features is None:
                 raise InputError(f"{run.folder}: --method {run.config['method']} gives no feature map")
-            largest.append(feature_norm(batch.features.float()).amax((1, 2)).cpu().numpy().astype(float))
+            largest.append(feature_norm(batch.features).amax((1, 2)).cpu().numpy().astype(float))
         values[i, run.name] = np.concatenate(largest)
     edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=args.bins)
     entries, written = [], []

@@ -25,7 +25,7 @@ def feature_norm(features: Tensor) -> Tensor:
 
     Differentiable; at a zero vector the gradient is 0 (a subgradient of the norm).
     """
-    return torch.linalg.vector_norm(_full_precision(features), dim=1)
+    return torch.linalg.vector_norm(full_precision(features), dim=1)
 
 
 def minmax(x: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def minmax(x: Tensor) -> Tensor:
     Gradient flows through the value, the minimum and the maximum. A map that is constant to the precision of its type
     becomes 0 everywhere and passes no gradient.
     """
-    x = _full_precision(x)
+    x = full_precision(x)
     low, high = x.amin((-2, -1), keepdim=True), x.amax((-2, -1), keepdim=True)
     info = torch.finfo(x.dtype)
     # A spread of one rounding step is noise, and its reciprocal (the gradient) would drown everything else.
@@ -55,10 +55,10 @@ def cosine_map(features: Tensor, weight: Tensor) -> Tensor:
     if weight.dim() not in (2, 3) or weight.shape[-1] != features.shape[1]:
         raise ValueError(f"weight must be K x C or N x M x C with C = {features.shape[1]}, got {tuple(weight.shape)}")
     with torch.autocast(features.device.type, enabled=False):
-        norm, weight = feature_norm(features)[:, None], _full_precision(weight)
+        norm, weight = feature_norm(features)[:, None], full_precision(weight)
         # w is made a unit vector, f is not: dividing the product by |f| spares a second map of N x C x H x W.
         unit_w = _divide(weight, torch.linalg.vector_norm(weight, dim=-1, keepdim=True))
-        projection = unit_w @ _full_precision(features).flatten(2)  # N x K x HW
+        projection = unit_w @ full_precision(features).flatten(2)  # N x K x HW
         return _divide(projection.unflatten(2, features.shape[2:]), norm)
 
 
@@ -103,7 +103,7 @@ def attentive_dropout(features: Tensor, gamma: float, p: float) -> Tensor:
     if p == 0:
         return features
     with torch.no_grad():
-        m = _full_precision(features).mean(1, keepdim=True)  # N x 1 x H x W
+        m = full_precision(features).mean(1, keepdim=True)  # N x 1 x H x W
         candidate = m > gamma * m.amax((2, 3), keepdim=True)
         dropped = candidate & (torch.rand_like(m) < p)
     return features.masked_fill(dropped, 0)
@@ -114,11 +114,12 @@ def consistency_loss(features: Tensor, features_dropped: Tensor) -> Tensor:
 
     Gradient flows through both passes.
     """
-    return nnf.l1_loss(_full_precision(features_dropped), _full_precision(features))
+    return nnf.l1_loss(full_precision(features_dropped), full_precision(features))
 
 
-def _full_precision(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+def full_precision(x: Tensor) -> Tensor:
+    """float64 stays float64; every other type becomes float32. Shape unchanged, differentiable."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _divide(x: Tensor, norm: Tensor) -> Tensor:

@@ -29,6 +29,34 @@ def test_maps_are_float32_under_autocast():
     assert {x.dtype for x in factors} == {torch.float32}
 
 
+def test_float64_stays_float64():
+    """Map, factors, resize and normalizations against NumPy's."""
+    rng = np.random.default_rng(0)
+    features, weight, labels = np.abs(rng.normal(size=(2, 8, 14, 14))), rng.normal(size=(3, 8)), [2, 0]
+    tensors = torch.tensor(features), torch.tensor(weight), torch.tensor(labels)
+    expected = np.einsum("nc,nchw->nhw", weight[labels], features)
+    norm, F = np.linalg.norm(weight[labels], axis=1), np.linalg.norm(features, axis=1)
+    maps, factors = class_activation_map(*tensors), decompose(*tensors)
+    kernel = bicubic_matrix(14, 56)
+    large = kernel @ expected @ kernel.T
+    low, high = (f(large, axis=(1, 2), keepdims=True) for f in (np.min, np.max))
+    at_90, at_45 = (np.sort(large.reshape(2, -1))[:, int(q * 56**2), None, None] for q in (0.9, 0.45))
+    for ours, theirs in (
+        (maps, expected),
+        (factors.weight_norm, norm),
+        (factors.F, F),
+        (factors.S, expected / (norm[:, None, None] * F)),
+        (resize(maps, 14), expected),
+        (resize(maps, 56), large),
+        (normalize(resize(maps, 56), "minmax"), (large - low) / (high - low)),
+        (normalize(resize(maps, 56), "max"), large.clip(0) / high),
+        (normalize(resize(maps, 56), "pas"), ((large - low) / (at_90 - low)).clip(max=1)),
+        (normalize(resize(maps, 56), "ivr"), (large - at_45).clip(0) / (high - at_45)),
+        (normalize(resize(maps, 56), "log"), 1 + np.log10(large.clip(1e-7, 1)) / 7),
+    ):
+        torch.testing.assert_close(ours, torch.tensor(theirs), rtol=1e-12, atol=1e-12)
+
+
 def bicubic_matrix(n, size):
     """Rows of the 1-D bicubic resize n -> size: a = -0.75, half-pixel centres, borders repeated."""
     a, matrix = -0.75, np.zeros((size, n))

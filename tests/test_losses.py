@@ -101,6 +101,13 @@ def test_alignment_losses_equal_the_formulas(norm_class, dtype, tolerance):
         assert [float(x) for x in got] == pytest.approx(expected, abs=tolerance)
 
 
+def test_float64_stays_and_less_than_float32_becomes_float32():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        found = losses.full_precision(torch.tensor([1.5], dtype=dtype, requires_grad=True))
+        assert found.dtype == (dtype if dtype == torch.float64 else torch.float32)
+        assert found.requires_grad and found.item() == 1.5
+
+
 def test_gradients_equal_finite_differences():
     generator = torch.Generator().manual_seed(1)
     features = (torch.rand(2, 3, 3, 4, generator=generator, dtype=torch.float64) + 0.1).requires_grad_()
