@@ -452,7 +452,8 @@ class SPG(CAM, name="spg"):
 
     The classifier's map S (VGG16: two 3 x 3 convolutions and a 1 x 1 in place of conv6 and fc; ResNet50: a 1 x 1 on layer4) is averaged to
     logits, and is the map. Single-channel branches, all upsampled bilinearly to the image: B1 on pool4 /
-    layer3's first block, B2 on conv5_3 / layer3, C on the layer before S. B2 learns from seeds of minmax(S_y) by (spg_h1, spg_l1), B1 from those of sigmoid(B2) by (h2, l2),
+    layer3's first block, B2 on conv5_3 / layer3, C on the layer before S.
+    B2 learns from seeds of minmax(S_y) by (spg_h1, spg_l1), B1 from those of sigmoid(B2) by (h2, l2),
     C from those of the mean of sigmoid(B1) and sigmoid(B2) by (h3, l3); seeds are detached, pixels that are none do not count.
     VGG16's pool4, and no other, is 3 x 3 with padding 1. The new convolutions' initialization is the common
     code's: Xavier's uniform one, biases 0.

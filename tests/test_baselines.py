@@ -676,7 +676,7 @@ def test_spg_s_three_guidances(arch):
         close(maps, torch.stack([s[n, y] for n, y in enumerate(LABELS)]))
 
 
-# ------------------------------------------------------------------------ against numbers of other people's code
+# --------------------------------------------------------------------- against numbers of other people's code
 
 # Each file holds numbers that the other code gave in float64, and nothing of that code.
 AUTHORS_TRAINING = json.loads(Path(__file__).with_name("authors_training.json").read_text())
