@@ -12,12 +12,13 @@ Writes --out (default runs/DATASET_ARCH_METHOD): config.json, log.jsonl, last.pt
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Iterable, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,99 +28,40 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from bridge_wsol import optim
-from bridge_wsol.baselines import CAM, METHODS, Losses
-from bridge_wsol.data import load_splits, resized_pixels, test_loader, to_input, train_loader
-from bridge_wsol.datasets import download_cub
-from bridge_wsol.models import ARCHS, load_pretrained, restore_weights
-from bridge_wsol.utils import (
-    InputError, Parser, Stopped, StopRequest, autocast, default_workers, environment, first_process_first, gathered, join_processes,
-    keep_freed_memory, leave_processes, load_tensors, one_line_errors, random_states, rank, resolve_device, save_checkpoint,
-    seed_everything, set_random_states, world_size, write_json, write_text,
+from bridge_wsol.baselines import METHODS
+from bridge_wsol.data import resized_pixels, test_loader, to_input, train_loader
+from bridge_wsol.datasets import download_cub, is_folder, load_splits
+from bridge_wsol.evaluation import (
+    evaluate_maps,
+    load_run,
+    network_maps,
+    selection_score,
+    table,
+    write_results,
 )
-from evaluate import evaluate_maps, load_run, network_maps, selection_score, table, write_results
-
-# What is no preset's business. None: decided by the data (val_per_class) or the machine (workers).
-DEFAULTS = {
-    "data_root": "data", "splits": "data_splits", "weights": "imagenet", "seed": 0, "val_every": 1, "val_per_class": None,
-    "workers": default_workers(), "device": "auto", "amp": "auto", "cache": None,
-}
-# A resumed run may have others of these than the interrupted one: they change where, how fast and how long it runs, not what it computes.
-FREE_ON_RESUME = ("epochs", "val_every", "workers", "device", "amp", "cache", "data_root", "splits")
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--dataset", default="demo", help="demo (default, drawn on first use), CUB, ILSVRC, OpenImages, or a folder with one sub-folder of images a class")
-    parser.add_argument("--download", action="store_true", default=False, help="fetch CUB_200_2011 into --data-root where it is not there yet")
-    parser.add_argument("--arch", choices=ARCHS, default="vgg16")
-    parser.add_argument("--method", choices=METHODS, default="bridge", help="cam: the vanilla classifier")
-    parser.add_argument("--out", type=Path, default=None, help="default: runs/DATASET_ARCH_METHOD")
-    parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out, with its values")
-    parser.add_argument("--data-root", metavar="DIR", help="the data set as distributed (default data)")
-    parser.add_argument("--splits", metavar="DIR", help="lists of images, labels and boxes (default data_splits)")
-    parser.add_argument("--weights", metavar="W", help="imagenet (torchvision's, the default but for demo), none, or a file of them")
-    parser.add_argument("--val-per-class", type=int, metavar="N", help="hold N images a class out from train for val (2 where val has no list)")
-    parser.add_argument("--val-every", type=int, metavar="N", help="choose the best among every N-th epoch and the last (default 1; demo: the last)")
-    parser.add_argument("--seed", type=int, metavar="N")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that load images, and as many that sweep maps (default: one a core, at most 8)")
-    parser.add_argument("--cache", metavar="DIR", help="keep the resized training images there, decoded once: 0.2 MB an image")
-    parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--amp", choices=("auto", "bf16", "off"), help="auto (default): bf16 on GPUs and CPUs with instructions for it")
-    group = parser.add_argument_group("preset values, under their paper names (default: bridge_wsol/optim.py for --dataset and --arch)")
-    for name in ("epochs", "warm_epochs", "batch_size", "warm_batch_size"):
-        group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
-    for name in ("lr", "lr_new", "lambda_sim", "lambda_norm", "lambda_drop", "tau_fg", "tau_bg", "gamma", "p", "decay_factor"):
-        group.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X")
-    group.add_argument("--decay-at", type=int, nargs="*", metavar="EPOCH", help="epochs, from 1, from which the rates are multiplied once more")
-    group.add_argument("--norm-class", choices=("target", "max"), help="whose S splits the locations in L_norm")
-    group = parser.add_argument_group("values of one method (default: its `preset` in bridge_wsol/baselines.py)")
-    for name, value in method_values().items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=type(value), metavar="X")
-    return parser.parse_args(argv)
-
-
-def method_values() -> dict[str, Any]:
-    """The hyperparameters that methods add to the presets, each with an example of its value."""
-    own = {name: value for method in METHODS.values() for arch in ARCHS for name, (value, _) in method.preset("CUB", arch).items()}
-    return {name: value for name, value in own.items() if name not in optim.preset("CUB", "vgg16")}
-
-
-def resolve_config(args: argparse.Namespace, interrupted: dict[str, Any] | None) -> tuple[SimpleNamespace, dict[str, str]]:
-    """(every value of the run, where each comes from: the preset and its source, a flag, or the default).
-
-    A resumed run has the interrupted one's values. Raises InputError for a flag that contradicts them, or a value out of range.
-    """
-    flags = {name: value for name, value in vars(args).items() if name not in ("resume", "out", "download")}
-    if interrupted:
-        values, sources = dict(interrupted["config"]), dict(interrupted["sources"])
-        for name, value in flags.items():
-            if name not in FREE_ON_RESUME and value != values[name]:
-                raise InputError(
-                    f"--{name.replace('_', '-')} {value}: the run to resume has {values[name]}: give that one, or choose another --out"
-                )
-    else:
-        preset = optim.preset(args.dataset, args.arch) | METHODS[args.method].preset(args.dataset, args.arch)
-        values = DEFAULTS | {name: value for name, (value, _) in preset.items()}
-        sources = dict.fromkeys(DEFAULTS, "default") | {name: f"preset: {source}" for name, (_, source) in preset.items()}
-        for name in method_values().keys() & flags.keys() - preset.keys():
-            raise InputError(f"--{name.replace('_', '-')}: not a value of --method {args.method}")
-        if "batch_size" in flags:
-            flags.setdefault("warm_batch_size", flags["batch_size"])
-    c = SimpleNamespace(**(values | flags))
-
-    def require(condition: bool, name: str, what: str) -> None:
-        if not condition:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be {what}")
-
-    for name in ("epochs", "batch_size", "warm_batch_size", "val_every"):
-        require(getattr(c, name) >= 1, name, "at least 1")
-    for name in ("warm_epochs", "workers", "seed", "lambda_sim", "lambda_norm", "lambda_drop", "gamma"):
-        require(getattr(c, name) >= 0, name, "at least 0")
-    for name in ("lr", "lr_new", "decay_factor"):
-        require(0 < getattr(c, name) < float("inf"), name, "above 0")
-    for name in ("tau_fg", "tau_bg", "p"):
-        require(0 <= getattr(c, name) <= 1, name, "in [0, 1]")
-    return c, sources | dict.fromkeys(flags, "flag")
+from bridge_wsol.methods import CAM, Losses
+from bridge_wsol.models import load_pretrained, load_tensors, restore_weights, save_checkpoint
+from bridge_wsol.optim import environment, parse_args, resolve_config
+from bridge_wsol.utils import (
+    InputError,
+    Stopped,
+    StopRequest,
+    all_gather,
+    autocast,
+    first_process_first,
+    join_processes,
+    keep_freed_memory,
+    leave_processes,
+    one_line_errors,
+    random_states,
+    rank,
+    resolve_device,
+    seed_everything,
+    set_random_states,
+    world_size,
+    write_json,
+    write_text,
+)
 
 
 class TrainingStep(nn.Module):
@@ -160,7 +102,9 @@ def train_one_epoch(
     for done, (images, labels) in enumerate(loader, start=begun.step + 1):
         images, labels = to_input(images, device), labels.to(device, non_blocking=True)
         own, whole = loader.batch_sampler.size(done - 1)
-        optimizer.zero_grad(set_to_none=True)  # before the forward pass, where the activations need the memory
+        optimizer.zero_grad(
+            set_to_none=True
+        )  # before the forward pass, where the activations need the memory
         with autocast(device, c.amp):
             terms, logits = step(images, labels, epoch)
         loss = sum(weight * value for weight, value in terms.values())
@@ -169,11 +113,15 @@ def train_one_epoch(
         (loss * (own * world_size() / whole)).backward()
         optimizer.step()
 
-        values = {"loss": loss, "top1": 100 * (logits.argmax(1) == labels).float().mean()} | {name: value for name, (_, value) in terms.items()}
+        values = {"loss": loss, "top1": 100 * (logits.argmax(1) == labels).float().mean()} | {
+            name: value for name, (_, value) in terms.items()
+        }
         recent.append((done, {name: value.detach() for name, value in values.items()}))
         for name, value in recent[-1][1].items():
             sums[name] = sums.get(name, 0) + value * own
-        if device.type == "cpu" or done % 20 == 0 or done == len(loader):  # asking a GPU for a value stops it for a moment
+        if (
+            device.type == "cpu" or done % 20 == 0 or done == len(loader)
+        ):  # asking a GPU for a value stops it for a moment
             refuse_non_finite(recent, epoch, len(loader))
             recent.clear()
             if anybody_asked(stop, device):
@@ -202,16 +150,16 @@ def anybody_asked(stop: StopRequest, device: torch.device) -> bool:
 
 def means(progress: Progress, images: int) -> dict[str, float]:
     """Each loss by name (unweighted), "loss" (their weighted sum), "top1" in percent: means over all images, those of other processes too."""
-    parts = gathered({name: float(value) for name, value in progress.sums.items()})
+    parts = all_gather({name: float(value) for name, value in progress.sums.items()})
     return {name: sum(part[name] for part in parts) / images for name in parts[0]}
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    name = Path(args.dataset).resolve().name if optim.is_folder(args.dataset) else args.dataset
+    args = parse_args(argv, __doc__, METHODS)
+    name = Path(args.dataset).resolve().name if is_folder(args.dataset) else args.dataset
     out = args.out or Path("runs") / f"{name}_{args.arch}_{args.method}"
     checkpoint = open_run(out, args.resume)
-    c, sources = resolve_config(args, checkpoint)
+    c, sources = resolve_config(args, checkpoint, METHODS)
     device = resolve_device(c.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -226,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(
     out: Path,
-    args: argparse.Namespace,
+    args: Namespace,
     c: SimpleNamespace,
     sources: dict[str, str],
     checkpoint: dict[str, Any] | None,
@@ -242,19 +190,29 @@ def run(
         if c.dataset != "CUB":
             raise InputError(f"--download fetches CUB; for {c.dataset}, see the README's section on data")
         first_process_first(lambda: download_cub(Path(c.data_root)))
-    splits, record = first_process_first(lambda: load_splits(c.dataset, Path(c.data_root), Path(c.splits), names, c.val_per_class))
+    splits, record = first_process_first(
+        lambda: load_splits(c.dataset, Path(c.data_root), Path(c.splits), names, c.val_per_class)
+    )
     for what in ("lists", "val", "warning"):
         if what in record:
             say(f"{what}: {record[what]}")
     if not splits["val"].boxes and not splits["val"].masks:
-        say("val has no boxes: the best epoch is the one with the highest Top-1 classification accuracy on it")
+        say(
+            "val has no boxes: the best epoch is the one with the highest Top-1 classification accuracy on it"
+        )
     method = METHODS[c.method](c)
     model = method.network(record["num_classes"])
     if checkpoint is None:
-        first_process_first(lambda: load_pretrained(model, c.arch, c.weights, keep_fc=c.dataset == "ILSVRC"))
+        first_process_first(lambda: load_pretrained(model, c.arch, c.weights, load_fc=c.dataset == "ILSVRC"))
     model.to(device, memory_format=torch.channels_last)
     optimizer = optim.build_optimizer(
-        model, c.arch, lr=c.lr, lr_new=c.lr_new, momentum=c.momentum, nesterov=c.nesterov, weight_decay=c.weight_decay
+        model,
+        c.arch,
+        lr=c.lr,
+        lr_new=c.lr_new,
+        momentum=c.momentum,
+        nesterov=c.nesterov,
+        weight_decay=c.weight_decay,
     )
     done, best, val, progress = 0, None, None, Progress(0, {})
     if checkpoint is not None:
@@ -263,70 +221,121 @@ def run(
         set_random_states(checkpoint["random_states"])
         done, best, val = checkpoint["epoch"], checkpoint["best"], checkpoint["val"]
         if checkpoint["progress"]:
-            progress = Progress(checkpoint["progress"]["step"], {k: v.to(device) for k, v in checkpoint["progress"]["sums"].items()})
-        say(f"resumed after epoch {done}" + (f", in epoch {done + 1} after step {progress.step}" if progress.step else ""))
+            progress = Progress(
+                checkpoint["progress"]["step"],
+                {k: v.to(device) for k, v in checkpoint["progress"]["sums"].items()},
+            )
+        say(
+            f"resumed after epoch {done}"
+            + (f", in epoch {done + 1} after step {progress.step}" if progress.step else "")
+        )
     log = read_log(out / "log.jsonl", done)
     if first:
-        resolved = {name: {"value": value, "source": sources[name]} for name, value in sorted(vars(c).items())}
-        write_json(out / "config.json", {"config": resolved, "data": record, "environment": environment(device)})
+        resolved = {
+            name: {"value": value, "source": sources[name]} for name, value in sorted(vars(c).items())
+        }
+        write_json(
+            out / "config.json", {"config": resolved, "data": record, "environment": environment(device)}
+        )
 
     step: nn.Module = TrainingStep(model, method)
     if world_size() > 1:
-        if device.type == "cuda":  # batch norm over the whole batch, as in one process; there is none such on the CPU
+        if (
+            device.type == "cuda"
+        ):  # batch norm over the whole batch, as in one process; there is none such on the CPU
             step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
         step = DistributedDataParallel(step)
     pixels = None
     if c.cache:
-        pixels = first_process_first(lambda: resized_pixels(splits["train"], c.resize_size, Path(c.cache), c.workers))
+        pixels = first_process_first(
+            lambda: resized_pixels(splits["train"], c.resize_size, Path(c.cache), c.workers)
+        )
     # The batch size changes after the warm stage (CUB, VGG16), so each stage has its loader; the epoch decides order and crops.
     shared_out = {"workers": c.workers, "rank": rank(), "world_size": world_size()}
-    in_stage = {"resize_size": c.resize_size, "image_size": c.image_size, "seed": c.seed, "pixels": pixels, **shared_out}
-    loaders = {size: train_loader(splits["train"], size, **in_stage) for size in {c.warm_batch_size, c.batch_size}}
+    in_stage = {
+        "resize_size": c.resize_size,
+        "image_size": c.image_size,
+        "seed": c.seed,
+        "pixels": pixels,
+        **shared_out,
+    }
+    loaders = {
+        size: train_loader(splits["train"], size, **in_stage) for size in {c.warm_batch_size, c.batch_size}
+    }
     evaluation = {"device": device, "amp": c.amp, "normalization": "minmax", "image_size": c.image_size}
     val_loader, final_loader = (
-        test_loader(splits[name], c.batch_size, image_size=c.image_size, **shared_out) for name in ("val", "test")
+        test_loader(splits[name], c.batch_size, image_size=c.image_size, **shared_out)
+        for name in ("val", "test")
     )
 
     def save(name: str, epoch: int, progress: Progress | None = None) -> None:
         if first:
-            save_checkpoint(out / name, {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "random_states": random_states(),
-                "epoch": epoch, "progress": progress and progress._asdict(), "best": best, "val": val,
-                "config": vars(c), "sources": sources, "num_classes": record["num_classes"], "classes": record.get("classes"),
-            })
+            save_checkpoint(
+                out / name,
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "random_states": random_states(),
+                    "epoch": epoch,
+                    "progress": progress and progress._asdict(),
+                    "best": best,
+                    "val": val,
+                    "config": vars(c),
+                    "sources": sources,
+                    "num_classes": record["num_classes"],
+                    "classes": record.get("classes"),
+                },
+            )
 
     started, steps_before = time.perf_counter(), progress.step
     for epoch in range(done + 1, c.epochs + 1):
         epoch_started = time.perf_counter()
         rates = optim.set_learning_rates(optimizer, epoch, c.decay_at, c.decay_factor)
         loader = loaders[c.warm_batch_size if epoch <= c.warm_epochs else c.batch_size]
-        if rank() > 0:  # dropout draws of its own; the first process has the one stream that a checkpoint keeps
+        if (
+            rank() > 0
+        ):  # dropout draws of its own; the first process has the one stream that a checkpoint keeps
             torch.manual_seed(int(np.random.SeedSequence([c.seed, epoch, rank()]).generate_state(1)[0]))
         try:
             progress = train_one_epoch(step, loader, optimizer, c, epoch, device, progress, stop)
             if progress.step < len(loader):
                 raise Stopped
             losses = means(progress, len(splits["train"]))
-            for buffer in model.buffers() if world_size() > 1 else ():  # running statistics: the first process's, as in the checkpoint
+            for buffer in (
+                model.buffers() if world_size() > 1 else ()
+            ):  # running statistics: the first process's, as in the checkpoint
                 dist.broadcast(buffer, src=0)
-            images_per_second = (len(loader) - steps_before) * len(splits["train"]) / len(loader) / (time.perf_counter() - epoch_started)
+            images_per_second = (
+                (len(loader) - steps_before)
+                * len(splits["train"])
+                / len(loader)
+                / (time.perf_counter() - epoch_started)
+            )
 
             entry: dict[str, Any] = {"epoch": epoch, **losses, "lr": rates[0], "lr_new": rates[1]}
             is_best = False
             if epoch % c.val_every == 0 or epoch == c.epochs:
                 maps = until_stopped(network_maps(model, val_loader, method=method, **evaluation), stop)
                 metrics_of_val = evaluate_maps(maps, splits["val"], workers=c.workers)
-                val = {"epoch": epoch, "metrics": metrics_of_val["metrics"], "levels": metrics_of_val["levels"]}
+                val = {
+                    "epoch": epoch,
+                    "metrics": metrics_of_val["metrics"],
+                    "levels": metrics_of_val["levels"],
+                }
                 entry["val"] = val["metrics"]
                 is_best = best is None or selection_score(val["metrics"])[1] > best["score"]
                 if is_best:
                     best = {"epoch": epoch, "score": selection_score(val["metrics"])[1]}
         except Stopped:
             save("last.pt", epoch - 1, progress)
-            raise Stopped(f"stopped in epoch {epoch} after step {progress.step} of {len(loader)}: the same command with --resume goes on") from None
+            raise Stopped(
+                f"stopped in epoch {epoch} after step {progress.step} of {len(loader)}: the same command with --resume goes on"
+            ) from None
         except RuntimeError:
             if stop.asked:  # a data loader's process got the signal too and ended before its batch
-                raise Stopped(f"stopped in epoch {epoch}: the same command with --resume goes on from what {out} has") from None
+                raise Stopped(
+                    f"stopped in epoch {epoch}: the same command with --resume goes on from what {out} has"
+                ) from None
             raise
         entry |= {"images_per_second": images_per_second, "seconds": time.perf_counter() - epoch_started}
         progress, steps_before = Progress(0, {}), 0
@@ -340,7 +349,7 @@ def run(
         left = (time.perf_counter() - started) / (epoch - done) * (c.epochs - epoch)
         say(epoch_line(entry, c.epochs, is_best, left), flush=True)
 
-    gathered(None)  # everybody waits until the last checkpoint is written
+    all_gather(None)  # everybody waits until the last checkpoint is written
     results: dict[int, dict[str, Any]] = {}
     for which in ("best", "last"):
         model, method, checkpoint = load_run(out, which, device)
@@ -348,12 +357,28 @@ def run(
         if epoch not in results:
             try:
                 maps = until_stopped(network_maps(model, final_loader, method=method, **evaluation), stop)
-                results[epoch] = evaluate_maps(maps, splits["test"], workers=c.workers, val_levels=checkpoint["val"]["levels"])
+                results[epoch] = evaluate_maps(
+                    maps, splits["test"], workers=c.workers, val_levels=checkpoint["val"]["levels"]
+                )
             except Stopped:
-                raise Stopped("stopped in the evaluation on test: the same command with --resume repeats it, or evaluate.py") from None
-            say(table(f"{c.dataset} test, {c.arch} {c.method}, {which} checkpoint (epoch {epoch})", results[epoch]))
+                raise Stopped(
+                    "stopped in the evaluation on test: the same command with --resume repeats it, or evaluate.py"
+                ) from None
+            say(
+                table(
+                    f"{c.dataset} test, {c.arch} {c.method}, {which} checkpoint (epoch {epoch})",
+                    results[epoch],
+                )
+            )
         if first:
-            head = {"dataset": c.dataset, "arch": c.arch, "method": c.method, "split": "test", "checkpoint": which, "epoch": epoch}
+            head = {
+                "dataset": c.dataset,
+                "arch": c.arch,
+                "method": c.method,
+                "split": "test",
+                "checkpoint": which,
+                "epoch": epoch,
+            }
             write_results(out / f"results_{which}_test.json", results[epoch], **head, normalize="minmax")
     say(f"written to {out}")
 
@@ -372,13 +397,18 @@ def open_run(out: Path, resume: bool) -> dict[str, Any] | None:
     """
     if not resume:
         if out.exists():
-            raise InputError(f"{out}: exists already: go on with --resume, choose another --out, or remove it")
+            raise InputError(
+                f"{out}: exists already: go on with --resume, choose another --out, or remove it"
+            )
         return None
     if not (out / "last.pt").exists():
         # Interrupted before the first epoch ended, there is nothing to go on from: the same run starts anew.
         return None
     checkpoint = load_tensors(out / "last.pt")
-    if not {"model", "optimizer", "random_states", "epoch", "progress", "best", "val", "config", "sources"} <= checkpoint.keys():
+    if (
+        not {"model", "optimizer", "random_states", "epoch", "progress", "best", "val", "config", "sources"}
+        <= checkpoint.keys()
+    ):
         raise InputError(f"{out / 'last.pt'}: not a checkpoint of train.py")
     return checkpoint
 
@@ -388,17 +418,25 @@ def read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
     if not epochs:
         return []
     try:
-        return [entry for entry in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if entry["epoch"] <= epochs]
+        return [
+            entry
+            for entry in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            if entry["epoch"] <= epochs
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: the log of the interrupted run cannot be read ({error})") from error
 
 
 def epoch_line(entry: dict[str, Any], epochs: int, is_best: bool, seconds_left: float) -> str:
-    losses = "  ".join(f"{name} {value:.4f}" for name, value in entry.items() if name == "loss" or name.startswith("l_"))
+    losses = "  ".join(
+        f"{name} {value:.4f}" for name, value in entry.items() if name == "loss" or name.startswith("l_")
+    )
     line = f"epoch {entry['epoch']}/{epochs}  {losses}  train top-1 {entry['top1']:.1f}"
     if "val" in entry:
         name, score = selection_score(entry["val"])
-        line += f"  val {name} {score:.2f}{' (best)' if is_best else ''}, top-1 {entry['val']['top1_cls']:.1f}"
+        line += (
+            f"  val {name} {score:.2f}{' (best)' if is_best else ''}, top-1 {entry['val']['top1_cls']:.1f}"
+        )
     hours, seconds = divmod(round(seconds_left), 3600)
     return f"{line}  {entry['images_per_second']:.1f} images/s  {hours}h{seconds // 60:02d}m{seconds % 60:02d}s left"
 

@@ -17,121 +17,28 @@ Losses and maps are computed in float32 under autocast too, those of a float64 n
 
 from __future__ import annotations
 
-import json
-import statistics
-import subprocess
-import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, Iterator, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from .cam import NORMALIZATIONS, class_activation_map, resize
-from .losses import alignment_losses, consistency_loss, full_precision, minmax
-from .models import GAPNetwork, Output, VGG16GAP, build_model
-from .optim import OURS, image_size
-from .utils import InputError, Parser, alone, one_line_errors, write_json, write_text
+from .cam import class_activation_map, resize
+from .losses import full_precision, minmax
 
-METHODS: dict[str, type[CAM]] = {}
+# Whoever needs the registry with every method in it imports it from here.
+from .methods import CAM, Bridge, Losses
+from .methods import METHODS as METHODS
+from .models import VGG16GAP, GAPNetwork, Output
+from .optim import OURS, image_size
+from .utils import InputError
 
 # Sources of the methods' own values.
 AUTHORS = "its authors' code"
 COMMON_CODE = "the common code's default"
-
-
-class Losses(NamedTuple):
-    """What a method makes of a batch."""
-
-    terms: dict[str, tuple[float, Tensor]]  # name -> (weight, scalar); the loss is the weighted sum
-    logits: Tensor  # N x K, for the training accuracy
-
-
-class CAM:
-    """The vanilla classifier (Zhou et al., CVPR 2016), and what other methods start from: cross-entropy; the map is w_y . f_u.
-
-    c: the run's values (`config.json`); those of `preset` are among them. Raises InputError for one that `allowed` does not have.
-    """
-
-    upsampling: ClassVar[str] = "bicubic"  # of the map to the image's size: the protocol's
-    allowed: ClassVar[dict[str, tuple]] = {}  # own value -> (lowest, highest), or the strings it may be
-
-    def __init_subclass__(cls, name: str | None = None) -> None:
-        if name is not None:
-            METHODS[name] = cls
-
-    def __init__(self, c: SimpleNamespace):
-        self.c = c
-        for cls in type(self).__mro__:
-            for name, allowed in vars(cls).get("allowed", {}).items():
-                value = getattr(c, name)
-                if isinstance(value, str) and value not in allowed:
-                    raise InputError(f"--{name.replace('_', '-')} {value}: must be {' or '.join(allowed)}")
-                if not isinstance(value, str) and not allowed[0] <= value <= allowed[1]:
-                    raise InputError(f"--{name.replace('_', '-')} {value}: must be in [{allowed[0]}, {allowed[1]}]")
-
-    @classmethod
-    def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
-        """{name: (value, source)}: the method's own hyperparameters, each a flag of train.py, and values of the data set's preset it sets."""
-        return {name: (0.0, "not this method's") for name in ("lambda_sim", "lambda_norm", "lambda_drop")}
-
-    def network(self, num_classes: int) -> GAPNetwork:
-        """A network with fresh weights (torch's default generator)."""
-        c = self.c
-        return build_model(c.arch, num_classes, stride=c.stride, width=c.width, batch_norm=c.batch_norm)
-
-    def forward(self, model: nn.Module, images: Tensor) -> Output:
-        """The pass that `losses` and `predict` share."""
-        return model(images)
-
-    def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
-        """images N x 3 x H x W normalized, labels N int64; epoch counts from 1. Gradient flows through the terms."""
-        output = self.forward(model, images)
-        return Losses(self.terms(model, output, labels, epoch), output.logits)
-
-    def terms(self, model: nn.Module, output: Output, labels: Tensor, epoch: int) -> dict[str, tuple[float, Tensor]]:
-        return {"l_ce": (1.0, nnf.cross_entropy(full_precision(output.logits), labels))}
-
-    def predict(self, model: nn.Module, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(logits N x K, maps N x h x w, unbounded) of a network in eval mode.
-
-        The maps are those of `labels`, or of the first predictions.
-        """
-        output = self.forward(model, images)
-        labels = output.logits.argmax(1) if labels is None else labels
-        return output.logits, class_activation_map(output.features, model.fc.weight, labels)
-
-
-METHODS["cam"] = CAM
-
-
-class Bridge(CAM, name="bridge"):
-    """The paper's method (Kim et al., CVPR 2022, section 3; the terms: `losses.py`).
-
-    Warm stage, the first warm_epochs: L = L_CE + lambda_drop L_drop; after it L = ... + lambda_sim L_sim + lambda_norm L_norm.
-    """
-
-    @classmethod
-    def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
-        return {}
-
-    def network(self, num_classes: int) -> GAPNetwork:
-        model = super().network(num_classes)
-        if self.c.lambda_drop:
-            model.gamma, model.p = self.c.gamma, self.c.p
-        return model
-
-    def terms(self, model: nn.Module, output: Output, labels: Tensor, epoch: int) -> dict[str, tuple[float, Tensor]]:
-        c, terms = self.c, super().terms(model, output, labels, epoch)
-        if output.features_dropped is not None:
-            terms["l_drop"] = c.lambda_drop, consistency_loss(output.features, output.features_dropped)
-        if epoch > c.warm_epochs and (c.lambda_sim or c.lambda_norm):
-            l_sim, l_norm = alignment_losses(output.features, model.fc.weight, labels, c.tau_fg, c.tau_bg, c.norm_class)
-            terms |= {"l_sim": (c.lambda_sim, l_sim), "l_norm": (c.lambda_norm, l_norm)}
-        return terms
 
 
 # ---------------------------------------------------------------------------------------------------- erasing and mixing
@@ -162,11 +69,15 @@ class ACoL(CAM, name="acol"):
             for i, layer in enumerate(model.features):
                 if isinstance(layer, nn.MaxPool2d):
                     model.features[i] = nn.MaxPool2d(3, stride=2, padding=1)
-            model.pool = nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), nn.AvgPool2d(3, stride=1, padding=1))
+            model.pool = nn.Sequential(
+                nn.MaxPool2d(3, stride=1, padding=1), nn.AvgPool2d(3, stride=1, padding=1)
+            )
         model.head_a, model.head_b = (head(channels, [hidden, hidden], num_classes) for _ in range(2))
         return model
 
-    def branches(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def branches(
+        self, model: nn.Module, images: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(S_A, S_B, each N x K x H x W; the labels by which X was erased for B).
 
         Without labels they are A's first predictions.
@@ -179,15 +90,23 @@ class ACoL(CAM, name="acol"):
 
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
         logits_a, logits_b = (s.mean((2, 3)) for s in self.branches(model, images, labels)[:2])
-        return Losses({"l_a": (1.0, nnf.cross_entropy(logits_a, labels)), "l_b": (1.0, nnf.cross_entropy(logits_b, labels))}, logits_a)
+        return Losses(
+            {
+                "l_a": (1.0, nnf.cross_entropy(logits_a, labels)),
+                "l_b": (1.0, nnf.cross_entropy(logits_b, labels)),
+            },
+            logits_a,
+        )
 
-    def predict(self, model: nn.Module, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def predict(
+        self, model: nn.Module, images: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         s_a, s_b, labels = self.branches(model, images, labels)
         return s_a.mean((2, 3)), torch.maximum(minmax(of_class(s_a, labels)), minmax(of_class(s_b, labels)))
 
 
 class ADL(CAM, name="adl"):
-    """Attention-based dropout layer (Choe & Shim, CVPR 2019): cross-entropy through `attention_dropout` at three places; nothing at test.
+    """Attention-based dropout layer (Choe & Shim, CVPR 2019): cross-entropy through `attention_based_dropout` at three places; nothing at test.
 
     adl_position "common": the common code's places, VGG16's second before pool4; "authors": it is after pool4. ResNet50's are the same.
     The search: adl_gamma (0.72), (0.76), adl_rate (0.33), (0.24).
@@ -197,7 +116,11 @@ class ADL(CAM, name="adl"):
 
     @classmethod
     def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
-        own = {"adl_gamma": (0.8 if arch == "vgg16" else 0.9, AUTHORS), "adl_rate": (0.75, AUTHORS), "adl_position": ("common", COMMON_CODE)}
+        own = {
+            "adl_gamma": (0.8 if arch == "vgg16" else 0.9, AUTHORS),
+            "adl_rate": (0.75, AUTHORS),
+            "adl_position": ("common", COMMON_CODE),
+        }
         return super().preset(dataset, arch) | own
 
     def network(self, num_classes: int) -> GAPNetwork:
@@ -205,15 +128,21 @@ class ADL(CAM, name="adl"):
         layers, place = backbone(model)
         second = "conv4_3" if self.c.adl_position == "common" else "pool4"
         # Hooks rather than layers: a layer more would shift the names of those behind it.
-        for name in ("pool3", second, "conv5_3") if isinstance(model, VGG16GAP) else ("layer3.0", "layer4.0", "layer4.2"):
+        for name in (
+            ("pool3", second, "conv5_3")
+            if isinstance(model, VGG16GAP)
+            else ("layer3.0", "layer4.0", "layer4.2")
+        ):
             layers[place[name] - 1].register_forward_hook(self.drop)
         return model
 
     def drop(self, layer: nn.Module, _: Any, output: Tensor) -> Tensor:
-        return attention_dropout(output, self.c.adl_gamma, self.c.adl_rate) if layer.training else output
+        return (
+            attention_based_dropout(output, self.c.adl_gamma, self.c.adl_rate) if layer.training else output
+        )
 
 
-def attention_dropout(z: Tensor, gamma: float, rate: float) -> Tensor:
+def attention_based_dropout(z: Tensor, gamma: float, rate: float) -> Tensor:
     """ADL's layer in training, N x C x H x W -> the same. a = the mean over channels; the drop mask is 1 where a < gamma * max a (per image),
     the importance map sigmoid(a). One draw for the whole batch: z times the mask with probability `rate`, else z times the map; no rescaling.
 
@@ -248,7 +177,11 @@ class EIL(CAM, name="eil"):
         u = model.fc(layers[split:](z).mean((2, 3)))
         a = full_precision(z).mean(1, keepdim=True)  # N x 1 x H x W
         with kept_statistics(model):
-            e = model.fc(layers[split:](z.masked_fill(a >= self.c.eil_gamma * a.amax((2, 3), keepdim=True), 0)).mean((2, 3)))
+            e = model.fc(
+                layers[split:](z.masked_fill(a >= self.c.eil_gamma * a.amax((2, 3), keepdim=True), 0)).mean(
+                    (2, 3)
+                )
+            )
         kept, erased = (nnf.cross_entropy(full_precision(logits), labels) for logits in (u, e))
         return Losses({"l_ce": (1.0, kept), "l_erased": (self.c.eil_lambda, erased)}, u)
 
@@ -285,7 +218,13 @@ class CutMix(CAM, name="cutmix"):
         images, other, lam = mix(images, self.c.cutmix_beta)
         output = self.forward(model, images)
         own, pasted = (self.terms(model, output, y, epoch) for y in (labels, labels[other]))
-        return Losses({name: (weight, lam * value + (1 - lam) * pasted[name][1]) for name, (weight, value) in own.items()}, output.logits)
+        return Losses(
+            {
+                name: (weight, lam * value + (1 - lam) * pasted[name][1])
+                for name, (weight, value) in own.items()
+            },
+            output.logits,
+        )
 
 
 def mix(images: Tensor, beta: float) -> tuple[Tensor, Tensor, float]:
@@ -332,7 +271,9 @@ class HaS(CAM, name="has"):
         except ValueError:
             self.sides = []
         if not self.sides or min(self.sides) < 0:
-            raise InputError(f"--has-cells {c.has_cells}: must be sides in pixels, comma-separated, each at least 0")
+            raise InputError(
+                f"--has-cells {c.has_cells}: must be sides in pixels, comma-separated, each at least 0"
+            )
 
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
         return super().losses(model, hide(images, self.sides, self.c.has_p), labels, epoch)
@@ -375,7 +316,9 @@ class PaS(CAM, name="pas"):
         output = super().forward(model, images)
         return output._replace(logits=model.fc(thresholded_average(output.features, self.c.pas_theta)))
 
-    def predict(self, model: nn.Module, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def predict(
+        self, model: nn.Module, images: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         output = self.forward(model, images)
         labels = output.logits.argmax(1) if labels is None else labels
         weight = model.fc.weight.clamp(min=0) if self.c.pas_nwc == "on" else model.fc.weight
@@ -441,7 +384,9 @@ class CALM(CAM, name="calm"):
             loss = -(responsibilities * of_label).sum((1, 2)).mean()
         return Losses({f"l_{self.c.calm_loss}": (1.0, loss)}, log_joint.logsumexp((2, 3)))
 
-    def predict(self, model: nn.Module, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def predict(
+        self, model: nn.Module, images: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         log_joint = self.log_joint(model, images)
         logits = log_joint.logsumexp((2, 3))
         return logits, of_class(log_joint, logits.argmax(1) if labels is None else labels).exp()
@@ -495,7 +440,10 @@ class SPG(CAM, name="spg"):
         def full(x: Tensor) -> Tensor:
             return resize(x, images.shape[-1], "bilinear")
 
-        s_y, b1, b2, of_c = full(of_class(s, labels)), *(full(x[:, 0]) for x in (model.b(model.b1(a1)), model.b(model.b2(a2)), model.c(a3)))
+        s_y, b1, b2, of_c = (
+            full(of_class(s, labels)),
+            *(full(x[:, 0]) for x in (model.b(model.b1(a1)), model.b(model.b2(a2)), model.c(a3))),
+        )
         terms = {
             "l_ce": nnf.cross_entropy(logits, labels),
             "l_b2": seed_loss(b2, seeds(minmax(s_y), c.spg_h1, c.spg_l1)),
@@ -504,7 +452,9 @@ class SPG(CAM, name="spg"):
         }
         return Losses({name: (1.0, value) for name, value in terms.items()}, logits)
 
-    def predict(self, model: nn.Module, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def predict(
+        self, model: nn.Module, images: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         s = full_precision(model.a4(model.a3(model(images).features)))
         logits = s.mean((2, 3))
         return logits, of_class(s, logits.argmax(1) if labels is None else labels)
@@ -536,7 +486,12 @@ def backbone(model: GAPNetwork) -> tuple[nn.Sequential, dict[str, int]]:
     if isinstance(model, VGG16GAP):
         layers, pool4 = [*model.features, model.conv6], model.dropout_at
         pool3 = max(i for i in range(pool4) if isinstance(layers[i], nn.MaxPool2d))
-        return nn.Sequential(*layers), {"pool3": pool3 + 1, "conv4_3": pool4, "pool4": pool4 + 1, "conv5_3": len(model.features)}
+        return nn.Sequential(*layers), {
+            "pool3": pool3 + 1,
+            "conv4_3": pool4,
+            "pool4": pool4 + 1,
+            "conv5_3": len(model.features),
+        }
     layers, place = [model.conv1, model.bn1, model.relu, model.maxpool], {}
     for name in ("layer1", "layer2", "layer3", "layer4"):
         for i, block in enumerate(getattr(model, name)):
@@ -548,7 +503,9 @@ def backbone(model: GAPNetwork) -> tuple[nn.Sequential, dict[str, int]]:
 def take_head_off(model: GAPNetwork) -> tuple[int, int]:
     """Leaves the pretrained layers and no conv6 or fc; returns their channels and those of a convolution with 1024 at full width."""
     vgg = isinstance(model, VGG16GAP)
-    channels = (model.conv6[0].in_channels, model.conv6[0].out_channels) if vgg else (model.fc.in_features, 1024)
+    channels = (
+        (model.conv6[0].in_channels, model.conv6[0].out_channels) if vgg else (model.fc.in_features, 1024)
+    )
     model.fc = nn.Identity()
     if vgg:
         model.conv6 = nn.Identity()
@@ -575,151 +532,3 @@ def head(channels: int, hidden: list[int], out: int | None = None) -> nn.Sequent
 def of_class(maps: Tensor, labels: Tensor) -> Tensor:
     """N x K x H x W, N -> N x H x W: each image's map of its label."""
     return maps[torch.arange(len(maps), device=maps.device), labels]
-
-
-# --------------------------------------------------------------------------------------------------------- the comparison
-
-# A row: a method, with :NAME=VALUE,... under values of its own, with +NORMALIZATION the same runs under another normalization of the map
-# (ivr's percentile chosen on val).
-ROWS = (
-    "cam", "cam+ivr", "has", "acol", "spg", "adl", "adl+ivr", "cutmix", "eil", "pas", "pas+pas", "calm", "calm+log", "bridge", "bridge+ivr", "bridge+cutmix",
-)
-# Heading -> where the number is in "metrics" of a results file; images/s comes from the log.
-COLUMNS = {
-    "MaxBoxAccV2": ("max_box_acc_v2", "mean"), "IoU 30": ("max_box_acc_v2", "30"), "IoU 50": ("max_box_acc_v2", "50"),
-    "IoU 70": ("max_box_acc_v2", "70"), "GT-known": ("gt_known_loc_largest",), "Top-1 Loc": ("top1_loc",), "PxAP": ("pxap",), "Top-1 cls": ("top1_cls",),
-}
-
-
-def run_script(script: str, *arguments: Any) -> None:
-    """Runs train.py or evaluate.py of this checkout. Raises InputError where it fails; its own line on stderr says why."""
-    path = Path(__file__).parents[1] / script
-    if not path.exists():
-        raise InputError(f"{path}: no such file: the comparison runs from a clone, pip install -e")
-    code = subprocess.run([sys.executable, str(path), *map(str, arguments)]).returncode
-    if code:
-        raise InputError(f"{script} ended with exit code {code}: {' '.join(map(str, arguments))}; the same command goes on from here")
-
-
-class Row(NamedTuple):
-    method: str
-    flags: list[str]  # of train.py, this row's own
-    normalization: str
-    run: str  # its runs are folders of this name with _seedN behind
-
-
-def row_of(name: str) -> Row:
-    """What METHOD[:NAME=VALUE,...][+NORMALIZATION] asks for. Raises InputError for another name."""
-    trained, _, normalization = name.rpartition("+")
-    if normalization not in NORMALIZATIONS or not trained:
-        trained, normalization = name, "minmax"
-    method, colon, values = trained.partition(":")
-    pairs = [value.split("=") for value in values.split(",")] if colon else []
-    if method not in METHODS or not all(len(pair) == 2 and all(pair) for pair in pairs):
-        raise InputError(
-            f"--methods {name}: not METHOD[:NAME=VALUE,...][+NORMALIZATION] with a method of {', '.join(METHODS)} "
-            f"and a normalization of {', '.join(NORMALIZATIONS)}"
-        )
-    flags = [f"--{flag.replace('_', '-')}={value}" for flag, value in pairs]
-    return Row(method, flags, normalization, trained.replace(":", "_").replace(",", "_"))
-
-
-def compare(rows: list[str], seeds: list[int], runs: Path, checkpoint: str, flags: list[str]) -> str:
-    """Trains what is not trained yet, each row with each seed in RUNS/METHOD_seedN, and returns the table, as in RUNS/table.md.
-
-    flags: of train.py, the same for all runs in RUNS. Several calls at the same time share the runs out among them. Raises InputError
-    for other flags than those that RUNS began with, and where a run fails.
-    """
-    asked = {name: row_of(name) for name in rows}
-    # What only decides where and how fast it runs may change between calls.
-    begun, free = runs / "flags.json", ("--workers", "--device", "--data-root", "--splits")
-    own = [flag for i, flag in enumerate(flags) if flag.split("=")[0] not in free and (i == 0 or flags[i - 1] not in free)]
-    if begun.exists() and json.loads(begun.read_text(encoding="utf-8")) != own:
-        raise InputError(f"{begun}: these runs were begun with other flags: give the same, or choose another --runs")
-    write_json(begun, own)
-
-    found: dict[str, list[dict[str, float | None]]] = {name: [] for name in rows}
-    left = [(seed, name) for seed in seeds for name in rows]  # all rows of a seed first: a table that is not finished compares like with like
-    wait = False
-    while left:
-        busy = []
-        for seed, name in left:
-            run = runs / f"{asked[name].run}_seed{seed}"
-            with alone(run, wait) as ours:
-                if not ours:
-                    busy.append((seed, name))
-                    continue
-                found[name].append(measured(finish(asked[name], seed, run, checkpoint, flags), run / "log.jsonl"))
-            write_text(runs / "table.md", comparison_table(found))
-        left, wait = busy, True  # what other calls are at comes last
-    return comparison_table(found)
-
-
-def finish(row: Row, seed: int, run: Path, checkpoint: str, flags: list[str]) -> Path:
-    """Trains and evaluates what of a row and seed is missing in the folder `run`; returns the file of its results."""
-    if not (run / "results_last_test.json").exists():  # the last file that train.py writes
-        run_script("train.py", "--method", row.method, "--seed", seed, "--out", run, *flags, *row.flags, "--resume")
-    if row.normalization == "minmax":
-        return run / f"results_{checkpoint}_test.json"
-    results = run / f"results_{checkpoint}_test_{row.normalization}{'_val' * (row.normalization == 'ivr')}.json"
-    if not results.exists():
-        choose = ["--percentile", "val"] if row.normalization == "ivr" else []
-        run_script("evaluate.py", run, "--checkpoint", checkpoint, "--normalize", row.normalization, *choose, *machine(flags))
-    return results
-
-
-def machine(flags: list[str]) -> list[str]:
-    """Those of train.py's flags that evaluate.py has too and does not take from the run."""
-    shared = ("--workers", "--device", "--data-root", "--splits")
-    return [flag for i, flag in enumerate(flags) if flag.split("=")[0] in shared or (i > 0 and flags[i - 1] in shared)]
-
-
-def measured(results: Path, log: Path) -> dict[str, float | None]:
-    """{heading: number} of one run; images/s is the median over its epochs."""
-    row = {}
-    for heading, path in COLUMNS.items():
-        value = json.loads(results.read_text(encoding="utf-8"))["metrics"]
-        for key in path:
-            value = value and value[key]
-        row[heading] = value
-    epochs = [json.loads(line)["images_per_second"] for line in log.read_text(encoding="utf-8").splitlines()]
-    return row | {"images/s": statistics.median(epochs)}
-
-
-def comparison_table(found: dict[str, list[dict[str, float | None]]]) -> str:
-    """Markdown: a line a method, mean and (from two seeds on) sample standard deviation; columns that nobody has are left out."""
-    headings = [h for h in (*COLUMNS, "images/s") if any(run[h] is not None for runs in found.values() for run in runs)]
-    lines = [f"| method | seeds | {' | '.join(headings)} |", "|---" * (len(headings) + 2) + "|"]
-    for name, runs in found.items():
-        if not runs:
-            continue
-        cells = []
-        for heading in headings:
-            values = [run[heading] for run in runs if run[heading] is not None]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
-        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        prog="python -m bridge_wsol.baselines", description="Trains and evaluates methods over seeds, and writes one table of test results.",
-        epilog="Every other flag is train.py's. Finished runs are not repeated, interrupted ones go on; several such calls at once share the work.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--methods", nargs="+", default=ROWS, metavar="M", help=f"METHOD[:NAME=VALUE,...][+NORMALIZATION] (default: {' '.join(ROWS)})")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    parser.add_argument("--runs", type=Path, default=Path("runs/comparison"), metavar="DIR", help="of the runs and table.md (default runs/comparison)")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="last", help="whose results (default last: the same epoch for all)")
-    args, flags = parser.parse_known_args(argv)
-    for flag in ("--method", "--seed", "--out", "--resume"):
-        if any(given.split("=")[0] == flag for given in flags):
-            parser.error(f"{flag} is set by the comparison: --methods, --seeds and --runs decide")
-    print(compare(list(args.methods), args.seeds, args.runs, args.checkpoint, flags))
-    print(f"written to {args.runs / 'table.md'}")
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

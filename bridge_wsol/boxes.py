@@ -116,7 +116,9 @@ class _Basins:
         H, W = self.shape = heights.shape
         self.border_is_one = border_is_one
         bits, kind = (16, np.uint32) if H * W < 2**16 else (32, np.uint64)
-        key = np.zeros((H + 2, W + 2), dtype=kind)  # height and pixel: distinct, of equal heights the last pixel is the higher one
+        key = np.zeros(
+            (H + 2, W + 2), dtype=kind
+        )  # height and pixel: distinct, of equal heights the last pixel is the higher one
         inner = key[1:-1, 1:-1]
         inner[...] = heights
         inner <<= kind(bits)
@@ -252,13 +254,19 @@ class _Components:
 
     def double_areas(self) -> np.ndarray:
         """T: twice the polygon area: a 2 x 2 block counts 2 where all four pixels are in, 1 where three are."""
-        v, labels = self.v.astype(np.uint8).reshape(self.basins.shape), self.basins.labels.reshape(self.basins.shape)
+        v, labels = (
+            self.v.astype(np.uint8).reshape(self.basins.shape),
+            self.basins.labels.reshape(self.basins.shape),
+        )
         p, q, r, s = v[:-1, :-1], v[:-1, 1:], v[1:, :-1], v[1:, 1:]
         low, high, low2, high2 = np.minimum(p, s), np.maximum(p, s), np.minimum(q, r), np.maximum(q, r)
         all_four, three = np.minimum(low, low2), np.minimum(np.maximum(low, low2), np.minimum(high, high2))
         # Three of four pixels touch each other, and the higher one of a diagonal is among the three: the block is of its component.
         owner = np.where(p >= s, labels[:-1, :-1], labels[1:, 1:]) * 256
-        own = sum(np.bincount(self._where(owner, value).ravel(), minlength=len(self.row) + 1) for value in (all_four, three))
+        own = sum(
+            np.bincount(self._where(owner, value).ravel(), minlength=len(self.row) + 1)
+            for value in (all_four, three)
+        )
         return self._downwards(own[None], np.add)[0]
 
     def _where(self, labels_256: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -14,7 +14,10 @@ from torch import Tensor
 from .losses import cosine_map, feature_norm, full_precision, minmax
 
 NORMALIZATIONS = ("minmax", "max", "pas", "ivr", "log")
-PERCENTILES = {"pas": 0.9, "ivr": 0.45}  # of the normalizations that have one, unless another is given: both from their authors' code
+PERCENTILES = {
+    "pas": 0.9,
+    "ivr": 0.45,
+}  # of the normalizations that have one, unless another is given: both from their authors' code
 
 
 class Factors(NamedTuple):

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
-import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Iterable, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,22 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from . import datasets
-from .demo import draw_demo, draw_pretraining
-from .optim import is_folder
-from .utils import (
-    InputError, Parser, alone, default_workers, first_line, ignore_interrupts, one_line_errors, open_image, ordered_map, replacing,
-)
-
-SPLITS = ("train", "val", "test")
-
-# Where under --data-root the image ids of a data set start; a data set not named here is a folder of its own name.
-IMAGE_ROOTS = {"CUB": "CUB_200_2011/images"}
-# Data sets that this package draws, on first use.
-DRAWN = {"demo": draw_demo, "demo-pretrain": draw_pretraining}
-CUBV2_ROOT = "CUBV2"  # the images of CUB's published train-fullsup, a download of its own
-_HELD_OUT = " of its own; --val-per-class 2 holds val out of train instead"
-VAL_HINTS = {"CUB": f"; CUBV2's images are a download{_HELD_OUT}", "ILSVRC": f"; ImageNetV2's images are a download{_HELD_OUT}"}
+from .utils import InputError, alone, atomic_write, first_line, ignore_interrupts, ordered_map
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
@@ -161,10 +144,19 @@ def read_split(folder: Path, root: Path, name: str, num_classes: int | None = No
             sizes[i] = size
         _require_all(sizes[:, 0] > 0, ids, path, "size")
 
-    return Split(name, root, ids, np.array(labels, dtype=np.int64), sizes, *_read_localization(folder / "localization.txt", index, sizes))
+    return Split(
+        name,
+        root,
+        ids,
+        np.array(labels, dtype=np.int64),
+        sizes,
+        *read_localization(folder / "localization.txt", index, sizes),
+    )
 
 
-def _read_localization(path: Path, index: dict[str, int], sizes: np.ndarray | None) -> tuple[dict[int, np.ndarray], dict[int, Masks]]:
+def read_localization(
+    path: Path, index: dict[str, int], sizes: np.ndarray | None
+) -> tuple[dict[int, np.ndarray], dict[int, Masks]]:
     boxes: dict[int, list[list[int]]] = {}
     masks: dict[int, Masks] = {}
     if not path.exists():
@@ -185,9 +177,13 @@ def _read_localization(path: Path, index: dict[str, int], sizes: np.ndarray | No
         if x1 < x0 or y1 < y0 or x0 < 0 or y0 < 0:
             raise InputError(f"{path}:{n}: box {x0},{y0},{x1},{y1} needs 0 <= x0 <= x1 and 0 <= y0 <= y1")
         if sizes is None:
-            raise InputError(f"{path}:{n}: boxes need {path.with_name('image_sizes.txt')}, which is absent or empty")
+            raise InputError(
+                f"{path}:{n}: boxes need {path.with_name('image_sizes.txt')}, which is absent or empty"
+            )
         if x1 >= sizes[i, 0] or y1 >= sizes[i, 1]:
-            raise InputError(f"{path}:{n}: box {x0},{y0},{x1},{y1} leaves its image of {sizes[i, 0]} x {sizes[i, 1]}")
+            raise InputError(
+                f"{path}:{n}: box {x0},{y0},{x1},{y1} leaves its image of {sizes[i, 0]} x {sizes[i, 1]}"
+            )
         boxes.setdefault(i, []).append(box)
     return {i: np.array(b) for i, b in boxes.items()}, masks
 
@@ -201,16 +197,22 @@ def _lines(path: Path, fields: tuple[int, ...]) -> Iterator[tuple[int, list[str]
                     values = [line] if fields == (1,) else line.split(",")
                     if len(values) not in fields:
                         expected = " or ".join(map(str, fields))
-                        raise InputError(f"{path}:{n}: {len(values)} comma-separated fields where {expected} are expected: {line[:80]}")
+                        raise InputError(
+                            f"{path}:{n}: {len(values)} comma-separated fields where {expected} are expected: {line[:80]}"
+                        )
                     yield n, values
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(f"{path}: cannot be read ({reason}); data_splits/README.md has the format") from error
+        raise InputError(
+            f"{path}: cannot be read ({reason}); data_splits/README.md has the format"
+        ) from error
 
 
 def _integers(values: list[str], path: Path, n: int) -> list[int]:
     # int() alone would take "1_0" and digits of any script, and numbers that no array holds.
-    if not all(value.removeprefix("-").isdecimal() and value.isascii() and len(value) <= 10 for value in values):
+    if not all(
+        value.removeprefix("-").isdecimal() and value.isascii() and len(value) <= 10 for value in values
+    ):
         raise InputError(f"{path}:{n}: {','.join(values)[:80]} should be whole numbers")
     return [int(value) for value in values]
 
@@ -229,201 +231,10 @@ def _require_all(present: np.ndarray, ids: list[str], path: Path, what: str) -> 
 # ------------------------------------------------------------------------------------------------------------- data sets
 
 
-def load_splits(
-    dataset: str,
-    data_root: Path,
-    splits_dir: Path,
-    names: tuple[str, ...],
-    val_per_class: int | None = None,
-    check_images: bool = True,
-    lists_only: bool = False,
-) -> tuple[dict[str, Split], dict[str, Any]]:
-    """The named splits of a data set and a record of where they come from, for config.json and the log.
-
-    dataset: a name, whose lists are in splits_dir, or the path of a folder (`read_folder`). demo is drawn, and the lists of CUB and ILSVRC are
-    built from their official files, the first time. val is the published train-fullsup where its list is there; otherwise, or when
-    val_per_class says so, that many images of each class are held out from train (default 2). check_images: that each file is there.
-    lists_only: for work without images, such as the evaluation of score maps. Lists in splits_dir are used as they are where the data
-    is not there; images are not checked. Not for a folder, whose images are its lists.
-    record: "lists" and "val" in words, "num_classes", and "classes", their names, where the folders of the train images tell them.
-    Raises InputError for what `read_split` names, missing images, and labels outside 0 ... K - 1, K the classes of train.
-    """
-    if is_folder(dataset):
-        found, record = read_folder(Path(dataset), localization=check_images)
-        if val_per_class is not None:
-            pool = _join(found["train"], found["val"], f"{dataset} train")
-            found["train"], found["val"] = hold_out(pool, val_per_class, dataset)
-            record["val"] = f"held out from train: {val_per_class} images a class, {len(found['val'])} in all, the same for every seed"
-        return {name: found[name] for name in names}, record
-
-    root, folder, record = _prepare(dataset, data_root, splits_dir, names if lists_only else ())
-    published_val = (folder / "val" / "image_ids.txt").exists()
-    from_list = published_val and val_per_class is None
-    found, num_classes = {}, None
-    # The published lists of ILSVRC come without its train list: maps of its test images can be evaluated all the same.
-    if "train" in names or ("val" in names and not from_list) or (folder / "train").is_dir():
-        found["train"] = train = read_split(folder / "train", root, f"{dataset} train")
-        num_classes = int(train.labels.max()) + 1
-        absent = np.setdiff1d(np.arange(num_classes), train.labels)
-        if len(absent):
-            some = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
-            record["warning"] = f"{len(absent)} of the {num_classes} classes have no image in {folder / 'train'}: {some}"
-        record["classes"] = class_names(train)
-        if not from_list:
-            per_class = 2 if val_per_class is None else val_per_class
-            found["train"], found["val"] = hold_out(train, per_class, dataset)
-            why = "as --val-per-class says" if published_val else f"no published train-fullsup in {folder / 'val'}"
-            record["val"] = f"held out from train: {per_class} images a class, {len(found['val'])} in all, the same for every seed ({why})"
-    if from_list:
-        val_root = data_root / CUBV2_ROOT if dataset == "CUB" else root
-        val = read_split(folder / "val", val_root, f"{dataset} val", num_classes)
-        if dataset == "ILSVRC" and "val" in names:
-            val = replace(val, ids=datasets.imagenet_v2_names(root, val.ids))
-        found["val"] = replace(val, hint=VAL_HINTS.get(dataset, ""))
-        record["val"] = f"the list of {folder / 'val'}: {len(val)} images"
-    if "test" in names:
-        found["test"] = read_split(folder / "test", root, f"{dataset} test", num_classes)
-    record["num_classes"] = num_classes or max(int(split.labels.max()) + 1 for split in found.values())
-    if check_images and not lists_only:
-        for name in names:
-            found[name].require_images()
-    return {name: found[name] for name in names}, record
-
-
-def _prepare(dataset: str, data_root: Path, splits_dir: Path, lists_suffice: tuple[str, ...] = ()) -> tuple[Path, Path, dict[str, Any]]:
-    """(where ids start, the folder of the lists, record) of a data set with a name; draws it or builds its lists where that is to be done.
-
-    lists_suffice: splits whose lists are enough, so that nothing is drawn or built where they are there and the data is not.
-    """
-    root, folder = data_root / IMAGE_ROOTS.get(dataset, dataset), splits_dir / dataset
-    record: dict[str, Any] = {}
-    if lists_suffice and all((folder / name / "image_ids.txt").exists() for name in lists_suffice):
-        # Official files, where they are, may be newer than the lists.
-        if not (datasets.has_official_files(root.parent) if dataset == "CUB" else root.is_dir()):
-            return root, folder, {"lists": datasets.describe_lists(dataset, folder)}
-    if dataset not in DRAWN and not data_root.is_dir():
-        raise InputError(f"--data-root {data_root}: no such folder")
-    with alone(data_root):  # several runs may be the first at once
-        if dataset in DRAWN:
-            DRAWN[dataset](data_root, splits_dir)
-        elif dataset == "CUB":
-            record["lists"] = datasets.ensure_cub_lists(data_root / "CUB_200_2011", folder)
-        elif dataset == "ILSVRC" and (root.is_dir() or folder.is_dir()):
-            record["lists"] = datasets.ensure_ilsvrc_lists(root, folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no lists of {dataset}: pass --splits DIR, a folder that holds {dataset}/train, val and test")
-    if dataset == "OpenImages":
-        record["lists"] = datasets.describe_lists(dataset, folder)
-    return root, folder, record
-
-
-def class_names(train: Split) -> list[str] | None:
-    """The folder of each class's images, where every class has one of its own; None where folders do not tell classes."""
-    folders = {(int(label), image.rpartition("/")[0].rpartition("/")[2]) for label, image in zip(train.labels, train.ids)}
-    names = [name for _, name in sorted(folders)]
-    one_each = len(folders) == len({label for label, _ in folders}) == len(set(names))
-    return names if one_each and len(names) > 1 else None
-
-
-def hold_out(train: Split, per_class: int, dataset: str) -> tuple[Split, Split]:
-    """(train without, val with) `per_class` images of each class that has more, drawn with a fixed seed."""
-    if per_class < 1:
-        raise InputError(f"--val-per-class {per_class}: at least 1 image a class is needed to choose epochs and thresholds")
-    rng = np.random.default_rng(0)
-    held: list[int] = []
-    for label in np.unique(train.labels):
-        of_class = np.flatnonzero(train.labels == label)
-        held += rng.permutation(of_class)[: min(per_class, len(of_class) - 1)].tolist()
-    if not held:
-        raise InputError(f"{train.name}: one image a class, none can be held out: give {dataset}/val a list of its own")
-    kept = np.setdiff1d(np.arange(len(train)), held).tolist()
-    return train.take(kept, train.name), train.take(sorted(held), f"{dataset} val")
-
-
-def _join(a: Split, b: Split, name: str) -> Split:
-    """The images of both, in the order of their ids; of one folder."""
-    order = sorted(range(len(a) + len(b)), key=(a.ids + b.ids).__getitem__)
-    both = replace(
-        a,
-        ids=a.ids + b.ids,
-        labels=np.concatenate([a.labels, b.labels]),
-        sizes=None if a.sizes is None else np.concatenate([a.sizes, b.sizes]),
-        boxes=a.boxes | {len(a) + i: boxes for i, boxes in b.boxes.items()},
-    )
-    return both.take(order, name)
-
-
 # ------------------------------------------------------------------------------------------------- a folder of one's own
 
-FOLDER_SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 
-
-def read_folder(folder: Path, localization: bool = True) -> tuple[dict[str, Split], dict[str, Any]]:
-    """Train, val and test of a folder with one sub-folder of images a class, and the record of `load_splits`.
-
-    An image's split is decided by the SHA-256 of its path below the folder, so it stays the same whatever images come or go: about 70 % train,
-    15 % val, 15 % test. A class in which a split would have none gives it the nearest one; at least 3 images a class are needed.
-    Classes are the sub-folders in the order of their names. folder/localization.txt, lines `class/image.jpg,x0,y0,x1,y1`, holds boxes, of some images
-    or all, in pixels of the upright image (EXIF orientation applied). localization: read it.
-    Raises InputError for a folder without sub-folders, a class with too few images or with sub-folders, and as `read_split` does.
-    """
-    if not folder.is_dir():
-        raise InputError(f"--dataset {folder}: neither the name of a data set nor a folder")
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if len(classes) < 2:
-        raise InputError(f"--dataset {folder}: {len(classes)} sub-folders where one for each class is expected, two at least")
-    ids: dict[str, list[str]] = {name: [] for name in FOLDER_SHARES}
-    labels: dict[str, list[int]] = {name: [] for name in FOLDER_SHARES}
-    for name in classes:
-        nested = next((path for path in sorted((folder / name).iterdir()) if path.is_dir() and not path.name.startswith(".")), None)
-        if nested is not None:
-            raise InputError(f"{nested}: a folder inside of the class {name}: --dataset {folder} has one sub-folder of images for each class, none deeper")
-    for label, name in enumerate(classes):
-        images = [f"{name}/{path.name}" for path in (folder / name).iterdir() if _is_image(path)]
-        for split, chosen in _by_hash(images, folder / name).items():
-            ids[split] += chosen
-            labels[split] += [label] * len(chosen)
-
-    path = folder / "localization.txt"
-    boxes: dict[str, tuple] = dict.fromkeys(ids, (None, {}, {}))
-    if localization and path.exists():
-        everything = [image for split in ids for image in ids[split]]
-        sizes = np.array(list(ordered_map(partial(upright_size, folder), everything, default_workers())))
-        of_all, masks = _read_localization(path, {image: i for i, image in enumerate(everything)}, sizes)
-        if masks:
-            raise InputError(f"{path}: lines of a folder of one's own hold boxes: class/image.jpg,x0,y0,x1,y1")
-        start = 0
-        for split, images in ids.items():
-            end = start + len(images)
-            boxes[split] = sizes[start:end], {i - start: b for i, b in of_all.items() if start <= i < end}, {}
-            start = end
-    splits = {
-        split: Split(f"{folder} {split}", folder, ids[split], np.array(labels[split], dtype=np.int64), *boxes[split], upright=True) for split in ids
-    }
-    counts = ", ".join(f"{split} {len(s)} images" + (f" ({len(s.boxes)} with boxes)" if path.exists() else "") for split, s in splits.items())
-    says = f"{folder}: {len(classes)} classes; {counts}, decided by the hash of each image's name"
-    return splits, {"lists": says, "val": f"the {len(splits['val'])} images of {folder} that the hash assigns to it", "num_classes": len(classes), "classes": classes}
-
-
-def _by_hash(images: list[str], where: Path) -> dict[str, list[str]]:
-    """{split: images, sorted} of one class."""
-    if len(images) < len(FOLDER_SHARES):
-        raise InputError(f"{where}: {len(images)} images: at least {len(FOLDER_SHARES)} a class are needed, one each for train, val and test")
-    place = {image: int.from_bytes(hashlib.sha256(image.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64 for image in images}
-    order = sorted(images, key=lambda image: (place[image], image))
-    n, first, second = len(order), FOLDER_SHARES["train"], FOLDER_SHARES["train"] + FOLDER_SHARES["val"]
-    val = min(max(sum(place[image] < first for image in order), 1), n - 2)  # where val begins, and where test does: no split without images
-    test = min(max(sum(place[image] < second for image in order), val + 1), n - 1)
-    return {"train": sorted(order[:val]), "val": sorted(order[val:test]), "test": sorted(order[test:])}
-
-
-def upright_size(root: Path, image: str) -> tuple[int, int]:
-    """(width, height) as the image is shown, its EXIF orientation applied."""
-    with open_image(root / image) as opened:
-        return opened.size[::-1] if _turn(opened) in SIDEWAYS else opened.size
-
-
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
     # Names with a leading dot are what systems leave beside images, such as "._photo.jpg".
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
@@ -433,13 +244,28 @@ def _is_image(path: Path) -> bool:
 
 # EXIF orientation -> how the stored pixels are turned to stand upright.
 TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def open_image(path: Path) -> Image.Image:
+    """Opens an image without decoding it. Raises InputError where there is none."""
+    try:
+        return Image.open(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image") from None
+    except Exception as error:  # Pillow's readers raise whatever a damaged header leads them to
+        raise InputError(f"{path}: not an image that can be read ({first_line(error)})") from error
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
     try:
         return TURNS.get(image.getexif().get(0x0112))
     except Exception:  # damaged EXIF data says nothing; the pixels may be well
@@ -452,13 +278,17 @@ def decode(path: Path, listed: np.ndarray | None = None, upright: bool = False) 
     Raises InputError for an image that cannot be read, or is not of the listed (width, height), which its boxes were drawn on.
     """
     with open_image(path) as image:
-        turn = _turn(image) if upright else None
+        turn = turn_of(image) if upright else None
         width, height = image.size[::-1] if turn in SIDEWAYS else image.size
         if listed is not None and (width, height) != tuple(listed):
-            raise InputError(f"{path}: {width} x {height} pixels where the list has {listed[0]} x {listed[1]}: its boxes would not fit")
+            raise InputError(
+                f"{path}: {width} x {height} pixels where the list has {listed[0]} x {listed[1]}: its boxes would not fit"
+            )
         try:
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # 16 bits; Pillow would cut them off at 255
+                image = Image.fromarray(
+                    (np.asarray(image) >> 8).astype(np.uint8)
+                )  # 16 bits; Pillow would cut them off at 255
             rgb = image.convert("RGB")
         except Exception as error:  # Pillow's decoders raise whatever damaged data leads them to
             raise InputError(f"{path}: truncated or damaged image ({first_line(error)})") from error
@@ -479,7 +309,9 @@ def load_masks(root: Path, masks: Masks, size: int) -> tuple[np.ndarray, np.ndar
                 try:
                     pixels = np.asarray(image.convert("L"))
                 except Exception as error:
-                    raise InputError(f"{root / relative}: truncated or damaged mask ({first_line(error)})") from error
+                    raise InputError(
+                        f"{root / relative}: truncated or damaged mask ({first_line(error)})"
+                    ) from error
             # Nearest neighbour in double precision, as the field's evaluator has it (OpenCV's INTER_NEAREST).
             # At size 224 some pixel is the one before floor(x * n / size) for 105 of the widths 225 ... 1699.
             rows, columns = (np.floor(np.arange(size) * (1 / (size / n))).astype(int) for n in pixels.shape)
@@ -498,16 +330,22 @@ def load_score_map(folder: Path, image: str) -> np.ndarray:
         raise InputError(f"{candidates[0]}: no score map for {image} (nor {candidates[1].name})")
     try:
         score_map = np.load(path, allow_pickle=False)
-    except Exception as error:  # numpy reads the header as Python's literals, with all the errors of its parser
+    except (
+        Exception
+    ) as error:  # numpy reads the header as Python's literals, with all the errors of its parser
         raise InputError(f"{path}: not a .npy array ({first_line(error)})") from error
     if not isinstance(score_map, np.ndarray) or score_map.ndim != 2 or not score_map.size:
-        raise InputError(f"{path}: a score map is a 2-D array, this has shape {getattr(score_map, 'shape', 'of an archive')}")
+        raise InputError(
+            f"{path}: a score map is a 2-D array, this has shape {getattr(score_map, 'shape', 'of an archive')}"
+        )
     if score_map.dtype.kind not in "fiub":
         raise InputError(f"{path}: a score map holds floats in [0, 1], this holds {score_map.dtype}")
     if np.isnan(score_map).any():
         raise InputError(f"{path}: holds NaN")
     if score_map.min() < 0 or score_map.max() > 1:
-        raise InputError(f"{path}: values in [{score_map.min():.4g}, {score_map.max():.4g}] where [0, 1] is expected")
+        raise InputError(
+            f"{path}: values in [{score_map.min():.4g}, {score_map.max():.4g}] where [0, 1] is expected"
+        )
     return score_map.astype(np.float32)
 
 
@@ -515,7 +353,7 @@ def image_files(paths: list[Path]) -> list[Path]:
     """The files themselves, and every image below the folders, in order. Raises InputError for a folder without any."""
     files: list[Path] = []
     for path in paths:
-        inside = sorted(filter(_is_image, path.rglob("*"))) if path.is_dir() else [path]
+        inside = sorted(filter(is_image, path.rglob("*"))) if path.is_dir() else [path]
         if not inside:
             raise InputError(f"--images {path}: no images in this folder")
         files += inside
@@ -529,8 +367,16 @@ class TrainImages(Dataset):
     number of workers, in any order, and after a resume. Items: uint8 3 x image_size x image_size, label.
     """
 
-    def __init__(self, split: Split, resize_size: int, image_size: int, seed: int, pixels: np.ndarray | None = None):
-        self.split, self.resize_size, self.image_size, self.seed, self.pixels = split, resize_size, image_size, seed, pixels
+    def __init__(
+        self, split: Split, resize_size: int, image_size: int, seed: int, pixels: np.ndarray | None = None
+    ):
+        self.split, self.resize_size, self.image_size, self.seed, self.pixels = (
+            split,
+            resize_size,
+            image_size,
+            seed,
+            pixels,
+        )
 
     def __len__(self) -> int:
         return len(self.split)
@@ -539,7 +385,11 @@ class TrainImages(Dataset):
         epoch, index = item
         rng = np.random.default_rng([self.seed, epoch, index])
         x, y = rng.integers(0, self.resize_size - self.image_size, size=2, endpoint=True)
-        image = np.asarray(load_rgb(self.split.path(index), self.resize_size, upright=self.split.upright)) if self.pixels is None else self.pixels[index]
+        image = (
+            np.asarray(load_rgb(self.split.path(index), self.resize_size, upright=self.split.upright))
+            if self.pixels is None
+            else self.pixels[index]
+        )
         image = image[y : y + self.image_size, x : x + self.image_size]
         return _to_tensor(image[:, ::-1] if rng.random() < 0.5 else image), int(self.split.labels[index])
 
@@ -551,13 +401,16 @@ def resized_pixels(split: Split, size: int, folder: Path, workers: int) -> np.nd
     Raises InputError for an image that cannot be read, or where the file cannot be written (full CUB at 256: 1.2 GB).
     """
     files = [split.path(i) for i in range(len(split))]
-    states = [(image, stat.st_size, stat.st_mtime_ns) for image, stat in zip(split.ids, (file.stat() for file in files))]
+    states = [
+        (image, stat.st_size, stat.st_mtime_ns)
+        for image, stat in zip(split.ids, (file.stat() for file in files))
+    ]
     key = hashlib.sha256(repr((size, Image.__version__, states)).encode()).hexdigest()[:16]
     path = folder / f"{split.name.replace(' ', '_').replace('/', '_')}_{size}_{key}.npy"
     with alone(folder):
         if not path.exists():
             print(f"caching {len(split)} images in {path}", flush=True)
-            with replacing(path, one_writer=True) as part:
+            with atomic_write(path, one_writer=True) as part:
                 pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(split), size, size, 3))
                 resized = ordered_map(_load_resized, [(file, size, split.upright) for file in files], workers)
                 for i, image in enumerate(resized):
@@ -610,7 +463,15 @@ class EpochSampler(Sampler):
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
-        self.n, self.batch_size, self.seed, self.rank, self.world_size, self.epoch, self.first = n, batch_size, seed, rank, world_size, 1, 0
+        self.n, self.batch_size, self.seed, self.rank, self.world_size, self.epoch, self.first = (
+            n,
+            batch_size,
+            seed,
+            rank,
+            world_size,
+            1,
+            0,
+        )
 
     def __len__(self) -> int:
         return -(-self.n // self.batch_size)
@@ -643,12 +504,21 @@ def train_loader(
 ) -> DataLoader:
     """Batches of (images uint8, labels); set `loader.batch_sampler.epoch` before each epoch. pixels: of `resized_pixels`."""
     images = TrainImages(split, resize_size, image_size, seed, pixels)
-    return _loader(images, workers, batch_sampler=EpochSampler(len(split), batch_size, seed, rank, world_size))
+    return _loader(
+        images, workers, batch_sampler=EpochSampler(len(split), batch_size, seed, rank, world_size)
+    )
 
 
-def test_loader(split: Split, batch_size: int, *, image_size: int, workers: int, rank: int = 0, world_size: int = 1) -> DataLoader:
+def test_loader(
+    split: Split, batch_size: int, *, image_size: int, workers: int, rank: int = 0, world_size: int = 1
+) -> DataLoader:
     """Batches of (images uint8, labels, indices) in the split's order; of several processes, each has every world_size-th image."""
-    return _loader(TestImages(split, image_size), workers, batch_size=batch_size, sampler=range(rank, len(split), world_size))
+    return _loader(
+        TestImages(split, image_size),
+        workers,
+        batch_size=batch_size,
+        sampler=range(rank, len(split), world_size),
+    )
 
 
 test_loader.__test__ = False
@@ -665,79 +535,3 @@ def _loader(dataset: Dataset, workers: int, **kwargs: Any) -> DataLoader:
         generator=torch.Generator().manual_seed(0),
         **kwargs,
     )
-
-
-# ----------------------------------------------------------------------------------------------------------------- check
-
-
-class _Inspection(NamedTuple):
-    path: Path
-    listed: tuple[int, int] | None  # width and height
-    upright: bool
-
-
-def _inspect(item: _Inspection) -> tuple[str, str] | None:
-    """(kind, line) of what is wrong with an image or mask."""
-    try:
-        size = decode(item.path, upright=item.upright).size
-    except InputError as error:
-        return "damaged" if item.path.exists() else "missing", str(error)
-    if item.listed is not None and size != item.listed:
-        return "of another size", f"{item.path}: {size[0]} x {size[1]} pixels where the list has {item.listed[0]} x {item.listed[1]}"
-    return None
-
-
-def check(dataset: str, data_root: Path, splits_dir: Path, workers: int, shown: int = 20) -> dict[str, int]:
-    """Opens every image and mask of every split that has a list: {"missing", "damaged", "of another size"} with their numbers.
-
-    Prints a line for each of the first `shown` of a kind, and one for each split. Raises InputError for bad lists, as `load_splits` does.
-    """
-    if is_folder(dataset):
-        names = SPLITS
-    else:
-        folder = _prepare(dataset, data_root, splits_dir)[1]
-        names = tuple(name for name in SPLITS if (folder / name / "image_ids.txt").exists())
-        names = tuple(name for name in SPLITS if name in names or (name == "val" and "train" in names))  # held out from train
-    splits, record = load_splits(dataset, data_root, splits_dir, names, check_images=False)
-    if "lists" in record:
-        print(f"lists: {record['lists']}")
-    counts = dict.fromkeys(("missing", "damaged", "of another size"), 0)
-    for split in splits.values():
-        items = [_Inspection(split.path(i), None if split.sizes is None else tuple(split.sizes[i].tolist()), split.upright) for i in range(len(split))]
-        masks = dict.fromkeys(relative for of_image in split.masks.values() for paths in of_image for relative in paths)
-        items += [_Inspection(split.root / relative, None, False) for relative in masks]
-        before, last = sum(counts.values()), time.monotonic()
-        for done, problem in enumerate(ordered_map(_inspect, items, workers), 1):
-            if problem is not None:
-                counts[problem[0]] += 1
-                if counts[problem[0]] <= shown:
-                    print(f"{problem[0]}: {problem[1]}", flush=True)
-            if time.monotonic() - last > 1 or done == len(items):
-                last = time.monotonic()
-                sys.stderr.write(f"\r{split.name}: {done} of {len(items)} files" + ("\n" if done == len(items) else ""))
-                sys.stderr.flush()
-        print(f"{split.name}: {len(split)} images" + (f", {len(masks)} masks" if masks else "") + f", {sum(counts.values()) - before} with a problem")
-    if is_folder(dataset) and not any(counts.values()):
-        load_splits(dataset, data_root, splits_dir, SPLITS)  # its boxes too, which need readable images
-    return counts
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m bridge_wsol.data", description="Opens every image of a data set: exit code 0 when all is well, 2 when not.")
-    parser.add_argument("command", choices=("check",))
-    parser.add_argument("--dataset", required=True, help="a name, or a folder of your own images")
-    parser.add_argument("--data-root", type=Path, default=Path("data"), metavar="DIR")
-    parser.add_argument("--splits", type=Path, default=Path("data_splits"), metavar="DIR")
-    parser.add_argument("--workers", type=int, default=default_workers(), metavar="N", help="processes that open images")
-    args = parser.parse_args(argv)
-    if args.workers < 0:
-        parser.error("--workers must be at least 0")
-    counts = check(args.dataset, args.data_root, args.splits, args.workers)
-    if any(counts.values()):
-        raise InputError(f"{args.dataset}: {', '.join(f'{n} {kind}' for kind, n in counts.items() if n)}")
-    print(f"{args.dataset}: every file is there and can be read")
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

@@ -13,9 +13,10 @@ Every picture has a random generator of its own, derived from (seed, split, inde
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from colorsys import hsv_to_rgb
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -29,8 +30,14 @@ CANVAS = SIZE * SCALE
 GENERA = {"spotted": "dots", "barred": "stripes"}  # and the texture of each
 # (hue, saturation, value) of the head.
 HEADS = {
-    "red": (0.99, 0.90, 0.88), "orange": (0.075, 0.95, 0.98), "yellow": (0.15, 0.95, 0.98), "green": (0.34, 0.90, 0.68),
-    "cyan": (0.50, 0.85, 0.92), "blue": (0.625, 0.92, 0.85), "violet": (0.745, 0.80, 0.80), "magenta": (0.87, 0.80, 0.95),
+    "red": (0.99, 0.90, 0.88),
+    "orange": (0.075, 0.95, 0.98),
+    "yellow": (0.15, 0.95, 0.98),
+    "green": (0.34, 0.90, 0.68),
+    "cyan": (0.50, 0.85, 0.92),
+    "blue": (0.625, 0.92, 0.85),
+    "violet": (0.745, 0.80, 0.80),
+    "magenta": (0.87, 0.80, 0.95),
 }
 DEMO_COUNTS = {"train": 1600, "val": 320, "test": 640}
 
@@ -44,7 +51,9 @@ Color = tuple[int, int, int]
 class Picture(NamedTuple):
     image: Image.Image  # SIZE x SIZE, RGB
     mask: np.ndarray  # SIZE x SIZE, bool: the object
-    part: np.ndarray  # SIZE x SIZE, bool: the species-telling head (empty in the pretraining set); `figures gap` reads it
+    part: (
+        np.ndarray
+    )  # SIZE x SIZE, bool: the species-telling head (empty in the pretraining set); `figures gap` reads it
 
 
 def draw_demo(data_root: Path, splits: Path) -> None:
@@ -70,12 +79,18 @@ class _Order(NamedTuple):
     part: Path
 
 
-def _draw(data_root: Path, splits: Path, name: str, counts: dict[str, int], classes: int, seed: int, draw: Callable) -> None:
+def _draw(
+    data_root: Path, splits: Path, name: str, counts: dict[str, int], classes: int, seed: int, draw: Callable
+) -> None:
     root, lists = data_root / name, splits / name
     # Written last: where it is, everything is. Its text changes with the number of pictures and with this file, which draws them.
     drawer = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     done, stamp = root / "complete.txt", f"{name} seed {seed} {counts} by {drawer}\n"
-    if done.exists() and done.read_text() == stamp and all((lists / split / "localization.txt").exists() for split in counts):
+    if (
+        done.exists()
+        and done.read_text() == stamp
+        and all((lists / split / "localization.txt").exists() for split in counts)
+    ):
         return
     print(f"drawing {sum(counts.values())} pictures into {root}", flush=True)
     orders: dict[str, _Order] = {}
@@ -84,7 +99,9 @@ def _draw(data_root: Path, splits: Path, name: str, counts: dict[str, int], clas
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
         for index in range(count):
-            paths = (root / folder / f"{index:05d}.png" for folder in (split, f"masks/{split}", f"parts/{split}"))
+            paths = (
+                root / folder / f"{index:05d}.png" for folder in (split, f"masks/{split}", f"parts/{split}")
+            )
             orders[f"{split}/{index:05d}.png"] = _Order(draw, (seed, number, index), index % classes, *paths)
     boxes = dict(zip(orders, ordered_map(_draw_one, orders.values(), default_workers())))
     for split in counts:
@@ -93,7 +110,11 @@ def _draw(data_root: Path, splits: Path, name: str, counts: dict[str, int], clas
             "image_ids": ids,
             "class_labels": [f"{path},{orders[path].label}" for path in ids],
             "image_sizes": [f"{path},{SIZE},{SIZE}" for path in ids],
-            "localization": [line for path in ids for line in (",".join(map(str, (path, *boxes[path]))), f"{path},masks/{path},")],
+            "localization": [
+                line
+                for path in ids
+                for line in (",".join(map(str, (path, *boxes[path]))), f"{path},masks/{path},")
+            ],
         }
         for file, lines in files.items():
             write_text(lists / split / f"{file}.txt", "".join(f"{line}\n" for line in lines))
@@ -140,7 +161,10 @@ def draw_bird(rng: np.random.Generator, label: int) -> Picture:
     mask_draw = ImageDraw.Draw(mask)
 
     hue, saturation = rng.random(), rng.uniform(0.15, 0.55)
-    light, dark = _rgb(hue, saturation, rng.uniform(0.65, 0.95)), _rgb(hue + rng.uniform(-0.06, 0.06), saturation, rng.uniform(0.15, 0.38))
+    light, dark = (
+        _rgb(hue, saturation, rng.uniform(0.65, 0.95)),
+        _rgb(hue + rng.uniform(-0.06, 0.06), saturation, rng.uniform(0.15, 0.38)),
+    )
     if rng.random() < 0.5:
         light, dark = dark, light
     skin = _rgb(rng.uniform(0.05, 0.12), 0.4, rng.uniform(0.25, 0.6))
@@ -155,7 +179,12 @@ def draw_bird(rng: np.random.Generator, label: int) -> Picture:
         _polygon(plumage_draw, parts[name], 255)
         _polygon(mask_draw, parts[name], 255)
     angle = _angle(parts["axis"])
-    pattern = _texture(rng, list(GENERA.values())[genus], period=unit * rng.uniform(0.22, 0.30), angle=angle + rng.uniform(-0.3, 0.3))
+    pattern = _texture(
+        rng,
+        list(GENERA.values())[genus],
+        period=unit * rng.uniform(0.22, 0.30),
+        angle=angle + rng.uniform(-0.3, 0.3),
+    )
     coat = Image.composite(Image.new("RGB", image.size, dark), Image.new("RGB", image.size, light), pattern)
     image.paste(_shade(coat, parts["body"]), mask=plumage)
 
@@ -167,7 +196,11 @@ def draw_bird(rng: np.random.Generator, label: int) -> Picture:
     _polygon(draw, parts["beak"], skin)
     _polygon(mask_draw, parts["beak"], 255)
     h, s, v = list(HEADS.values())[species]
-    _polygon(draw, parts["head"], _rgb(h + rng.uniform(-0.015, 0.015), s * rng.uniform(0.9, 1), v * rng.uniform(0.92, 1)))
+    _polygon(
+        draw,
+        parts["head"],
+        _rgb(h + rng.uniform(-0.015, 0.015), s * rng.uniform(0.9, 1), v * rng.uniform(0.92, 1)),
+    )
     _polygon(mask_draw, parts["head"], 255)
     _polygon(ImageDraw.Draw(part), parts["head"], 255)
     _polygon(draw, parts["eye"], (250, 250, 250))
@@ -185,20 +218,31 @@ def _bird_outline(rng: np.random.Generator) -> dict[str, np.ndarray]:
     shoulder = np.array([0.34, -0.45 * height])
     centre = shoulder + stretch * np.array([np.cos(lift), -np.sin(lift)])
     across = np.array([np.sin(lift), np.cos(lift)])
-    neck = np.array([shoulder - 0.2 * across, centre - 0.85 * r * across, centre + 0.85 * r * across, shoulder + 0.2 * across])
+    neck = np.array(
+        [
+            shoulder - 0.2 * across,
+            centre - 0.85 * r * across,
+            centre + 0.85 * r * across,
+            shoulder + 0.2 * across,
+        ]
+    )
     head = centre + _ellipse(r, r * rng.uniform(0.88, 1))
 
     gaze = np.radians(rng.uniform(-25, 25))
     ahead, up = np.array([np.cos(gaze), np.sin(gaze)]), np.array([np.sin(gaze), -np.cos(gaze)])
     length = rng.uniform(0.13, 0.26)
-    beak = centre + np.array([0.85 * r * ahead + 0.075 * up, (r + length) * ahead, 0.85 * r * ahead - 0.075 * up])
+    beak = centre + np.array(
+        [0.85 * r * ahead + 0.075 * up, (r + length) * ahead, 0.85 * r * ahead - 0.075 * up]
+    )
     eye = centre + 0.3 * r * ahead + 0.25 * r * up
 
     droop = np.radians(rng.uniform(-35, 25))
     back, side = np.array([-np.cos(droop), -np.sin(droop)]), np.array([np.sin(droop), -np.cos(droop)])
     root, length, spread = np.array([-0.36, -0.04]), rng.uniform(0.25, 0.45), rng.uniform(0.1, 0.22)
     end = root + back * length
-    tail = np.array([root + 0.09 * side, end + spread * side, end + 0.04 * back, end - spread * side, root - 0.09 * side])
+    tail = np.array(
+        [root + 0.09 * side, end + spread * side, end + 0.04 * back, end - spread * side, root - 0.09 * side]
+    )
 
     parts = {"body": body, "neck": neck, "head": head, "beak": beak, "tail": tail}
     parts["eye"], parts["pupil"] = eye + _ellipse(0.05, 0.05), eye + _ellipse(0.028, 0.028)
@@ -206,10 +250,14 @@ def _bird_outline(rng: np.random.Generator) -> dict[str, np.ndarray]:
         swing = rng.uniform(-0.08, 0.08)
         hip, foot = np.array([x, 0.8 * height]), np.array([x + swing, height + rng.uniform(0.05, 0.13)])
         w = 0.028
-        toes = foot + np.array([[w, -0.02], [0.12, 0.02], [0.12, 0.05], [-0.06, 0.05], [-0.06, 0.02], [-w, -0.02]])
+        toes = foot + np.array(
+            [[w, -0.02], [0.12, 0.02], [0.12, 0.05], [-0.06, 0.05], [-0.06, 0.02], [-w, -0.02]]
+        )
         parts[f"leg{i}"] = np.concatenate([[hip + [w, 0]], toes, [hip - [w, 0]]])
     s = np.linspace(0, np.pi, 14)
-    parts["wing"] = np.stack([-0.08 + 0.3 * np.cos(s), -0.02 + 0.6 * height * np.sin(s) - 0.05 * np.cos(s)], 1)
+    parts["wing"] = np.stack(
+        [-0.08 + 0.3 * np.cos(s), -0.02 + 0.6 * height * np.sin(s) - 0.05 * np.cos(s)], 1
+    )
     parts["axis"] = np.array([[0.0, 0.0], [0.3, 0.0]])
     return parts
 
@@ -224,7 +272,9 @@ def draw_shape(rng: np.random.Generator, label: int) -> Picture:
     t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     form = rng.integers(4)
     if form == 0:  # blob
-        radius = 1 + sum(rng.uniform(-0.3, 0.3) / k * np.cos(k * t + rng.uniform(0, 6.3)) for k in range(2, 6))
+        radius = 1 + sum(
+            rng.uniform(-0.3, 0.3) / k * np.cos(k * t + rng.uniform(0, 6.3)) for k in range(2, 6)
+        )
     elif form == 1:  # star
         t = np.linspace(0, 2 * np.pi, 2 * n, endpoint=False)
         radius = np.where(np.arange(2 * n) % 2, rng.uniform(0.4, 0.7), 1)
@@ -246,7 +296,10 @@ def draw_shape(rng: np.random.Generator, label: int) -> Picture:
         second = _rgb(0, 0.03, (value + 0.5) % 1)
     else:
         hue = HUES[color] + rng.uniform(-0.02, 0.02)
-        first, second = _rgb(hue, saturation, value), _rgb(hue, saturation * rng.uniform(0.3, 1), value * rng.uniform(0.2, 0.5))
+        first, second = (
+            _rgb(hue, saturation, value),
+            _rgb(hue, saturation * rng.uniform(0.3, 1), value * rng.uniform(0.2, 0.5)),
+        )
         if rng.random() < 0.3:
             second = _rgb(hue, 0.1, 1)
     pattern = _texture(rng, TEXTURES[texture], period=rng.uniform(9, 20) * SCALE, angle=rng.uniform(0, np.pi))
@@ -261,8 +314,15 @@ def draw_shape(rng: np.random.Generator, label: int) -> Picture:
 def _background(rng: np.random.Generator) -> Image.Image:
     """Soft colours, then leaves, stones, blades and twigs. Muted: saturated colours belong to the objects."""
     tint = rng.choice([0.08, 0.12, 0.25, 0.32, 0.55, 0.6]) + rng.uniform(-0.04, 0.04)
-    ground = np.array([_rgb(tint + rng.uniform(-0.05, 0.05), rng.uniform(0.05, 0.4), rng.uniform(0.3, 0.85)) for _ in range(25)])
-    image = Image.fromarray(ground.reshape(5, 5, 3).astype(np.uint8)).resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
+    ground = np.array(
+        [
+            _rgb(tint + rng.uniform(-0.05, 0.05), rng.uniform(0.05, 0.4), rng.uniform(0.3, 0.85))
+            for _ in range(25)
+        ]
+    )
+    image = Image.fromarray(ground.reshape(5, 5, 3).astype(np.uint8)).resize(
+        (CANVAS, CANVAS), Image.Resampling.BICUBIC
+    )
     draw = ImageDraw.Draw(image)
     for _ in range(rng.integers(8, 26)):
         where = rng.uniform(-0.05, 1.05, 2) * CANVAS
@@ -273,7 +333,11 @@ def _background(rng: np.random.Generator) -> Image.Image:
         if kind == 0:  # leaf
             s = np.linspace(-1, 1, 12)
             width = 0.4 * (1 - s**2)
-            _polygon(draw, where + place(np.concatenate([np.stack([s, width], 1), np.stack([s, -width], 1)[::-1]])), color)
+            _polygon(
+                draw,
+                where + place(np.concatenate([np.stack([s, width], 1), np.stack([s, -width], 1)[::-1]])),
+                color,
+            )
             _polyline(draw, where + place(np.array([[-1.2, 0], [0.9, 0]])), darker)
         elif kind == 1:  # stone
             stone = place(_ellipse(0.8, rng.uniform(0.4, 0.7)))
@@ -284,13 +348,20 @@ def _background(rng: np.random.Generator) -> Image.Image:
                 blade = np.array([[-0.06, 0], [0.06, 0], [lean, -1.6]]) * rng.uniform(10, 24) * SCALE
                 _polygon(draw, where + blade, color)
         else:  # twig
-            _polygon(draw, where + place(np.array([[-2, -0.05], [0, -0.1], [2, -0.03], [2, 0.03], [0, 0.1], [-2, 0.05]])), color)
+            _polygon(
+                draw,
+                where
+                + place(np.array([[-2, -0.05], [0, -0.1], [2, -0.03], [2, 0.03], [0, 0.1], [-2, 0.05]])),
+                color,
+            )
     return image
 
 
 def _texture(rng: np.random.Generator, kind: str, period: float, angle: float) -> Image.Image:
     """A pattern over the whole canvas, 0 or 255; `period` in pixels, `angle` that of the pattern's axis."""
-    y, x = np.mgrid[:CANVAS, :CANVAS].astype(np.float32) - rng.uniform(0, CANVAS, (2, 1, 1)).astype(np.float32)
+    y, x = np.mgrid[:CANVAS, :CANVAS].astype(np.float32) - rng.uniform(0, CANVAS, (2, 1, 1)).astype(
+        np.float32
+    )
     c, s = np.float32(np.cos(angle) / period), np.float32(np.sin(angle) / period)
     u, v = c * x + s * y, c * y - s * x  # in periods, along and across the axis
     if kind == "stripes":

@@ -53,7 +53,9 @@ def cosine_map(features: Tensor, weight: Tensor) -> Tensor:
     in float32: its square is not representable) has S = 0 and passes no gradient through S.
     """
     if weight.dim() not in (2, 3) or weight.shape[-1] != features.shape[1]:
-        raise ValueError(f"weight must be K x C or N x M x C with C = {features.shape[1]}, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must be K x C or N x M x C with C = {features.shape[1]}, got {tuple(weight.shape)}"
+        )
     with torch.autocast(features.device.type, enabled=False):
         norm, weight = feature_norm(features)[:, None], full_precision(weight)
         # w is made a unit vector, f is not: dividing the product by |f| spares a second map of N x C x H x W.

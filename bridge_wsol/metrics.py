@@ -6,7 +6,8 @@ is at least delta, and a threshold is chosen once for the whole set, never per i
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,9 @@ DELTAS = (30, 50, 70)  # IoU thresholds of MaxBoxAccV2, percent
 class Localization(NamedTuple):
     """What one image's map says at every level."""
 
-    ious: np.ndarray  # 2 x 255 float64, best IoU with any ground-truth box: row 0 over all contours, row 1 the largest one's
+    ious: (
+        np.ndarray
+    )  # 2 x 255 float64, best IoU with any ground-truth box: row 0 over all contours, row 1 the largest one's
     largest: np.ndarray  # 255 x 4 int64, the largest contour's box
 
 
@@ -106,9 +109,10 @@ class BoxAccuracy:
             at_threshold = hits["50"][:, levels["50"]]
             metrics |= {f"top{k}_loc": percent(at_threshold & (ranks < k)) for k in (1, 5)}
         if val_levels is not None:
-            metrics["max_box_acc_v2_at_val_threshold"] = _with_mean({n: c[val_levels[n]] for n, c in curves.items()})
+            metrics["max_box_acc_v2_at_val_threshold"] = _with_mean(
+                {n: c[val_levels[n]] for n, c in curves.items()}
+            )
         return {"metrics": metrics, "levels": levels, "curves": curves}
-
 
     def at_fixed_levels(self, levels: dict[int, int]) -> dict[str, float | None]:
         """GT-known, Top-1 and Top-5 Loc of the largest contour where no threshold is searched: the rule of the papers since CAM (CVPR 2016).

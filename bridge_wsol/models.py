@@ -10,8 +10,9 @@ evaluation never runs a network twice. Parameters carry torchvision's names: its
 from __future__ import annotations
 
 import sys
+import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torchvision.models import ResNet, ResNet50_Weights, VGG16_Weights
 from torchvision.models.resnet import Bottleneck
 
 from .losses import attentive_dropout
-from .utils import InputError, load_tensors, one_line_errors, save_checkpoint
+from .utils import InputError, atomic_write, first_line, one_line_errors
 
 ARCHS = ("vgg16", "resnet50")
 
@@ -30,11 +31,13 @@ IMAGENET_WEIGHTS = {"vgg16": VGG16_Weights.IMAGENET1K_V1, "resnet50": ResNet50_W
 class Output(NamedTuple):
     logits: Tensor  # N x K
     features: Tensor  # N x C x H x W, f: after the last ReLU
-    features_dropped: Tensor | None  # the same of the dropped pass; None in eval mode and without attentive dropout
+    features_dropped: (
+        Tensor | None
+    )  # the same of the dropped pass; None in eval mode and without attentive dropout
 
 
 class GAPNetwork(nn.Module):
-    """Shared forward pass. Subclasses define `before_dropout`, `after_dropout`, the linear layer `fc`, and `pretrained_layers`: the
+    """Shared forward pass. Subclasses define `before_dropout`, `after_dropout`, the linear layer `fc`, and `backbone_state_dict`: the
     parameters and buffers that a pretrained file must have, by torchvision's names.
 
     gamma, p: attentive dropout's threshold and probability; None, None: no dropped pass (the vanilla CAM network).
@@ -97,7 +100,7 @@ class VGG16GAP(GAPNetwork):
     def after_dropout(self, shared: Tensor) -> Tensor:
         return self.conv6(self.features[self.dropout_at :](shared))
 
-    def pretrained_layers(self) -> dict[str, Tensor]:
+    def backbone_state_dict(self) -> dict[str, Tensor]:
         return {k: v for k, v in self.state_dict().items() if k.startswith("features.")}
 
 
@@ -116,10 +119,14 @@ class ResNet50GAP(GAPNetwork, ResNet):
     def after_dropout(self, shared: Tensor) -> Tensor:
         return self.layer4[1:](shared)
 
-    def pretrained_layers(self) -> dict[str, Tensor]:
+    def backbone_state_dict(self) -> dict[str, Tensor]:
         # Files older than PyTorch 0.4.1 have no num_batches_tracked; it is used by no forward pass here.
         own = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")
-        return {k: v for k, v in self.state_dict().items() if k.startswith(own) and not k.endswith("num_batches_tracked")}
+        return {
+            k: v
+            for k, v in self.state_dict().items()
+            if k.startswith(own) and not k.endswith("num_batches_tracked")
+        }
 
 
 def build_model(
@@ -150,12 +157,12 @@ def build_model(
     return model
 
 
-def load_pretrained(model: GAPNetwork, arch: str, weights: str, keep_fc: bool = False) -> None:
+def load_pretrained(model: GAPNetwork, arch: str, weights: str, load_fc: bool = False) -> None:
     """Loads pretrained layers in place. weights: "none", "imagenet" (torchvision downloads and checks it) or a file.
 
     A file holds tensors by torchvision's names, or is a checkpoint of this program. VGG16's fully connected layers are
     left out, and vgg16_bn's batch norm is folded into the convolutions of a network without; ResNet50's linear layer is loaded with
-    `keep_fc` only (ImageNet-1K, whose classes it tells apart).
+    `load_fc` only (ImageNet-1K, whose classes it tells apart).
     Raises InputError when the download fails, and for a wrong file, naming what is missing or of another shape.
     """
     if weights == "none":
@@ -165,13 +172,17 @@ def load_pretrained(model: GAPNetwork, arch: str, weights: str, keep_fc: bool = 
     else:
         source, state = weights, load_tensors(Path(weights))
         state = state["model"] if isinstance(state.get("model"), dict) else state
-    wanted = model.pretrained_layers()
-    if arch == "vgg16" and any(k.endswith("running_mean") for k in state) and not any(k.endswith("running_mean") for k in wanted):
+    wanted = model.backbone_state_dict()
+    if (
+        arch == "vgg16"
+        and any(k.endswith("running_mean") for k in state)
+        and not any(k.endswith("running_mean") for k in wanted)
+    ):
         try:
             state = fold_batch_norm(state)
         except (AttributeError, IndexError, KeyError, RuntimeError, ValueError) as error:
             raise InputError(f"{source}: batch norm that is not vgg16_bn's ({error})") from error
-    if keep_fc and arch == "resnet50":
+    if load_fc and arch == "resnet50":
         wanted |= {k: v for k, v in model.state_dict().items() if k[:3] == "fc."}
 
     missing = [k for k in wanted if not isinstance(state.get(k), Tensor)]
@@ -180,7 +191,11 @@ def load_pretrained(model: GAPNetwork, arch: str, weights: str, keep_fc: bool = 
         for k, v in wanted.items()
         if k not in missing and state[k].shape != v.shape
     ]
-    problems = [f"{what}: {_shorten(keys)}" for what, keys in (("missing", missing), ("wrong shape", misshapen)) if keys]
+    problems = [
+        f"{what}: {_shorten(keys)}"
+        for what, keys in (("missing", missing), ("wrong shape", misshapen))
+        if keys
+    ]
     if problems:
         raise InputError(f"{source}: not weights of this {arch}; {'; '.join(problems)}")
     model.load_state_dict({k: state[k] for k in wanted}, strict=False)
@@ -191,14 +206,24 @@ def fold_batch_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     BN(w * x + b) = (w k) * x + (b - mean) k + beta with k = gamma / sqrt(var + eps).
     """
-    numbers = sorted(int(name.split(".")[1]) for name, value in state.items() if name.startswith("features.") and value.dim() == 4)
-    plain = [f"features.{i}" for i, layer in enumerate(VGG16GAP(1, width=1 / 64).features) if isinstance(layer, nn.Conv2d)]
+    numbers = sorted(
+        int(name.split(".")[1])
+        for name, value in state.items()
+        if name.startswith("features.") and value.dim() == 4
+    )
+    plain = [
+        f"features.{i}"
+        for i, layer in enumerate(VGG16GAP(1, width=1 / 64).features)
+        if isinstance(layer, nn.Conv2d)
+    ]
     folded = {}
     for number, new in zip(numbers, plain):
         old, norm = f"features.{number}", f"features.{number + 1}"
         k = state[f"{norm}.weight"] / torch.sqrt(state[f"{norm}.running_var"] + nn.BatchNorm2d(1).eps)
         folded[f"{new}.weight"] = state[f"{old}.weight"] * k[:, None, None, None]
-        folded[f"{new}.bias"] = (state[f"{old}.bias"] - state[f"{norm}.running_mean"]) * k + state[f"{norm}.bias"]
+        folded[f"{new}.bias"] = (state[f"{old}.bias"] - state[f"{norm}.running_mean"]) * k + state[
+            f"{norm}.bias"
+        ]
     return folded
 
 
@@ -207,8 +232,48 @@ def export_backbone(checkpoint: Path, out: Path) -> None:
     model_state = load_tensors(checkpoint).get("model")
     if not isinstance(model_state, dict):
         raise InputError(f"{checkpoint}: not a checkpoint of train.py")
-    folded = fold_batch_norm(model_state) if any(k.endswith("running_mean") for k in model_state) else model_state
+    folded = (
+        fold_batch_norm(model_state) if any(k.endswith("running_mean") for k in model_state) else model_state
+    )
     save_checkpoint(out, {k: v.half().contiguous() for k, v in folded.items() if k.startswith("features.")})
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Tensors, numbers, strings, lists and dicts only: what `load_tensors` reads without executing anything."""
+    with atomic_write(path, one_writer=True) as part, part.open("wb") as file:
+        try:
+            torch.save(_canonical(checkpoint), file)  # given a path, it would write that name into the file
+        except RuntimeError as error:  # torch's zip writer reports a full disk so
+            raise OSError(str(error).splitlines()[0]) from error
+
+
+def _canonical(value: Any) -> Any:
+    """Equal contents, equal bytes: pickle writes an object that is met twice once, and a resumed run shares other strings and lists."""
+    if isinstance(value, str):
+        return sys.intern(value)
+    if isinstance(value, dict):
+        return {_canonical(k): _canonical(v) for k, v in value.items()}
+    return type(value)(map(_canonical, value)) if type(value) in (list, tuple) else value
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Reads a file of torch.save onto the CPU, executing nothing in it. Raises InputError when absent or damaged."""
+    try:
+        if zipfile.is_zipfile(
+            path
+        ):  # torch does not compare the checksums that it writes: flipped bits would become weights
+            with zipfile.ZipFile(path) as records:
+                damaged = records.testzip()
+            if damaged is not None:
+                raise ValueError(f"wrong checksum of {damaged}")
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:  # damaged zip, truncated pickle, foreign objects: torch raises a dozen types
+        raise InputError(f"{path}: damaged, or not a file of tensors ({first_line(error)})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}, not a dictionary of tensors")
+    return value
 
 
 def restore_weights(model: GAPNetwork, state: dict[str, Tensor], path: Path) -> None:
@@ -220,7 +285,9 @@ def restore_weights(model: GAPNetwork, state: dict[str, Tensor], path: Path) -> 
     for name, value in own.items():
         if state[name].shape != value.shape:
             what = "of another number of classes" if name.startswith("fc.") else "of another architecture"
-            raise InputError(f"{path}: weights {what} ({name} is {_shape(state[name])} in the file, {_shape(value)} in the model)")
+            raise InputError(
+                f"{path}: weights {what} ({name} is {_shape(state[name])} in the file, {_shape(value)} in the model)"
+            )
     model.load_state_dict(state)
 
 

@@ -12,24 +12,21 @@ import platform
 import random
 import secrets
 import signal
-import subprocess
 import sys
 import threading
 import time
-import zipfile
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
-from PIL import Image
 
 try:
     import fcntl
@@ -74,9 +71,14 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(130)
     except RuntimeError as error:
         # What gloo and NCCL say, in many ways, when a process at the other end is gone.
-        if world_size() == 1 or not any(word in str(error).lower() for word in ("connection", "peer", "gloo", "nccl", "timed out", "timeout")):
+        if world_size() == 1 or not any(
+            word in str(error).lower()
+            for word in ("connection", "peer", "gloo", "nccl", "timed out", "timeout")
+        ):
             raise
-        _fail(f"process {rank()} of {world_size()}: another process of this job has ended; start the job again with --resume")
+        _fail(
+            f"process {rank()} of {world_size()}: another process of this job has ended; start the job again with --resume"
+        )
         os._exit(1)  # no orderly end: the library would wait for the lost one
 
 
@@ -92,7 +94,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked = False
         with suppress(ValueError):  # not the main thread: whoever runs training there has the signals
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            self.before = {
+                number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+            }
 
     def _note(self, number: int, frame: Any) -> None:
         self.asked = True
@@ -147,7 +151,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def gathered(part: T) -> list[T]:
+def all_gather(part: T) -> list[T]:
     """Every process's part, in the order of their ranks, in every process."""
     if world_size() == 1:
         return [part]
@@ -200,7 +204,10 @@ def seed_everything(seed: int) -> None:
 
 def random_states() -> dict[str, Any]:
     """Torch's random states, for a checkpoint: all the randomness of a run that is not derived from (seed, epoch)."""
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
 
 
 def set_random_states(states: dict[str, Any]) -> None:
@@ -210,7 +217,7 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """"auto": the GPU where there is one. Raises InputError for a device torch does not know or cannot reach.
+    """ "auto": the GPU where there is one. Raises InputError for a device torch does not know or cannot reach.
 
     Of several processes (torchrun), each has a GPU of its own.
     """
@@ -258,7 +265,9 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
         return
     # Forked workers share this process's memory and start at once; they touch neither torch nor a GPU.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    with ProcessPoolExecutor(workers, multiprocessing.get_context(method), initializer=_end_with, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context(method), initializer=_end_with, initargs=(os.getpid(),)
+    ) as pool:
         under_way: deque[Future[R]] = deque()
         try:
             for item in items:
@@ -268,9 +277,67 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
             while under_way:
                 yield under_way.popleft().result()
         except BrokenProcessPool as error:
-            raise InputError(f"a worker process was killed ({error}): out of memory? Pass a smaller --workers, or 0") from error
+            raise InputError(
+                f"a worker process was killed ({error}): out of memory? Pass a smaller --workers, or 0"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+class Progress:
+    """A line on stderr that shows how far a long job is. Written by the first process alone; by none with `quiet`.
+
+    On a terminal the line is rewritten at most twice a second and removed at the end. Elsewhere, for instance in
+    a job's log, a line is written every 60 s, and one more at the end of a job that has written any.
+    """
+
+    quiet = False  # --quiet
+
+    def __init__(self, what: str, total: int, unit: str = "images", done: int = 0):
+        """`total` things of this unit are to be done, `done` of them before now."""
+        self.what, self.total, self.unit, self.first, self.done = what, total, unit, done, done
+        self.terminal = sys.stderr.isatty()
+        self.started = self.shown = time.monotonic()
+        self.written = False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.written:
+            self._write("\r\x1b[K" if self.terminal else f"{self.line()}\n")
+
+    def show(self, done: int, note: Callable[[], str] = str) -> None:
+        """Writes the line where it is due. note: what else the line says; called only then, as it may cost time."""
+        self.done, now = done, time.monotonic()
+        if self.quiet or rank() > 0 or now - self.shown < (0.5 if self.terminal else 60):
+            return
+        self.shown, self.written = now, True
+        self._write(f"\r{self.line(note())}\x1b[K" if self.terminal else f"{self.line(note())}\n")
+
+    def line(self, note: str = "") -> str:
+        """What is done, what else there is to say, how fast it goes and how long it will take."""
+        speed = (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
+        left = f", {duration((self.total - self.done) / speed)} left" if speed else ""
+        return f"{self.what}: {self.done} of {self.total} {self.unit}{note}, {speed:.1f} {self.unit}/s{left}"
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def counted(items: Iterable[T], what: str, total: int, unit: str = "images") -> Iterator[T]:
+    """The items as they come, with a `Progress` of how many came."""
+    with Progress(what, total, unit) as progress:
+        for done, item in enumerate(items, 1):
+            yield item
+            progress.show(done)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 0h05m09s."""
+    hours, seconds = divmod(round(seconds), 3600)
+    return f"{hours}h{seconds // 60:02d}m{seconds % 60:02d}s"
 
 
 @contextmanager
@@ -283,7 +350,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path, one_writer: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, one_writer: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it to `path` when the block ends well, removes it when not.
 
     A reader, a crash or a full disk never meets a half-written file, and of two writers the later one wins. one_writer: nobody else writes
@@ -341,72 +408,9 @@ def _locked(handle: int, folder: Path, wait: bool) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Tensors, numbers, strings, lists and dicts only: what `load_tensors` reads without executing anything."""
-    with replacing(path, one_writer=True) as part, part.open("wb") as file:
-        try:
-            torch.save(_canonical(checkpoint), file)  # given a path, it would write that name into the file
-        except RuntimeError as error:  # torch's zip writer reports a full disk so
-            raise OSError(str(error).splitlines()[0]) from error
-
-
-def _canonical(value: Any) -> Any:
-    """Equal contents, equal bytes: pickle writes an object that is met twice once, and a resumed run shares other strings and lists."""
-    if isinstance(value, str):
-        return sys.intern(value)
-    if isinstance(value, dict):
-        return {_canonical(k): _canonical(v) for k, v in value.items()}
-    return type(value)(map(_canonical, value)) if type(value) in (list, tuple) else value
-
-
-def load_tensors(path: Path) -> dict[str, Any]:
-    """Reads a file of torch.save onto the CPU, executing nothing in it. Raises InputError when absent or damaged."""
-    try:
-        if zipfile.is_zipfile(path):  # torch does not compare the checksums that it writes: flipped bits would become weights
-            with zipfile.ZipFile(path) as records:
-                damaged = records.testzip()
-            if damaged is not None:
-                raise ValueError(f"wrong checksum of {damaged}")
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:  # damaged zip, truncated pickle, foreign objects: torch raises a dozen types
-        raise InputError(f"{path}: damaged, or not a file of tensors ({first_line(error)})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}, not a dictionary of tensors")
-    return value
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a result depends on besides its configuration: for config.json."""
-    try:
-        here = Path(__file__).parent
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        commit = git.stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "git_commit": commit,
-    }
-
-
-def open_image(path: Path) -> Image.Image:
-    """Opens an image without decoding it. Raises InputError where there is none."""
-    try:
-        return Image.open(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such image") from None
-    except Exception as error:  # Pillow's readers raise whatever a damaged header leads them to
-        raise InputError(f"{path}: not an image that can be read ({first_line(error)})") from error

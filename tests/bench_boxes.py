@@ -20,8 +20,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import plain_boxes
+
 from bridge_wsol.boxes import iou_matrix, scale_boxes
-from bridge_wsol.data import load_splits, test_loader
+from bridge_wsol.data import test_loader
+from bridge_wsol.datasets import load_splits
 from bridge_wsol.metrics import localize
 from bridge_wsol.utils import ordered_map
 from evaluate import load_run, network_maps
@@ -75,19 +77,35 @@ def private_memory(job: tuple[np.ndarray, np.ndarray]) -> float:
 def real_maps(run: Path, n: int) -> tuple[list[np.ndarray], list[np.ndarray], str]:
     model, method, checkpoint = load_run(run, "best", torch.device("cpu"))
     c = checkpoint["config"]
-    splits, _ = load_splits(c["dataset"], Path(c["data_root"]), Path(c["splits"]), ("test",), c["val_per_class"])
+    splits, _ = load_splits(
+        c["dataset"], Path(c["data_root"]), Path(c["splits"]), ("test",), c["val_per_class"]
+    )
     split = splits["test"].take(range(0, len(splits["test"]), max(1, len(splits["test"]) // n)), "bench")
     loader = test_loader(split, 8, image_size=c["image_size"], workers=0)
     maps = []
-    for batch in network_maps(model, loader, method=method, device=torch.device("cpu"), amp="off", normalization="minmax", image_size=c["image_size"]):
+    for batch in network_maps(
+        model,
+        loader,
+        method=method,
+        device=torch.device("cpu"),
+        amp="off",
+        normalization="minmax",
+        image_size=c["image_size"],
+    ):
         maps += list(batch.maps)
     truths = [scale_boxes(split.boxes[i], tuple(split.sizes[i]), c["image_size"]) for i in range(len(split))]
     side = c["image_size"] // c["stride"]
-    return maps, truths, f"{run.name}: {len(maps)} maps of {side} x {side} at {c['image_size']} x {c['image_size']}"
+    return (
+        maps,
+        truths,
+        f"{run.name}: {len(maps)} maps of {side} x {side} at {c['image_size']} x {c['image_size']}",
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--images", type=int, default=60)
     args = parser.parse_args()
@@ -101,14 +119,18 @@ def main() -> None:
         maps, truths, title = real_maps(run, args.images)
         memory = max(ordered_map(private_memory, list(zip(maps, truths)), 1))
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for start in range(0, len(maps), 10):  # in turns of ten maps: each way finds the caches as it leaves them
+        for start in range(
+            0, len(maps), 10
+        ):  # in turns of ten maps: each way finds the caches as it leaves them
             results: dict[str, list[np.ndarray]] = {name: [] for name in ways}
             for name, way in ways.items():
                 for score_map, truth in zip(maps[start : start + 10], truths[start : start + 10]):
                     began = time.perf_counter()
                     results[name].append(way(score_map, truth))
                     seconds[name].append(time.perf_counter() - began)
-            np.testing.assert_array_equal(results["merge-tree sweep (exact)"], results["plain labeling (exact)"])
+            np.testing.assert_array_equal(
+                results["merge-tree sweep (exact)"], results["plain labeling (exact)"]
+            )
         ours = np.median(seconds["merge-tree sweep (exact)"])
         print(f"{title}; median milliseconds an image, one core")
         for name, values in seconds.items():

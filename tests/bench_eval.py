@@ -12,9 +12,9 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bridge_wsol.baselines import CAM
 from bridge_wsol.data import Split, test_loader
+from bridge_wsol.methods import CAM
 from bridge_wsol.metrics import localize
 from bridge_wsol.models import ARCHS, build_model
 from bridge_wsol.utils import default_workers, resolve_device
@@ -48,7 +48,9 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", choices=ARCHS, default="vgg16")
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -68,7 +70,17 @@ def main() -> None:
             return test_loader(split, args.batch_size, image_size=224, workers=workers)
 
         def maps(batches) -> list[MapBatch]:
-            return list(network_maps(model, batches, method=method, device=device, amp="auto", normalization="minmax", image_size=224))
+            return list(
+                network_maps(
+                    model,
+                    batches,
+                    method=method,
+                    device=device,
+                    amp="auto",
+                    normalization="minmax",
+                    image_size=224,
+                )
+            )
 
         batches = list(loader(0))
         maps(batches[:1])  # warm-up
@@ -79,17 +91,38 @@ def main() -> None:
         torch.set_num_threads(one_core)
         alone["network"] = timed(lambda: made.extend(maps(batches)))
         truth = split.boxes[0]
-        alone["sweep, one process"] = timed(lambda: [localize(m, truth) for batch in made for m in batch.maps])
-        together = timed(lambda: evaluate_maps(
-            network_maps(model, loader(args.workers), method=method, device=device, amp="auto", normalization="minmax", image_size=224),
-            split, workers=args.workers,
-        ))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        alone["sweep, one process"] = timed(
+            lambda: [localize(m, truth) for batch in made for m in batch.maps]
+        )
+        together = timed(
+            lambda: evaluate_maps(
+                network_maps(
+                    model,
+                    loader(args.workers),
+                    method=method,
+                    device=device,
+                    amp="auto",
+                    normalization="minmax",
+                    image_size=224,
+                ),
+                split,
+                workers=args.workers,
+            )
+        )
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     print(f"{args.arch}, {args.images} images at 224 x 224, {name}")
     total = sum(alone.values())
     for stage, seconds in alone.items():
-        print(f"  {stage:<22}{args.images / seconds:9.1f} images/s alone   {100 * seconds / total:5.1f} % of the work")
-    print(f"  {f'all, {args.workers} workers':<22}{args.images / together:9.1f} images/s, {total / together:.2f} x one after another")
+        print(
+            f"  {stage:<22}{args.images / seconds:9.1f} images/s alone   {100 * seconds / total:5.1f} % of the work"
+        )
+    print(
+        f"  {f'all, {args.workers} workers':<22}{args.images / together:9.1f} images/s, {total / together:.2f} x one after another"
+    )
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable
 
 import numpy as np
 import torch
@@ -30,9 +30,10 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench_eval import drawn_split
+
 from bridge_wsol import optim
-from bridge_wsol.baselines import METHODS
 from bridge_wsol.data import resized_pixels, train_loader
+from bridge_wsol.methods import METHODS
 from bridge_wsol.models import ARCHS
 from bridge_wsol.utils import autocast, keep_freed_memory, resolve_device
 from train import TrainingStep
@@ -48,32 +49,53 @@ def plain_losses(output, weight: Tensor, labels: Tensor, c: SimpleNamespace) -> 
     F = (f**2).sum(1).sqrt()
     low, high = F.amin((1, 2), keepdim=True), F.amax((1, 2), keepdim=True)
     F_hat = (F - low) / (high - low)
-    S = torch.einsum("nchw,kc->nkhw", f / F[:, None].clamp(min=1e-12), weight / weight.norm(dim=1, keepdim=True))
+    S = torch.einsum(
+        "nchw,kc->nkhw", f / F[:, None].clamp(min=1e-12), weight / weight.norm(dim=1, keepdim=True)
+    )
     S_y = S[torch.arange(len(labels)), labels]
     l_sim = l_norm = 0
     for i in range(len(labels)):
         bg, fg = F_hat[i] < c.tau_bg, F_hat[i] > c.tau_fg
         l_sim = l_sim + (S_y[i][bg].mean() if bg.any() else 0) - (S_y[i][fg].mean() if fg.any() else 0)
         s = S[i].amax(0) if c.norm_class == "max" else S_y[i]
-        l_norm = l_norm + (F_hat[i][s < 0].mean() if (s < 0).any() else 0) - (F_hat[i][s > 0].mean() if (s > 0).any() else 0)
-    losses = {"l_ce": nnf.cross_entropy(output.logits, labels), "l_drop": (output.features_dropped - f).abs().mean()}
+        l_norm = (
+            l_norm
+            + (F_hat[i][s < 0].mean() if (s < 0).any() else 0)
+            - (F_hat[i][s > 0].mean() if (s > 0).any() else 0)
+        )
+    losses = {
+        "l_ce": nnf.cross_entropy(output.logits, labels),
+        "l_drop": (output.features_dropped - f).abs().mean(),
+    }
     return losses | {"l_sim": l_sim / len(labels), "l_norm": l_norm / len(labels)}
 
 
-def make(mode: str, dataset: str, arch: str, device: torch.device) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+def make(
+    mode: str, dataset: str, arch: str, device: torch.device
+) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
     """A function that does one step and returns the unweighted losses."""
-    c = SimpleNamespace(**{name: value for name, (value, _) in optim.preset(dataset, arch).items()}, arch=arch)
+    c = SimpleNamespace(
+        **{name: value for name, (value, _) in optim.preset(dataset, arch).items()}, arch=arch
+    )
     torch.manual_seed(0)
     method = METHODS["bridge"](c)
     model = method.network(CLASSES[dataset]).to(device).train()
     if mode == "plain float32":
         old, new = optim.parameter_groups(model, arch)
         groups = [{"params": old, "lr": c.lr}, {"params": new, "lr": c.lr_new}]
-        optimizer = torch.optim.SGD(groups, momentum=c.momentum, nesterov=c.nesterov, weight_decay=c.weight_decay, foreach=False)
+        optimizer = torch.optim.SGD(
+            groups, momentum=c.momentum, nesterov=c.nesterov, weight_decay=c.weight_decay, foreach=False
+        )
     else:
         model = model.to(memory_format=torch.channels_last)
         optimizer = optim.build_optimizer(
-            model, arch, lr=c.lr, lr_new=c.lr_new, momentum=c.momentum, nesterov=c.nesterov, weight_decay=c.weight_decay
+            model,
+            arch,
+            lr=c.lr,
+            lr_new=c.lr_new,
+            momentum=c.momentum,
+            nesterov=c.nesterov,
+            weight_decay=c.weight_decay,
         )
         step = TrainingStep(model, method)
     factors = {"l_ce": 1.0, "l_drop": c.lambda_drop, "l_sim": c.lambda_sim, "l_norm": c.lambda_norm}
@@ -125,7 +147,9 @@ class Runner:
     def __init__(self, mode: str, flags: list[str]):
         command = [sys.executable, __file__, *flags, "--run", mode]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.first = json.loads(self.process.stdout.readline())  # the losses of the first step, the FLOPs of one
+        self.first = json.loads(
+            self.process.stdout.readline()
+        )  # the losses of the first step, the FLOPs of one
 
     def seconds(self) -> float:
         print("step", file=self.process.stdin, flush=True)
@@ -144,16 +168,32 @@ def serve(mode: str, args: argparse.Namespace, device: torch.device) -> None:
     images, labels = batch(args.batch_size, CLASSES[args.dataset], device)
     with FlopCounterMode(display=False) as counter:
         losses = step(images, labels)
-    print(json.dumps({"losses": {name: float(value) for name, value in losses.items()}, "flops": counter.get_total_flops()}), flush=True)
+    print(
+        json.dumps(
+            {
+                "losses": {name: float(value) for name, value in losses.items()},
+                "flops": counter.get_total_flops(),
+            }
+        ),
+        flush=True,
+    )
     for _ in sys.stdin:
         print(seconds(lambda: step(images, labels), device), flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
+    peak = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if device.type == "cpu"
+        else torch.cuda.max_memory_allocated(device)
+    )
     print(peak / 1e9)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=CLASSES, default="CUB", help="whose preset and number of classes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset", choices=CLASSES, default="CUB", help="whose preset and number of classes"
+    )
     parser.add_argument("--arch", choices=ARCHS, default="vgg16")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=7)
@@ -161,12 +201,23 @@ def main() -> None:
     parser.add_argument("--run", choices=MODES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = resolve_device(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in all of them
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+        False  # float32 means float32, in all of them
+    )
     if args.run:
         serve(args.run, args, device)
         return
 
-    flags = ["--dataset", args.dataset, "--arch", args.arch, "--batch-size", str(args.batch_size), "--device", str(device)]
+    flags = [
+        "--dataset",
+        args.dataset,
+        "--arch",
+        args.arch,
+        "--batch-size",
+        str(args.batch_size),
+        "--device",
+        str(device),
+    ]
     runners = {mode: Runner(mode, flags) for mode in MODES}
     for runner in runners.values():
         runner.seconds()  # the second step is the first with gradients and momenta of before
@@ -178,9 +229,15 @@ def main() -> None:
     first = {mode: runner.first["losses"] for mode, runner in runners.items()}
     flops = runners["plain float32"].first["flops"]
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     classes = CLASSES[args.dataset]
-    print(f"{args.arch}, batch {args.batch_size}, 224 x 224, {classes} classes, {name}; {flops / args.batch_size / 1e9:.0f} GFLOP an image")
+    print(
+        f"{args.arch}, batch {args.batch_size}, 224 x 224, {classes} classes, {name}; {flops / args.batch_size / 1e9:.0f} GFLOP an image"
+    )
     reachable = {dtype: matrix_throughput(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     plain = np.median(taken["plain float32"])
     for mode in MODES:
@@ -199,7 +256,9 @@ def main() -> None:
         for what, kept in (("decoded", None), ("cached", pixels)):
             loader = train_loader(split, 32, resize_size=256, image_size=224, seed=0, workers=0, pixels=kept)
             list(loader)
-            print(f"  input, one process, {what:<9}{len(split) / seconds(lambda: list(loader), torch.device('cpu')):9.0f} images/s")
+            print(
+                f"  input, one process, {what:<9}{len(split) / seconds(lambda: list(loader), torch.device('cpu')):9.0f} images/s"
+            )
 
 
 if __name__ == "__main__":

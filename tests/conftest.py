@@ -16,7 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py and evaluate.py are scripts, not modules of the package
+sys.path.insert(
+    0, str(Path(__file__).parents[1])
+)  # train.py and evaluate.py are scripts, not modules of the package
 
 import train
 from bridge_wsol import optim, utils
@@ -42,9 +44,17 @@ def tiny_preset(monkeypatch):
 def set_tiny_preset(monkeypatch):
     """Reduced in every way; float32 on every machine, unless a test asks for bf16."""
     monkeypatch.setattr(utils, "has_bf16", lambda device: False)
-    monkeypatch.setitem(optim.PRESETS, ("tiny", "vgg16"), optim.PRESETS["CUB", "vgg16"] | {
-        "epochs": (2, "test"), "warm_epochs": (1, "test"), "warm_batch_size": (4, "test"), "batch_size": (8, "test"),
-    })
+    monkeypatch.setitem(
+        optim.PRESETS,
+        ("tiny", "vgg16"),
+        optim.PRESETS["CUB", "vgg16"]
+        | {
+            "epochs": (2, "test"),
+            "warm_epochs": (1, "test"),
+            "warm_batch_size": (4, "test"),
+            "batch_size": (8, "test"),
+        },
+    )
     for name, value in {"resize_size": 72, "image_size": 64, "width": 1 / 16}.items():
         monkeypatch.setitem(optim.COMMON, name, (value, "test"))
 
@@ -60,7 +70,12 @@ def make_tiny(root: Path) -> tuple[Path, Path]:
     data_root, splits = root / "data", root / "splits"
     rng = np.random.default_rng(0)
     for split, n in (("train", 18), ("val", 6), ("test", 9)):
-        files: dict[str, list[str]] = {"image_ids": [], "class_labels": [], "image_sizes": [], "localization": []}
+        files: dict[str, list[str]] = {
+            "image_ids": [],
+            "class_labels": [],
+            "image_sizes": [],
+            "localization": [],
+        }
         for i in range(n):
             width, height = rng.integers(40, 90, 2)
             pixels = rng.integers(0, 90, (height, width, 3), dtype=np.uint8)
@@ -89,7 +104,20 @@ def tiny(tmp_path, tiny_preset) -> list[str]:
 
 
 def tiny_flags(data_root: Path, splits: Path) -> list[str]:
-    flags = ["--dataset", "tiny", "--data-root", data_root, "--splits", splits, "--weights", "none", "--device", "cpu", "--workers", "0"]
+    flags = [
+        "--dataset",
+        "tiny",
+        "--data-root",
+        data_root,
+        "--splits",
+        splits,
+        "--weights",
+        "none",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+    ]
     return [str(flag) for flag in flags]
 
 
@@ -119,7 +147,9 @@ def fails(capsys):
             main([str(argument) for argument in argv])
         error = capsys.readouterr().err
         cause = end.value
-        while cause is not None:  # frees the data loaders in these frames now: collected later as cycles, their workers are slow to end
+        while (
+            cause is not None
+        ):  # frees the data loaders in these frames now: collected later as cycles, their workers are slow to end
             traceback.clear_frames(cause.__traceback__)
             cause = cause.__context__
         assert end.value.code == 2

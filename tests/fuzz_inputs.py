@@ -15,8 +15,8 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -24,12 +24,34 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-import evaluate
-from bridge_wsol.data import decode, load_masks, load_score_map, load_splits, Masks
-from bridge_wsol.utils import InputError
 from conftest import make_tiny
 
-WORDS = ["", " ", "-1", "1e3", "nan", "0x10", "1_0", "９", "99999999999999999999", "../up.png", "/etc/passwd", "\x00", "\ufeff", "a,b", ",", "\u2028", "3.5", "+7", "é"]
+from bridge_wsol import evaluation
+from bridge_wsol.data import Masks, decode, load_masks, load_score_map
+from bridge_wsol.datasets import load_splits
+from bridge_wsol.utils import InputError
+
+WORDS = [
+    "",
+    " ",
+    "-1",
+    "1e3",
+    "nan",
+    "0x10",
+    "1_0",
+    "９",
+    "99999999999999999999",
+    "../up.png",
+    "/etc/passwd",
+    "\x00",
+    "\ufeff",
+    "a,b",
+    ",",
+    "\u2028",
+    "3.5",
+    "+7",
+    "é",
+]
 
 
 def damage_bytes(content: bytes, rng: np.random.Generator) -> bytes:
@@ -85,7 +107,9 @@ def damage_lines(text: str, rng: np.random.Generator) -> bytes:
 
 def is_refusal(error: InputError, *names: str) -> str:
     line = str(error)
-    assert "\n" not in line.strip() and any(name in line for name in names), f"not one line that names {names}: {line!r}"
+    assert "\n" not in line.strip() and any(name in line for name in names), (
+        f"not one line that names {names}: {line!r}"
+    )
     return "refused"
 
 
@@ -98,17 +122,34 @@ def fuzz_split(root: Path, rng: np.random.Generator) -> str:
     try:
         found, _ = load_splits("tiny", root / "data", root / "splits", ("train", "val", "test"))
         split = found[folder.name]
-        rows = {name: [line.strip().split(",") for line in (folder / f"{name}.txt").open(encoding="utf-8") if line.strip()] for name in ("class_labels", "image_sizes", "localization")}
-        assert split.ids == [line.strip() for line in (folder / "image_ids.txt").open(encoding="utf-8") if line.strip()]
-        assert {image: int(label) for image, label in rows["class_labels"]} == dict(zip(split.ids, split.labels.tolist()))
+        rows = {
+            name: [
+                line.strip().split(",")
+                for line in (folder / f"{name}.txt").open(encoding="utf-8")
+                if line.strip()
+            ]
+            for name in ("class_labels", "image_sizes", "localization")
+        }
+        assert split.ids == [
+            line.strip() for line in (folder / "image_ids.txt").open(encoding="utf-8") if line.strip()
+        ]
+        assert {image: int(label) for image, label in rows["class_labels"]} == dict(
+            zip(split.ids, split.labels.tolist())
+        )
         if rows["image_sizes"]:
-            assert {image: [int(w), int(h)] for image, w, h in rows["image_sizes"]} == dict(zip(split.ids, split.sizes.tolist()))
+            assert {image: [int(w), int(h)] for image, w, h in rows["image_sizes"]} == dict(
+                zip(split.ids, split.sizes.tolist())
+            )
         boxes: dict[str, list] = {}
         masks: dict[str, list] = {}
         for image, *values in rows["localization"]:
-            (boxes if len(values) == 4 else masks).setdefault(image, []).append([int(x) for x in values] if len(values) == 4 else values)
+            (boxes if len(values) == 4 else masks).setdefault(image, []).append(
+                [int(x) for x in values] if len(values) == 4 else values
+            )
         assert boxes == {split.ids[i]: b.tolist() for i, b in split.boxes.items()}
-        assert {image: ([m for m, _ in lines], [g for _, g in lines if g]) for image, lines in masks.items()} == {split.ids[i]: tuple(m) for i, m in split.masks.items()}
+        assert {
+            image: ([m for m, _ in lines], [g for _, g in lines if g]) for image, lines in masks.items()
+        } == {split.ids[i]: tuple(m) for i, m in split.masks.items()}
         return "accepted"
     except InputError as error:
         # A list cut short may be found out by another file that goes with it, or by an image that is not there.
@@ -129,7 +170,12 @@ def fuzz_image(root: Path, rng: np.random.Generator) -> str:
     exif[0x0112] = int(rng.integers(1, 9))
     file = io.BytesIO()
     image = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).convert(mode)
-    image.save(file, {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix), **({"exif": exif} if suffix in ("jpg", "png", "webp") else {}), **FORMATS[suffix])
+    image.save(
+        file,
+        {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix),
+        **({"exif": exif} if suffix in ("jpg", "png", "webp") else {}),
+        **FORMATS[suffix],
+    )
     path = root / f"damaged.{suffix}"
     path.write_bytes(damage_bytes(file.getvalue(), rng))
     try:
@@ -153,7 +199,15 @@ def fuzz_score_map(root: Path, rng: np.random.Generator) -> str:
     if kind == 0:
         score_map[2, 3] = (np.nan, np.inf, -np.inf, -1e-3, 1.001)[rng.integers(5)]
     elif kind == 1:
-        score_map = (score_map[0], score_map[None], score_map[:0], score_map.astype("c8"), score_map.astype("U4"), score_map.astype(object), np.array(0.5))[rng.integers(7)]
+        score_map = (
+            score_map[0],
+            score_map[None],
+            score_map[:0],
+            score_map.astype("c8"),
+            score_map.astype("U4"),
+            score_map.astype(object),
+            np.array(0.5),
+        )[rng.integers(7)]
     file = io.BytesIO()
     np.save(file, score_map, allow_pickle=True)
     path = root / "maps" / "a" / "1.jpg.npy"
@@ -184,10 +238,15 @@ def fuzz_checkpoint(root: Path, rng: np.random.Generator) -> str:
         torch.save(whole, path)
     expected = torch.load(io.BytesIO(good), weights_only=True)
     try:
-        model, _, checkpoint = evaluate.load_run(root / "run", "best", torch.device("cpu"))
+        model, _, checkpoint = evaluation.load_run(root / "run", "best", torch.device("cpu"))
         state = model.state_dict()
-        assert state.keys() == expected["model"].keys() and all(torch.equal(state[key], expected["model"][key]) for key in state)
-        assert checkpoint["config"] == expected["config"] and checkpoint["num_classes"] == expected["num_classes"]
+        assert state.keys() == expected["model"].keys() and all(
+            torch.equal(state[key], expected["model"][key]) for key in state
+        )
+        assert (
+            checkpoint["config"] == expected["config"]
+            and checkpoint["num_classes"] == expected["num_classes"]
+        )
         assert checkpoint["val"] is None or checkpoint["val"] == expected["val"]
         return "accepted"
     except InputError as error:
@@ -196,7 +255,12 @@ def fuzz_checkpoint(root: Path, rng: np.random.Generator) -> str:
         path.write_bytes(good)
 
 
-TARGETS: list[Callable[[Path, np.random.Generator], str]] = [fuzz_split, fuzz_image, fuzz_score_map, fuzz_checkpoint]
+TARGETS: list[Callable[[Path, np.random.Generator], str]] = [
+    fuzz_split,
+    fuzz_image,
+    fuzz_score_map,
+    fuzz_checkpoint,
+]
 
 
 def run(root: Path, cases: int, seed: int) -> Counter:
@@ -209,18 +273,23 @@ def run(root: Path, cases: int, seed: int) -> Counter:
                 warnings.simplefilter("ignore")
                 outcomes[target.__name__, target(root, np.random.default_rng([seed, case]))] += 1
         except BaseException as error:
-            raise AssertionError(f"{target.__name__}, --seed {seed}, case {case}: {type(error).__name__}: {error}") from error
+            raise AssertionError(
+                f"{target.__name__}, --seed {seed}, case {case}: {type(error).__name__}: {error}"
+            ) from error
     return outcomes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     import pytest
-    import train
     from conftest import set_tiny_preset, tiny_flags
+
+    import train
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:

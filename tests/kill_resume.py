@@ -37,16 +37,23 @@ def finish(flags: list[str], out: Path, *more: str) -> None:
 
 def interrupt(flags: list[str], out: Path, how: str, rng: random.Random) -> str:
     """Starts or resumes the run and ends it after a moment. Returns what happened."""
+
     def writing() -> set[str]:
         return {path.name for path in out.glob(".last.pt.*.part")}
 
     before = writing()  # what the kill before left
     process = subprocess.Popen(
-        command(flags, out, "--resume"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+        command(flags, out, "--resume"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
     process.stdout.readline()  # the first line: the program is up
     moment = time.monotonic() + rng.uniform(0, 2)
-    while process.poll() is None and (time.monotonic() < moment or (how == "writing" and writing() <= before)):
+    while process.poll() is None and (
+        time.monotonic() < moment or (how == "writing" and writing() <= before)
+    ):
         if how != "writing":
             time.sleep(0.001)
     if process.poll() is None:
@@ -62,13 +69,23 @@ def interrupt(flags: list[str], out: Path, how: str, rng: random.Random) -> str:
 
 
 def content(out: Path) -> dict[str, object]:
-    files: dict[str, object] = {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.suffix == ".pt" or path.name.startswith("results")}
+    files: dict[str, object] = {
+        path.name: path.read_bytes()
+        for path in sorted(out.iterdir())
+        if path.suffix == ".pt" or path.name.startswith("results")
+    }
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return files | {"log": [{k: v for k, v in line.items() if k not in ("images_per_second", "seconds")} for line in lines]}
+    return files | {
+        "log": [
+            {k: v for k, v in line.items() if k not in ("images_per_second", "seconds")} for line in lines
+        ]
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
@@ -82,8 +99,13 @@ def main() -> None:
             whole, with_workers = Path(folder) / f"whole_{workers}", [*flags, "--workers", str(workers)]
             finish(with_workers, whole)
             for i in range(args.kills):
-                print(f"{workers} workers, {i + 1}: {interrupt(with_workers, out, ('writing', 'SIGKILL', 'SIGTERM')[i % 3], rng)}", flush=True)
-                if (out / "results_last_test.json").exists():  # it got to its end between two kills: once more, elsewhere
+                print(
+                    f"{workers} workers, {i + 1}: {interrupt(with_workers, out, ('writing', 'SIGKILL', 'SIGTERM')[i % 3], rng)}",
+                    flush=True,
+                )
+                if (
+                    out / "results_last_test.json"
+                ).exists():  # it got to its end between two kills: once more, elsewhere
                     compare(whole, out, with_workers)
                     out = Path(folder) / f"killed_{workers}_{i}"
             compare(whole, out, with_workers)

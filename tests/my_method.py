@@ -1,8 +1,9 @@
 """my_method.py: label smoothing, and Grad-CAM's map, which for a network that ends in GAP and a linear layer is the positive part of CAM."""
+
 import torch.nn.functional as nnf
 
 import train
-from bridge_wsol.baselines import CAM
+from bridge_wsol.methods import CAM
 from bridge_wsol.utils import one_line_errors
 
 
@@ -14,7 +15,9 @@ class GradCAM(CAM, name="gradcam"):
         return super().preset(dataset, arch) | {"smoothing": (0.1, "our choice")}
 
     def terms(self, model, output, labels, epoch):  # name: (weight, value)
-        return {"l_ce": (1.0, nnf.cross_entropy(output.logits.float(), labels, label_smoothing=self.c.smoothing))}
+        return {
+            "l_ce": (1.0, nnf.cross_entropy(output.logits.float(), labels, label_smoothing=self.c.smoothing))
+        }
 
     def predict(self, model, images, labels=None):
         logits, maps = super().predict(model, images, labels)

@@ -55,5 +55,7 @@ def double_areas(labels: np.ndarray, n: int) -> np.ndarray:
     inside = (labels > 0).astype(np.uint8)
     count = inside[:-1, :-1] + inside[:-1, 1:] + inside[1:, :-1] + inside[1:, 1:]
     y, x = np.nonzero(count > 2)
-    owner = np.maximum(labels[y, x], labels[y + 1, x + 1])  # of three pixels in, one at least is on this diagonal
+    owner = np.maximum(
+        labels[y, x], labels[y + 1, x + 1]
+    )  # of three pixels in, one at least is on this diagonal
     return np.bincount(owner, count[y, x] - 2, minlength=n + 1)[1:]

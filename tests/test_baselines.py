@@ -16,19 +16,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
+from conftest import REPOSITORY
+from test_losses import by_the_formulas
 from torch import nn
 
 import evaluate
 import train
-from bridge_wsol import baselines, demo, optim
-from bridge_wsol.baselines import METHODS, attention_dropout, hide, mix, seed_loss, seeds, thresholded_average
+from bridge_wsol import baselines, demo, evaluation, experiments, optim
+from bridge_wsol.baselines import attention_based_dropout, hide, mix, seed_loss, seeds, thresholded_average
 from bridge_wsol.cam import normalize
 from bridge_wsol.data import Split
 from bridge_wsol.losses import alignment_losses, consistency_loss
+from bridge_wsol.methods import METHODS
 from bridge_wsol.models import load_pretrained, restore_weights
 from bridge_wsol.utils import alone
-from conftest import REPOSITORY
-from test_losses import by_the_formulas
 
 COMPARED = ("acol", "adl", "eil", "cutmix", "pas", "calm", "has", "spg", "bridge+cutmix")
 LABELS = torch.tensor([2, 0])
@@ -78,7 +79,7 @@ def same_gradients(loss, expected, model):
 @functools.cache
 def layers_of_the_vanilla_network(arch):
     _, model = make("cam", arch)
-    return model.pretrained_layers().keys(), [p.shape for p in optim.parameter_groups(model, arch)[0]]
+    return model.backbone_state_dict().keys(), [p.shape for p in optim.parameter_groups(model, arch)[0]]
 
 
 @pytest.mark.parametrize("arch", ["vgg16", "resnet50"])
@@ -86,13 +87,17 @@ def layers_of_the_vanilla_network(arch):
 def test_forward_backward_and_pretrained_layers(name, arch):
     method, model = make(name, arch)
     old, new = optim.parameter_groups(model, arch)
-    assert (model.pretrained_layers().keys(), [p.shape for p in old]) == layers_of_the_vanilla_network(arch) and new
+    assert (model.backbone_state_dict().keys(), [p.shape for p in old]) == layers_of_the_vanilla_network(
+        arch
+    ) and new
 
     losses = method.losses(model.train(), images(), LABELS, epoch=70)
     assert {value.dtype for _, value in losses.terms.values()} == {losses.logits.dtype} == {torch.float64}
     total(losses).backward()
     for parameter_name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, parameter_name
+        assert (
+            parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0
+        ), parameter_name
 
     with torch.inference_mode():
         logits, maps = method.predict(model.eval(), images())
@@ -124,12 +129,16 @@ def test_pretrained_layers_load_and_the_precision_of_autocast_stays_out_of_maps(
     torch.save(vanilla.state_dict(), tmp_path / "weights.pth")
     method, model = make(name, dtype=torch.float32)
     load_pretrained(model, "vgg16", str(tmp_path / "weights.pth"))
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in vanilla.pretrained_layers().items())
+    assert all(
+        torch.equal(model.state_dict()[key], value) for key, value in vanilla.backbone_state_dict().items()
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = method.losses(model.train(), images(dtype=torch.float32), LABELS, epoch=70)
         with torch.no_grad():
             maps = method.predict(model.eval(), images(dtype=torch.float32))[1]
-    assert maps.dtype == torch.float32 and {value.dtype for _, value in losses.terms.values()} == {torch.float32}
+    assert maps.dtype == torch.float32 and {value.dtype for _, value in losses.terms.values()} == {
+        torch.float32
+    }
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -173,14 +182,20 @@ def test_cam_and_bridge_by_the_formulas():
 def test_a_run_evaluates_to_the_same_table(name, tiny, tmp_path, capsys):
     run = tmp_path / "run"
     train.main([*tiny, "--method", name, "--out", str(run)])
-    before = {which: json.loads((run / f"results_{which}_test.json").read_text()) for which in ("best", "last")}
+    before = {
+        which: json.loads((run / f"results_{which}_test.json").read_text()) for which in ("best", "last")
+    }
     table = capsys.readouterr().out
     for which in ("best", "last"):
-        evaluate.main([str(run), "--checkpoint", which, "--device", "cpu", "--workers", "0", "--batch-size", "8"])
+        evaluate.main(
+            [str(run), "--checkpoint", which, "--device", "cpu", "--workers", "0", "--batch-size", "8"]
+        )
         assert json.loads((run / f"results_{which}_test.json").read_text()) == before[which]
         assert capsys.readouterr().out.rsplit("written", 1)[0].split("\n", 1)[1] in table
-    assert before["last"]["method"] == name and before["last"]["metrics"]["max_box_acc_v2"]["mean"] is not None
-    own = {key for key in METHODS[name].preset("tiny", "vgg16") if key in train.method_values()}
+    assert (
+        before["last"]["method"] == name and before["last"]["metrics"]["max_box_acc_v2"]["mean"] is not None
+    )
+    own = {key for key in METHODS[name].preset("tiny", "vgg16") if key in optim.method_values(METHODS)}
     assert own <= json.loads((run / "config.json").read_text())["config"].keys()
 
 
@@ -188,7 +203,21 @@ def test_a_run_evaluates_to_the_same_table(name, tiny, tmp_path, capsys):
 @pytest.mark.parametrize("name", METHODS)
 def test_ten_classes_of_cub(name, real_data, tiny_preset, tmp_path):
     data = ["--data-root", real_data, "--splits", tmp_path / "splits"]
-    flags = ["--dataset", "CUB", "--method", name, *data, "--weights", "none", "--epochs", 2, "--warm-epochs", 1, "--device", "cpu"]
+    flags = [
+        "--dataset",
+        "CUB",
+        "--method",
+        name,
+        *data,
+        "--weights",
+        "none",
+        "--epochs",
+        2,
+        "--warm-epochs",
+        1,
+        "--device",
+        "cpu",
+    ]
     twice_the_same_table([*flags, "--out", tmp_path / "run"], name, images=243, batch_size=8)
 
 
@@ -198,7 +227,24 @@ def test_the_demo(name, monkeypatch, tmp_path):
     """Its own preset and backbone, on fewer birds."""
     monkeypatch.setattr(demo, "DEMO_COUNTS", {"train": 64, "val": 16, "test": 32})
     data = ["--data-root", tmp_path / "data", "--splits", tmp_path / "splits"]
-    twice_the_same_table(["--method", name, *data, "--epochs", 2, "--device", "cpu", "--amp", "off", "--out", tmp_path / "run"], name, images=32, batch_size=32)
+    twice_the_same_table(
+        [
+            "--method",
+            name,
+            *data,
+            "--epochs",
+            2,
+            "--device",
+            "cpu",
+            "--amp",
+            "off",
+            "--out",
+            tmp_path / "run",
+        ],
+        name,
+        images=32,
+        batch_size=32,
+    )
 
 
 def twice_the_same_table(flags, name, images, batch_size):
@@ -213,12 +259,27 @@ def twice_the_same_table(flags, name, images, batch_size):
 def test_values_out_of_range_are_named(tiny, fails, tmp_path):
     out = ["--out", tmp_path / "run"]
     for name, flag, value in (
-        ("acol", "--acol-delta", 1.5), ("adl", "--adl-rate", -1), ("adl", "--adl-position", "here"), ("eil", "--eil-lambda", "nan"),
-        ("cutmix", "--cutmix-beta", 0), ("bridge+cutmix", "--cutmix-p", 2), ("pas", "--pas-theta", 1.5), ("pas", "--pas-nwc", "maybe"),
-        ("calm", "--calm-loss", "mle"), ("has", "--has-p", 1.1), ("has", "--has-cells", "16,-2"), ("has", "--has-cells", "16,x"), ("spg", "--spg-h2", 7),
+        ("acol", "--acol-delta", 1.5),
+        ("adl", "--adl-rate", -1),
+        ("adl", "--adl-position", "here"),
+        ("eil", "--eil-lambda", "nan"),
+        ("cutmix", "--cutmix-beta", 0),
+        ("bridge+cutmix", "--cutmix-p", 2),
+        ("pas", "--pas-theta", 1.5),
+        ("pas", "--pas-nwc", "maybe"),
+        ("calm", "--calm-loss", "mle"),
+        ("has", "--has-p", 1.1),
+        ("has", "--has-cells", "16,-2"),
+        ("has", "--has-cells", "16,x"),
+        ("spg", "--spg-h2", 7),
     ):
         fails(train.main, [*tiny, *out, "--method", name, flag, value], flag, str(value), "must be")
-    fails(train.main, [*tiny, *out, "--method", "cam", "--adl-rate", 0.5], "--adl-rate", "not a value of --method cam")
+    fails(
+        train.main,
+        [*tiny, *out, "--method", "cam", "--adl-rate", 0.5],
+        "--adl-rate",
+        "not a value of --method cam",
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -241,17 +302,30 @@ def test_acol_erases_for_b_and_fuses_by_the_maximum(arch, delta):
         attention = (s - s.min()) / (s.max() - s.min())
         for i in range(len(s)):
             for j in range(len(s)):
-                column = torch.zeros_like(seen["x"][n, :, i, j]) if attention[i, j] >= delta else seen["x"][n, :, i, j]
+                column = (
+                    torch.zeros_like(seen["x"][n, :, i, j])
+                    if attention[i, j] >= delta
+                    else seen["x"][n, :, i, j]
+                )
                 zeros += int(attention[i, j] >= delta)
                 assert torch.equal(seen["erased"][n, :, i, j], column)
-    assert zeros == 2 if delta == 1 else 2 < zeros < 2 * len(s) ** 2  # at 1 the maximum itself, of each of the two
+    assert (
+        zeros == 2 if delta == 1 else 2 < zeros < 2 * len(s) ** 2
+    )  # at 1 the maximum itself, of each of the two
     for term, s in (("l_a", seen["s_a"]), ("l_b", seen["s_b"])):
         close(losses.terms[term], (1.0, nnf.cross_entropy(s.mean((2, 3)), LABELS)))
     assert torch.equal(losses.logits, seen["s_a"].mean((2, 3)))
 
     # B's loss trains the layers that both share, and A's head not at all: the mask carries nothing.
-    reached = {name for (name, _), grad in zip(model.named_parameters(), gradients(losses.terms["l_b"][1], model)) if grad is not None}
-    assert {name.split(".")[0] for name in reached} & {"head_a", "head_b", "features", "conv1"} == {"head_b", "features" if arch == "vgg16" else "conv1"}
+    reached = {
+        name
+        for (name, _), grad in zip(model.named_parameters(), gradients(losses.terms["l_b"][1], model))
+        if grad is not None
+    }
+    assert {name.split(".")[0] for name in reached} & {"head_a", "head_b", "features", "conv1"} == {
+        "head_b",
+        "features" if arch == "vgg16" else "conv1",
+    }
 
     if arch == "resnet50":
         return
@@ -273,7 +347,11 @@ def test_acol_s_vgg16_pools_and_its_heads(stride):
         plain = nnf.max_pool2d(plain, 3, 2, 1) if isinstance(layer, nn.MaxPool2d) else layer(plain)
     model.features.load_state_dict(vanilla.features.state_dict())
     close(model.pool(model(x).features), nnf.avg_pool2d(nnf.max_pool2d(plain, 3, 1, 1), 3, 1, 1))
-    assert [layer.weight.shape for layer in model.head_a if isinstance(layer, nn.Conv2d)] == [(64, 32, 3, 3), (64, 64, 3, 3), (3, 64, 1, 1)]
+    assert [layer.weight.shape for layer in model.head_a if isinstance(layer, nn.Conv2d)] == [
+        (64, 32, 3, 3),
+        (64, 64, 3, 3),
+        (3, 64, 1, 1),
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------------- ADL
@@ -283,13 +361,13 @@ def test_attention_dropout_by_hand():
     z = torch.tensor([[[1.0, 2.0], [0.0, 4.0]], [[1.0, 2.0], [2.0, 4.0]]], dtype=torch.float64)
     z = z.expand(3, 2, 2, 2).clone().requires_grad_()
     # Channel means 1, 2, 1, 4; with gamma = 0.5 the threshold is 2, and what equals it is dropped.
-    dropped = attention_dropout(z, gamma=0.5, rate=1.0)
+    dropped = attention_based_dropout(z, gamma=0.5, rate=1.0)
     close(dropped[0], torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [2.0, 0.0]]], dtype=torch.float64))
     dropped.sum().backward()
     assert (z.grad[0] == torch.tensor([[1.0, 0.0], [1.0, 0.0]])).all()
 
     z.grad = None
-    weighed = attention_dropout(z, gamma=0.5, rate=0.0)
+    weighed = attention_based_dropout(z, gamma=0.5, rate=0.0)
     importance = 1 / (1 + (-torch.tensor([[1.0, 2.0], [1.0, 4.0]], dtype=torch.float64)).exp())
     close(weighed, z * importance)
     weighed.sum().backward()
@@ -301,7 +379,7 @@ def test_adl_draws_once_for_the_whole_batch():
     torch.manual_seed(0)
     z, masks = torch.rand(16, 4, 5, 5) + 0.5, 0
     for _ in range(400):
-        has_zeros = (attention_dropout(z, gamma=0.9, rate=0.75) == 0).flatten(1).any(1)
+        has_zeros = (attention_based_dropout(z, gamma=0.9, rate=0.75) == 0).flatten(1).any(1)
         assert has_zeros.all() or not has_zeros.any()
         masks += int(has_zeros.all())
     assert 0.68 < masks / 400 < 0.82
@@ -325,7 +403,7 @@ def test_adl_sits_where_it_should_in_vgg16_and_is_nothing_at_test(batch_norm, st
         for i, layer in enumerate(plain.train(training).features):
             x = layer(x)
             if training and i in places:
-                x = attention_dropout(x, 0.8, rate)
+                x = attention_based_dropout(x, 0.8, rate)
         expected = plain.fc(plain.conv6(x).mean((2, 3)))
         close(model.train(training)(images()).logits, expected)
 
@@ -340,7 +418,7 @@ def test_adl_sits_where_it_should_in_resnet50():
         for block in (*plain.layer1, *plain.layer2, *plain.layer3, *plain.layer4):
             x = block(x)
             if training and block in places:
-                x = attention_dropout(x, 0.9, 1.0)
+                x = attention_based_dropout(x, 0.9, 1.0)
         close(model(images()).logits, plain.fc(x.mean((2, 3))))
 
 
@@ -354,7 +432,13 @@ def test_eil_s_two_passes_share_weights_and_its_mask_has_no_gradient(stride):
     for name, layer in model.named_modules():
         layer.register_forward_hook(lambda *_, name=name: counts.update({name: counts.get(name, 0) + 1}))
     losses = method.losses(model.train(), images(), LABELS, epoch=1)
-    assert [counts[name] for name in ("features.22", "features.23", "features.24", "conv6", "fc")] == [1, 1, 2, 2, 2]
+    assert [counts[name] for name in ("features.22", "features.23", "features.24", "conv6", "fc")] == [
+        1,
+        1,
+        2,
+        2,
+        2,
+    ]
 
     z = images()
     for layer in model.features[:24]:
@@ -395,7 +479,10 @@ def test_cutmix_s_lambda_is_the_area_that_stays(monkeypatch):
         foreign = mixed != before
         for n in range(6):
             if other[n] != n:
-                assert foreign[n].float().mean() == pytest.approx(1 - lam) and (mixed[n][foreign[n]] == other[n]).all()
+                assert (
+                    foreign[n].float().mean() == pytest.approx(1 - lam)
+                    and (mixed[n][foreign[n]] == other[n]).all()
+                )
                 assert torch.equal(foreign[n], foreign[(other != torch.arange(6)).nonzero()[0, 0]])
                 corners += foreign[n, 0] / 300
         areas.add(round(lam, 4))
@@ -403,7 +490,9 @@ def test_cutmix_s_lambda_is_the_area_that_stays(monkeypatch):
 
     monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self: torch.tensor(0.75))
     kept = [mix(pictures, beta=1.0)[2] for _ in range(100)]
-    assert min(kept) == 1 - 10 * 15 / 600 and max(kept) <= 1 - 5 * 7 / 600  # half of each side; at most half of that is clipped
+    assert (
+        min(kept) == 1 - 10 * 15 / 600 and max(kept) <= 1 - 5 * 7 / 600
+    )  # half of each side; at most half of that is clipped
 
 
 @pytest.mark.parametrize("name", ["cutmix", "bridge+cutmix"])
@@ -421,15 +510,27 @@ def test_cutmix_weighs_each_loss_over_both_labels_in_one_pass(name):
     assert 0.1 < lam < 0.9 and (labels[other] != labels).any()
     output, c = passes[0], method.c
     close(output.logits, model(mixed).logits)
-    expected = {"l_ce": (1.0, lam * nnf.cross_entropy(output.logits, labels) + (1 - lam) * nnf.cross_entropy(output.logits, labels[other]))}
+    expected = {
+        "l_ce": (
+            1.0,
+            lam * nnf.cross_entropy(output.logits, labels)
+            + (1 - lam) * nnf.cross_entropy(output.logits, labels[other]),
+        )
+    }
     if name == "bridge+cutmix":
-        own, pasted = (alignment_losses(output.features, model.fc.weight, y, c.tau_fg, c.tau_bg, c.norm_class) for y in (labels, labels[other]))
+        own, pasted = (
+            alignment_losses(output.features, model.fc.weight, y, c.tau_fg, c.tau_bg, c.norm_class)
+            for y in (labels, labels[other])
+        )
         expected |= {
             "l_drop": (c.lambda_drop, consistency_loss(output.features, output.features_dropped)),
             "l_sim": (c.lambda_sim, lam * own[0] + (1 - lam) * pasted[0]),
             "l_norm": (c.lambda_norm, lam * own[1] + (1 - lam) * pasted[1]),
         }
-        assert list(method.losses(model, pictures, labels, epoch=1).terms) == ["l_ce", "l_drop"]  # the warm stage
+        assert list(method.losses(model, pictures, labels, epoch=1).terms) == [
+            "l_ce",
+            "l_drop",
+        ]  # the warm stage
         assert not torch.allclose(own[0], pasted[0])
     assert losses.terms.keys() == expected.keys()
     for key, value in expected.items():
@@ -443,7 +544,9 @@ def test_cutmix_with_probability():
     with torch.no_grad():
         for _ in range(150):
             mixed += not torch.equal(method.losses(model, images(), LABELS, 1).logits, expected)
-    assert 0.12 < mixed / 150 < 0.42  # the identity is half of the permutations of two: 0.3 of the batches, less what nobody sees
+    assert (
+        0.12 < mixed / 150 < 0.42
+    )  # the identity is half of the permutations of two: 0.3 of the batches, less what nobody sees
 
 
 # --------------------------------------------------------------------------------------------------------------------- HaS
@@ -484,10 +587,14 @@ def test_has_trains_on_what_is_left_and_its_cells_scale_with_the_images():
 def test_thresholded_average_by_hand():
     channels = [[1.0, 2.0, 10.0, 0.0], [4.0, 4.0, 4.0, 4.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 3.0, 0.0]]
     features = torch.tensor(channels).view(1, 4, 2, 2).requires_grad_()
-    pooled = thresholded_average(features, 0.1)  # thresholds 1, 0.4, 0, 0.3; the 1 of the first is not above it
+    pooled = thresholded_average(
+        features, 0.1
+    )  # thresholds 1, 0.4, 0, 0.3; the 1 of the first is not above it
     torch.testing.assert_close(pooled, torch.tensor([[6.0, 4.0, 0.0, 3.0]]))
     pooled.sum().backward()
-    torch.testing.assert_close(features.grad.view(4, 4), torch.tensor([[0, 0.5, 0.5, 0], [0.25] * 4, [0] * 4, [0, 0, 1, 0]]))
+    torch.testing.assert_close(
+        features.grad.view(4, 4), torch.tensor([[0, 0.5, 0.5, 0], [0.25] * 4, [0] * 4, [0, 0, 1, 0]])
+    )
     torch.testing.assert_close(thresholded_average(features, 0.0), torch.tensor([[13 / 3, 4.0, 0.0, 3.0]]))
     torch.testing.assert_close(thresholded_average(features, -1.0), features.mean((2, 3)))
 
@@ -498,7 +605,12 @@ def test_pas_pools_for_the_logits_and_clamps_weights_for_the_map_alone(arch):
     with torch.inference_mode():
         output = model.eval()(images())
         features, weight = output.features, model.fc.weight
-        pooled = torch.stack([torch.stack([m[m > 0.1 * m.max()].mean() if m.max() > 0 else m.max() for m in f]) for f in features])
+        pooled = torch.stack(
+            [
+                torch.stack([m[m > 0.1 * m.max()].mean() if m.max() > 0 else m.max() for m in f])
+                for f in features
+            ]
+        )
         logits, maps = method.predict(model, images(), LABELS)
         expected = pooled @ weight.T + model.fc.bias
         close(logits, expected)
@@ -522,7 +634,12 @@ def calm_factors(model, pictures, detached=False):
     features = model(pictures).features
     scores = torch.einsum("kc,nchw->nkhw", model.fc.weight, features) + model.fc.bias[:, None, None]
     classes = scores.exp() / scores.exp().sum(1, keepdim=True)
-    s = (1 + (torch.einsum("c,nchw->nhw", model.location.weight[0, :, 0, 0], features) + model.location.bias).exp()).log()
+    s = (
+        1
+        + (
+            torch.einsum("c,nchw->nhw", model.location.weight[0, :, 0, 0], features) + model.location.bias
+        ).exp()
+    ).log()
     total = s.sum((1, 2), keepdim=True)
     return classes, s / (total.detach() if detached else total)
 
@@ -574,7 +691,9 @@ def test_calm_is_finite_where_a_location_has_no_probability():
 
 def test_log_spaced_thresholds_of_a_probability():
     maps = torch.tensor([[[1e-7, 10**-3.5, 1.0], [0.0, 0.1, 1e-9]], [[0.2, 0.2, 0.2], [0.2, 0.2, 0.2]]])
-    expected = torch.tensor([[[0.0, 0.5, 1.0], [0.0, 6 / 7, 0.0]], [[0.0] * 3, [0.0] * 3]])  # a constant map is zeros, as ever
+    expected = torch.tensor(
+        [[[0.0, 0.5, 1.0], [0.0, 6 / 7, 0.0]], [[0.0] * 3, [0.0] * 3]]
+    )  # a constant map is zeros, as ever
     torch.testing.assert_close(normalize(maps, "log"), expected)
 
 
@@ -621,7 +740,10 @@ def test_seeds_by_hand():
 
 
 def test_seed_loss_counts_seeds_only():
-    logits, target = torch.tensor([[[0.5, -1.0], [2.0, 3.0]]], requires_grad=True), torch.tensor([[[1.0, 0.0], [-1.0, -1.0]]])
+    logits, target = (
+        torch.tensor([[[0.5, -1.0], [2.0, 3.0]]], requires_grad=True),
+        torch.tensor([[[1.0, 0.0], [-1.0, -1.0]]]),
+    )
     expected = ((1 + (-torch.tensor(0.5)).exp()).log() + (1 + torch.tensor(-1.0).exp()).log()) / 2
     loss = seed_loss(logits, target)
     torch.testing.assert_close(loss, expected)
@@ -667,8 +789,14 @@ def test_spg_s_three_guidances(arch):
     # A guide learns nothing from those it guides.
     heads = {"l_ce": {"a3", "a4"}, "l_b2": {"b2", "b"}, "l_b1": {"b1", "b"}, "l_c": {"c", "a3"}}
     for term, (_, value) in losses.terms.items():
-        reached = {name.split(".")[0] for (name, _), grad in zip(model.named_parameters(), gradients(value, model)) if grad is not None}
-        assert reached & {"a3", "a4", "b", "b1", "b2", "c"} == heads[term] - ({"a3"} if arch == "resnet50" else set()), term
+        reached = {
+            name.split(".")[0]
+            for (name, _), grad in zip(model.named_parameters(), gradients(value, model))
+            if grad is not None
+        }
+        assert reached & {"a3", "a4", "b", "b1", "b2", "c"} == heads[term] - (
+            {"a3"} if arch == "resnet50" else set()
+        ), term
 
     if arch == "vgg16":
         with torch.inference_mode():
@@ -723,12 +851,15 @@ def test_twenty_steps_of_the_authors_training():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, values, n, side", [
-    ("acol", {"acol_delta": 0.7}, 6, 64),
-    ("adl_0", {"adl_rate": 0.0}, 6, 64),
-    ("adl_1", {"adl_rate": 1.0}, 6, 64),
-    ("spg", {}, 2, 224),
-])
+@pytest.mark.parametrize(
+    "name, values, n, side",
+    [
+        ("acol", {"acol_delta": 0.7}, 6, 64),
+        ("adl_0", {"adl_rate": 0.0}, 6, 64),
+        ("adl_1", {"adl_rate": 1.0}, 6, 64),
+        ("spg", {}, 2, 224),
+    ],
+)
 def test_losses_and_gradients_of_the_common_code(name, values, n, side):
     method, model = make(name.split("_")[0], num_classes=10, width=1.0, **values)
     layers, rng = weighted_layers(model), np.random.RandomState(11)
@@ -756,7 +887,7 @@ def test_classes_are_ranked_in_the_logits_own_precision(dtype, rank):
     method = SimpleNamespace(predict=lambda *_: (logits, torch.zeros(1, 4, 4)), upsampling="bilinear")
     loader = [(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([0]), torch.tensor([0]))]
     setting = {"device": torch.device("cpu"), "amp": "off", "normalization": "minmax", "image_size": 8}
-    batch, = evaluate.network_maps(nn.Identity(), loader, method=method, **setting)
+    (batch,) = evaluation.network_maps(nn.Identity(), loader, method=method, **setting)
     assert batch.ranks == [rank]
 
 
@@ -770,8 +901,15 @@ def test_ivr_s_percentile_is_chosen_on_val(trained, capsys):
     assert [float(key) for key in scores] == [round(0.05 * i, 2) for i in range(1, 15)]
     for key in ("0.05", "0.45", str(q)):
         evaluate.main([*flags, key, "--split", "val"])
-        assert json.loads((run / f"results_best_val_ivr_{key}.json").read_text())["metrics"]["max_box_acc_v2"]["mean"] == scores[key]
-    assert scores[str(q)] == max(scores.values()) and q == min(float(key) for key in scores if scores[key] == max(scores.values()))
+        assert (
+            json.loads((run / f"results_best_val_ivr_{key}.json").read_text())["metrics"]["max_box_acc_v2"][
+                "mean"
+            ]
+            == scores[key]
+        )
+    assert scores[str(q)] == max(scores.values()) and q == min(
+        float(key) for key in scores if scores[key] == max(scores.values())
+    )
     assert f"ivr at percentile {q:.2f}, chosen on val by MaxBoxAccV2 ({scores[str(q)]:.2f})" in printed
     evaluate.main([*flags, str(q)])
     given = json.loads((run / f"results_best_test_ivr_{q}.json").read_text())
@@ -787,10 +925,10 @@ def test_ivr_s_percentile_is_the_lowest_that_fits_all_maps():
     faint[7, 4] = 1
     boxes = {0: np.array([[2, 7, 5, 9]]), 1: np.array([[0, 4, 9, 9]])}
     split = Split("val", Path(), ["noisy", "faint"], np.zeros(2, dtype=np.int64), np.full((2, 2), 10), boxes)
-    maps = [evaluate.MapBatch([0, 1], np.stack([noisy, faint]), [0, 0], [0, 0])]
-    q, choice, _ = evaluate.choose_percentile(maps, split, image_size=10, upsampling="bilinear", workers=0)
+    maps = [evaluation.MapBatch([0, 1], np.stack([noisy, faint]), [0, 0], [0, 0])]
+    q, choice, _ = evaluation.choose_percentile(maps, split, image_size=10, upsampling="bilinear", workers=0)
     assert q == 0.35 and choice["by"] == "MaxBoxAccV2"
-    assert choice["scores"] == {q: 100.0 if q in (0.35, 0.4, 0.45) else 50.0 for q in evaluate.QS}
+    assert choice["scores"] == {q: 100.0 if q in (0.35, 0.4, 0.45) else 50.0 for q in evaluation.QS}
 
 
 def test_a_percentile_reaches_the_maps(trained, tmp_path):
@@ -798,25 +936,60 @@ def test_a_percentile_reaches_the_maps(trained, tmp_path):
     saved = {}
     for how, q in (("ivr", None), ("ivr", "0.45"), ("ivr", "0.6"), ("pas", "0.5")):
         folder = tmp_path / f"{how}{q}"
-        evaluate.main([str(run), "--normalize", how, *(["--percentile", q] if q else []), "--save-maps", str(folder), "--device", "cpu", "--workers", "0"])
+        evaluate.main(
+            [
+                str(run),
+                "--normalize",
+                how,
+                *(["--percentile", q] if q else []),
+                "--save-maps",
+                str(folder),
+                "--device",
+                "cpu",
+                "--workers",
+                "0",
+            ]
+        )
         saved[how, q] = [path.read_bytes() for path in sorted(folder.rglob("*.npy"))]
-    assert saved["ivr", None] == saved["ivr", "0.45"] != saved["ivr", "0.6"] != saved["pas", "0.5"] and len(saved["ivr", None]) == 9
+    assert (
+        saved["ivr", None] == saved["ivr", "0.45"] != saved["ivr", "0.6"] != saved["pas", "0.5"]
+        and len(saved["ivr", None]) == 9
+    )
 
 
 def test_pxap_chooses_where_there_are_masks_only(trained, tmp_path):
     _, run = trained
     for split in ("val", "test"):
         path = tmp_path / "splits" / "tiny" / split / "localization.txt"
-        path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "masks" in line))
-    flags = [run, "--normalize", "ivr", "--percentile", "val", "--device", "cpu", "--workers", "0", "--splits", tmp_path / "splits"]
+        path.write_text(
+            "".join(line for line in path.read_text().splitlines(keepends=True) if "masks" in line)
+        )
+    flags = [
+        run,
+        "--normalize",
+        "ivr",
+        "--percentile",
+        "val",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--splits",
+        tmp_path / "splits",
+    ]
     evaluate.main([str(flag) for flag in flags])
     assert json.loads((run / "results_best_test_ivr_val.json").read_text())["percentile"]["by"] == "PxAP"
 
 
 def test_bad_percentiles(trained, fails, tmp_path):
     _, run = trained
-    for flags in (["--percentile", 0.5], ["--normalize", "max", "--percentile", 0.5], ["--normalize", "pas", "--percentile", "val"],
-                  ["--normalize", "ivr", "--percentile", 1], ["--normalize", "ivr", "--percentile", "half"]):
+    for flags in (
+        ["--percentile", 0.5],
+        ["--normalize", "max", "--percentile", 0.5],
+        ["--normalize", "pas", "--percentile", "val"],
+        ["--normalize", "ivr", "--percentile", 1],
+        ["--normalize", "ivr", "--percentile", "half"],
+    ):
         fails(evaluate.main, [run, *flags], "--percentile")
     (tmp_path / "splits" / "tiny" / "val" / "localization.txt").unlink()
     flags = [run, "--normalize", "ivr", "--device", "cpu", "--workers", 0, "--splits", tmp_path / "splits"]
@@ -839,47 +1012,85 @@ def in_this_process(monkeypatch):
     return calls
 
 
-def test_the_comparison_trains_what_is_missing_and_tabulates_what_was_measured(tiny, in_this_process, tmp_path, capsys, fails):
+def test_the_comparison_trains_what_is_missing_and_tabulates_what_was_measured(
+    tiny, in_this_process, tmp_path, capsys, fails
+):
     runs, calls = tmp_path / "runs", in_this_process
     ablated = "pas:pas_nwc=off,pas_theta=-1"
     arguments = ["--methods", "cam", "cam+ivr", ablated, "--runs", str(runs), *tiny]
-    baselines.main([*arguments, "--seeds", "0"])
+    experiments.main([*arguments, "--seeds", "0"])
     assert [call[0] for call in calls] == ["train.py", "evaluate.py", "train.py"]
 
     calls.clear()
     interrupted = runs / "pas_pas_nwc=off_pas_theta=-1_seed0"  # as after one epoch of two
-    assert json.loads((interrupted / "config.json").read_text())["config"]["pas_nwc"] == {"value": "off", "source": "flag"}
+    assert json.loads((interrupted / "config.json").read_text())["config"]["pas_nwc"] == {
+        "value": "off",
+        "source": "flag",
+    }
     shutil.rmtree(interrupted)
-    train.main([*tiny, "--method", "pas", "--pas-nwc", "off", "--pas-theta", "-1", "--epochs", "1", "--out", str(interrupted)])
+    train.main(
+        [
+            *tiny,
+            "--method",
+            "pas",
+            "--pas-nwc",
+            "off",
+            "--pas-theta",
+            "-1",
+            "--epochs",
+            "1",
+            "--out",
+            str(interrupted),
+        ]
+    )
     for path in interrupted.glob("results_*"):
         path.unlink()
     capsys.readouterr()
-    baselines.main([*arguments, "--seeds", "0", "1"])
-    trained = [(call[call.index("--method") + 1], call[call.index("--seed") + 1]) for call in calls if call[0] == "train.py"]
+    experiments.main([*arguments, "--seeds", "0", "1"])
+    trained = [
+        (call[call.index("--method") + 1], call[call.index("--seed") + 1])
+        for call in calls
+        if call[0] == "train.py"
+    ]
     assert trained == [("pas", "0"), ("cam", "1"), ("pas", "1")]
 
     table, said = (runs / "table.md").read_text(), capsys.readouterr().out
     assert table in said and said.count("resumed after epoch 1") == 1
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert [line[0] for line in lines[2:]] == ["cam", "cam+ivr", ablated]
-    for line, file in zip(lines[2:], ("cam_seed{}/results_last_test", "cam_seed{}/results_last_test_ivr_val", f"{interrupted.name[:-1]}{{}}/results_last_test")):
+    for line, file in zip(
+        lines[2:],
+        (
+            "cam_seed{}/results_last_test",
+            "cam_seed{}/results_last_test_ivr_val",
+            f"{interrupted.name[:-1]}{{}}/results_last_test",
+        ),
+    ):
         metrics = [json.loads((runs / f"{file.format(seed)}.json").read_text())["metrics"] for seed in (0, 1)]
         expected = {
-            "MaxBoxAccV2": [m["max_box_acc_v2"]["mean"] for m in metrics], "IoU 70": [m["max_box_acc_v2"]["70"] for m in metrics],
-            "GT-known": [m["max_box_acc"] for m in metrics], "Top-1 cls": [m["top1_cls"] for m in metrics], "PxAP": [m["pxap"] for m in metrics],
+            "MaxBoxAccV2": [m["max_box_acc_v2"]["mean"] for m in metrics],
+            "IoU 70": [m["max_box_acc_v2"]["70"] for m in metrics],
+            "GT-known": [m["max_box_acc"] for m in metrics],
+            "Top-1 cls": [m["top1_cls"] for m in metrics],
+            "PxAP": [m["pxap"] for m in metrics],
         }
         for heading, (a, b) in expected.items():
             spread = (2 * ((a - (a + b) / 2) ** 2)) ** 0.5  # over n - 1 = 1
             assert line[lines[0].index(heading)] == f"{(a + b) / 2:.1f} ± {spread:.1f}"
         assert line[1] == "2" and float(line[-1].split(" ± ")[0]) > 0
 
-    fails(baselines.main, [*arguments, "--seeds", "0", "--lr", "0.1"], runs / "flags.json", "--runs")
+    fails(experiments.main, [*arguments, "--seeds", "0", "--lr", "0.1"], runs / "flags.json", "--runs")
     for name in ("cam+sum", "bridge:", "bridge:lambda_sim", "bridge:p=0,", "+ivr"):
-        fails(baselines.main, ["--methods", name], f"--methods {name}")
-    everything = baselines.row_of("bridge+cutmix:lambda_sim=0,p=0.25+ivr")
-    assert everything == ("bridge+cutmix", ["--lambda-sim=0", "--p=0.25"], "ivr", "bridge+cutmix_lambda_sim=0_p=0.25")
-    fails(baselines.main, ["--method", "cam"], "--method", "--methods")
-    assert {baselines.row_of(row)[0] for row in baselines.ROWS} == METHODS.keys()
+        fails(experiments.main, ["--methods", name], f"--methods {name}")
+    everything = experiments.row_of("bridge+cutmix:lambda_sim=0,p=0.25+ivr")
+    assert everything == (
+        "bridge+cutmix",
+        ["--lambda-sim=0", "--p=0.25"],
+        "ivr",
+        "bridge+cutmix_lambda_sim=0_p=0.25",
+    )
+    fails(experiments.main, ["--method", "cam"], "--method", "--methods")
+    assert {experiments.row_of(row)[0] for row in experiments.ROWS} == METHODS.keys()
 
 
 def test_comparisons_at_the_same_time_share_the_runs(tmp_path, monkeypatch):
@@ -895,12 +1106,16 @@ def test_comparisons_at_the_same_time_share_the_runs(tmp_path, monkeypatch):
         return run / "results.json"
 
     monkeypatch.setattr(baselines, "finish", finish)
-    monkeypatch.setattr(baselines, "measured", lambda results, log: dict.fromkeys((*baselines.COLUMNS, "images/s"), 1.0))
+    monkeypatch.setattr(
+        baselines, "measured", lambda results, log: dict.fromkeys((*experiments.COLUMNS, "images/s"), 1.0)
+    )
     waits = []
     monkeypatch.setattr(baselines, "alone", lambda run, wait: waits.append(wait) or alone(run, wait))
     started = time.monotonic()
-    text = baselines.compare(["cam", "bridge"], [0, 1], tmp_path, "last", [])
-    assert order == [("bridge", 0), ("cam", 1), ("bridge", 1), ("cam", 0)] and time.monotonic() - started > 0.3
+    text = experiments.compare(["cam", "bridge"], [0, 1], tmp_path, "last", [])
+    assert (
+        order == [("bridge", 0), ("cam", 1), ("bridge", 1), ("cam", 0)] and time.monotonic() - started > 0.3
+    )
     assert waits == [False] * 4 + [True]
     assert text == (tmp_path / "table.md").read_text() and text.count("| 2 | 1.0 ± 0.0 |") == 2
 
@@ -909,7 +1124,9 @@ def test_comparisons_at_the_same_time_share_the_runs(tmp_path, monkeypatch):
 def test_a_script_that_fails_ends_the_comparison(fails, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     arguments = ["--methods", "cam", "--seeds", "7", "--epochs", "1", "--runs", str(tmp_path)]
-    fails(baselines.main, arguments, "train.py ended with exit code 1", "--method cam --seed 7", "--epochs 1")
+    fails(
+        experiments.main, arguments, "train.py ended with exit code 1", "--method cam --seed 7", "--epochs 1"
+    )
 
 
 def test_the_readme_s_own_method(tiny, tmp_path, fails):
@@ -920,14 +1137,22 @@ def test_the_readme_s_own_method(tiny, tmp_path, fails):
     try:
         run = tmp_path / "run"
         train.main([*tiny, "--method", "gradcam", "--out", str(run), "--smoothing", "0.3"])
-        fails(train.main, [*tiny, "--method", "gradcam", "--out", tmp_path / "other", "--smoothing", 2], "--smoothing 2", "[0, 1]")
+        fails(
+            train.main,
+            [*tiny, "--method", "gradcam", "--out", tmp_path / "other", "--smoothing", 2],
+            "--smoothing 2",
+            "[0, 1]",
+        )
         evaluate.main([str(run), "--device", "cpu", "--workers", "0"])
-        model, method, _ = evaluate.load_run(run, "last", torch.device("cpu"))
+        model, method, _ = evaluation.load_run(run, "last", torch.device("cpu"))
         pictures = images(dtype=torch.float32)
         _, maps = method.predict(model.eval(), pictures, LABELS)
         vanilla = METHODS["cam"].predict(method, model, pictures, LABELS)[1]
         assert torch.equal(maps, vanilla.clamp(min=0)) and not torch.equal(maps, vanilla)
     finally:
         del METHODS["gradcam"]
-    assert json.loads((run / "config.json").read_text())["config"]["smoothing"] == {"value": 0.3, "source": "flag"}
+    assert json.loads((run / "config.json").read_text())["config"]["smoothing"] == {
+        "value": 0.3,
+        "source": "flag",
+    }
     fails(evaluate.main, [run, "--device", "cpu"], run / "best.pt", "'gradcam'", "import")

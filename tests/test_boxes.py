@@ -1,12 +1,12 @@
 """Boxes of every level: hand-worked masks, and the contour tracer of the field's evaluators where it can be imported."""
 
 import numpy as np
+import plain_boxes
 import pytest
+from plain_boxes import quantise
 
 from bridge_wsol import boxes
 from bridge_wsol.boxes import iou_matrix, level_boxes
-import plain_boxes
-from plain_boxes import quantise
 
 
 def drawn(*rows: str) -> np.ndarray:
@@ -42,9 +42,16 @@ def test_components_are_connected_over_corners_and_holes_are_not():
 
 
 def test_background_that_touches_the_border_is_no_hole():
-    assert at(level_boxes(drawn("99999", "90009", "90909", "90009", "99099")), 0) == [(0, 0, 4, 4), (2, 2, 3, 3)]
+    assert at(level_boxes(drawn("99999", "90009", "90909", "90009", "99099")), 0) == [
+        (0, 0, 4, 4),
+        (2, 2, 3, 3),
+    ]
     # The same ring closed: its outside, the hole in it, the island in the hole.
-    assert at(level_boxes(drawn("99999", "90009", "90909", "90009", "99999")), 0) == [(0, 0, 4, 4), (0, 0, 4, 4), (2, 2, 3, 3)]
+    assert at(level_boxes(drawn("99999", "90009", "90909", "90009", "99999")), 0) == [
+        (0, 0, 4, 4),
+        (0, 0, 4, 4),
+        (2, 2, 3, 3),
+    ]
 
 
 def test_every_level_has_its_own_boxes():
@@ -58,7 +65,9 @@ def test_every_level_has_its_own_boxes():
 
 def test_largest_contour_is_by_polygon_area_with_holes_filled():
     # Left: 6 pixels in a row, polygon area 0. Right: 2 x 2 pixels, area 1.
-    assert level_boxes(drawn("99999900", "00000000", "00000990", "00000990", "00000000")).largest[0].tolist() == [5, 2, 7, 4]
+    assert level_boxes(drawn("99999900", "00000000", "00000990", "00000990", "00000000")).largest[
+        0
+    ].tolist() == [5, 2, 7, 4]
     # A ring of 12 pixels around a 2 x 2 hole has area 9, more than a full square of 9 pixels (area 4).
     ring = drawn("999900000", "900900999", "900900999", "999900999", "000000000")
     assert level_boxes(ring).largest[0].tolist() == [0, 0, 4, 4]
@@ -103,7 +112,9 @@ def test_what_is_no_score_map_is_refused():
 
 
 def test_quantisation_is_the_floor():
-    assert quantise(np.array([[0.0, 0.9999 / 255, 1 / 255 + 1e-9, 0.5, 254.999 / 255, 1.0]])).tolist() == [[0, 0, 1, 127, 254, 255]]
+    assert quantise(np.array([[0.0, 0.9999 / 255, 1 / 255 + 1e-9, 0.5, 254.999 / 255, 1.0]])).tolist() == [
+        [0, 0, 1, 127, 254, 255]
+    ]
 
 
 def random_maps(count: int, largest: int):
@@ -124,7 +135,9 @@ def random_maps(count: int, largest: int):
         elif kind == "binary":
             noise = (noise < rng.random()).astype(float)
         elif kind == "blocks":
-            noise = np.kron(rng.integers(0, 6, (height // 3 + 1, width // 3 + 1)), np.ones((3, 3)))[:height, :width]
+            noise = np.kron(rng.integers(0, 6, (height // 3 + 1, width // 3 + 1)), np.ones((3, 3)))[
+                :height, :width
+            ]
         elif kind in ("rings", "nested"):
             r = np.hypot(y - rng.random() * height, x - rng.random() * width)
             noise = np.sin(r * rng.uniform(0.5, 2)) + (0.2 * noise if kind == "nested" else 0)
@@ -154,7 +167,9 @@ def test_agrees_with_the_contour_tracer():
         found, v = level_boxes(score_map), quantise(score_map)
         height, width = v.shape
         for level in range(255):
-            contours, _ = cv2.findContours((v > level).astype(np.uint8), cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
+            contours, _ = cv2.findContours(
+                (v > level).astype(np.uint8), cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE
+            )
             traced, areas = [], []
             for contour in contours:
                 (x0, y0), (x1, y1) = contour.reshape(-1, 2).min(0), contour.reshape(-1, 2).max(0)

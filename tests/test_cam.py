@@ -88,19 +88,24 @@ def test_minmax_of_each_image():
 TWENTY = torch.randperm(20, generator=torch.Generator().manual_seed(0)).view(1, 4, 5) + 1.0
 
 
-@pytest.mark.parametrize("how, percentile, expected", [
-    ("max", None, TWENTY / 20),
-    ("pas", None, ((TWENTY - 1) / 18).clamp(max=1)),
-    ("pas", 0.5, ((TWENTY - 1) / 10).clamp(max=1)),
-    ("ivr", None, (TWENTY - 10).clamp(min=0) / 10),
-    ("ivr", 0.0, (TWENTY - 1) / 19),
-])
+@pytest.mark.parametrize(
+    "how, percentile, expected",
+    [
+        ("max", None, TWENTY / 20),
+        ("pas", None, ((TWENTY - 1) / 18).clamp(max=1)),
+        ("pas", 0.5, ((TWENTY - 1) / 10).clamp(max=1)),
+        ("ivr", None, (TWENTY - 10).clamp(min=0) / 10),
+        ("ivr", 0.0, (TWENTY - 1) / 19),
+    ],
+)
 def test_percentile_normalizations_on_a_map_sorted_by_hand(how, percentile, expected):
     torch.testing.assert_close(normalize(TWENTY, how, percentile), expected)
 
 
 def test_max_drops_negative_values():
-    torch.testing.assert_close(normalize(torch.tensor([[[-2.0, 1.0], [4.0, 0.0]]]), "max"), torch.tensor([[[0.0, 0.25], [1.0, 0.0]]]))
+    torch.testing.assert_close(
+        normalize(torch.tensor([[[-2.0, 1.0], [4.0, 0.0]]]), "max"), torch.tensor([[[0.0, 0.25], [1.0, 0.0]]])
+    )
 
 
 @pytest.mark.parametrize("how", ["minmax", "max", "pas", "ivr"])

@@ -6,58 +6,79 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import make_tiny, write_split
 from PIL import Image
 
 import train
-from bridge_wsol import data
-from bridge_wsol.data import hold_out, load_masks, load_splits, read_split, test_loader, to_input, train_loader
+from bridge_wsol import data, datasets
+from bridge_wsol.data import load_masks, read_split, test_loader, to_input, train_loader
+from bridge_wsol.datasets import hold_out, load_splits
 from bridge_wsol.utils import InputError
-from conftest import make_tiny, write_split
 
 GOOD = {
     "image_ids": ["a/1.jpg", "b/2.jpg"],
     "class_labels": ["b/2.jpg,1", "a/1.jpg,0"],
     "image_sizes": ["a/1.jpg,50,40", "b/2.jpg,60,30"],
-    "localization": ["a/1.jpg,0,0,49,39", "b/2.jpg,1,2,3,4", "b/2.jpg,5,6,7,8", "a/1.jpg,m/1.png,m/i.png", "a/1.jpg,m/2.png,"],
+    "localization": [
+        "a/1.jpg,0,0,49,39",
+        "b/2.jpg,1,2,3,4",
+        "b/2.jpg,5,6,7,8",
+        "a/1.jpg,m/1.png,m/i.png",
+        "a/1.jpg,m/2.png,",
+    ],
 }
 
 
 def test_reads_boxes_and_masks_of_each_image(tmp_path):
     write_split(tmp_path, **GOOD)
     split = read_split(tmp_path, tmp_path, "good")
-    assert split.ids == ["a/1.jpg", "b/2.jpg"] and split.labels.tolist() == [0, 1] and split.sizes.tolist() == [[50, 40], [60, 30]]
-    assert split.boxes[0].tolist() == [[0, 0, 49, 39]] and split.boxes[1].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert (
+        split.ids == ["a/1.jpg", "b/2.jpg"]
+        and split.labels.tolist() == [0, 1]
+        and split.sizes.tolist() == [[50, 40], [60, 30]]
+    )
+    assert split.boxes[0].tolist() == [[0, 0, 49, 39]] and split.boxes[1].tolist() == [
+        [1, 2, 3, 4],
+        [5, 6, 7, 8],
+    ]
     assert split.masks == {0: (["m/1.png", "m/2.png"], ["m/i.png"])}
     second = split.take([1], "second")
-    assert second.ids == ["b/2.jpg"] and second.boxes[0].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]] and not second.masks
+    assert (
+        second.ids == ["b/2.jpg"]
+        and second.boxes[0].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+        and not second.masks
+    )
 
 
-@pytest.mark.parametrize("file, line, broken, words", [
-    ("image_ids", 2, "a/1.jpg", "listed before"),
-    ("image_ids", 2, "../2.jpg", "leaves the data root"),
-    ("image_ids", 1, "/etc/passwd", "leaves the data root"),
-    ("class_labels", 2, "a/1.jpg,0,1", "3 comma-separated fields where 2"),
-    ("class_labels", 1, "b/2.jpg", "1 comma-separated fields where 2"),
-    ("class_labels", 1, "b/2.jpg,one", "whole numbers"),
-    ("class_labels", 1, "b/2.jpg,-1", "label -1 is out of range"),
-    ("class_labels", 1, "b/2.jpg,2", "label 2 is out of range: labels run from 0 to 1"),
-    ("class_labels", 1, "c/3.jpg,0", "c/3.jpg is not in"),
-    ("class_labels", 2, "b/2.jpg,1", "b/2.jpg has a label already"),
-    ("class_labels", 1, "b/2.jpg,0_1", "whole numbers"),
-    ("class_labels", 1, "b/2.jpg,\u0661", "whole numbers"),
-    ("class_labels", 1, f"b/2.jpg,{10**30}", "whole numbers"),
-    ("image_sizes", 2, "a/1.jpg,50,40", "a/1.jpg has a size already"),
-    ("localization", 4, "a/1.jpg,../m/1.png,", "leaves the data root"),
-    ("localization", 4, "a/1.jpg,,m/i.png", "a mask's path is expected"),
-    ("image_sizes", 2, "b/2.jpg,60", "2 comma-separated fields where 3"),
-    ("image_sizes", 2, "b/2.jpg,0,30", "must be positive"),
-    ("localization", 2, "b/2.jpg,3,2,1,4", "box 3,2,1,4 needs"),
-    ("localization", 2, "b/2.jpg,1,5,3,4", "box 1,5,3,4 needs"),
-    ("localization", 2, "b/2.jpg,-1,2,3,4", "box -1,2,3,4 needs"),
-    ("localization", 1, "a/1.jpg,0,0,50,39", "leaves its image of 50 x 40"),
-    ("localization", 2, "b/2.jpg,1,2,3", "4 comma-separated fields where 3 or 5"),
-    ("localization", 2, "b/2.jpg,1,2,3,4.5", "whole numbers"),
-])
+@pytest.mark.parametrize(
+    "file, line, broken, words",
+    [
+        ("image_ids", 2, "a/1.jpg", "listed before"),
+        ("image_ids", 2, "../2.jpg", "leaves the data root"),
+        ("image_ids", 1, "/etc/passwd", "leaves the data root"),
+        ("class_labels", 2, "a/1.jpg,0,1", "3 comma-separated fields where 2"),
+        ("class_labels", 1, "b/2.jpg", "1 comma-separated fields where 2"),
+        ("class_labels", 1, "b/2.jpg,one", "whole numbers"),
+        ("class_labels", 1, "b/2.jpg,-1", "label -1 is out of range"),
+        ("class_labels", 1, "b/2.jpg,2", "label 2 is out of range: labels run from 0 to 1"),
+        ("class_labels", 1, "c/3.jpg,0", "c/3.jpg is not in"),
+        ("class_labels", 2, "b/2.jpg,1", "b/2.jpg has a label already"),
+        ("class_labels", 1, "b/2.jpg,0_1", "whole numbers"),
+        ("class_labels", 1, "b/2.jpg,\u0661", "whole numbers"),
+        ("class_labels", 1, f"b/2.jpg,{10**30}", "whole numbers"),
+        ("image_sizes", 2, "a/1.jpg,50,40", "a/1.jpg has a size already"),
+        ("localization", 4, "a/1.jpg,../m/1.png,", "leaves the data root"),
+        ("localization", 4, "a/1.jpg,,m/i.png", "a mask's path is expected"),
+        ("image_sizes", 2, "b/2.jpg,60", "2 comma-separated fields where 3"),
+        ("image_sizes", 2, "b/2.jpg,0,30", "must be positive"),
+        ("localization", 2, "b/2.jpg,3,2,1,4", "box 3,2,1,4 needs"),
+        ("localization", 2, "b/2.jpg,1,5,3,4", "box 1,5,3,4 needs"),
+        ("localization", 2, "b/2.jpg,-1,2,3,4", "box -1,2,3,4 needs"),
+        ("localization", 1, "a/1.jpg,0,0,50,39", "leaves its image of 50 x 40"),
+        ("localization", 2, "b/2.jpg,1,2,3", "4 comma-separated fields where 3 or 5"),
+        ("localization", 2, "b/2.jpg,1,2,3,4.5", "whole numbers"),
+    ],
+)
 def test_a_bad_line_is_named(tmp_path, file, line, broken, words):
     files = {name: list(lines) for name, lines in GOOD.items()}
     files[file][line - 1] = broken
@@ -85,7 +106,11 @@ def test_hold_out_is_the_same_every_time_and_leaves_each_class_an_image(tmp_path
     data_root, splits = make_tiny(tmp_path)
     train_split = read_split(splits / "tiny" / "train", data_root / "tiny", "train")
     kept, held = hold_out(train_split, 2, "tiny")
-    assert sorted(kept.ids + held.ids) == sorted(train_split.ids) and np.bincount(held.labels).tolist() == [2, 2, 2]
+    assert sorted(kept.ids + held.ids) == sorted(train_split.ids) and np.bincount(held.labels).tolist() == [
+        2,
+        2,
+        2,
+    ]
     assert hold_out(train_split, 2, "tiny")[1].ids == held.ids
     assert np.bincount(hold_out(train_split, 100, "tiny")[0].labels).tolist() == [1, 1, 1]
     boxes = {image: box.tolist() for image, box in zip(train_split.ids, train_split.boxes.values())}
@@ -95,23 +120,33 @@ def test_hold_out_is_the_same_every_time_and_leaves_each_class_an_image(tmp_path
 def test_val_is_the_published_list_unless_told_otherwise(tmp_path):
     data_root, splits = make_tiny(tmp_path)
     found, record = load_splits("tiny", data_root, splits, ("train", "val", "test"))
-    assert [len(found[name]) for name in ("train", "val", "test")] == [18, 6, 9] and "the list of" in record["val"]
+    assert [len(found[name]) for name in ("train", "val", "test")] == [18, 6, 9] and "the list of" in record[
+        "val"
+    ]
     found, record = load_splits("tiny", data_root, splits, ("train", "val"), val_per_class=1)
-    assert [len(found[name]) for name in ("train", "val")] == [15, 3] and "1 images a class, 3 in all" in record["val"]
+    assert [len(found[name]) for name in ("train", "val")] == [
+        15,
+        3,
+    ] and "1 images a class, 3 in all" in record["val"]
     shutil.rmtree(splits / "tiny" / "val")
     found, record = load_splits("tiny", data_root, splits, ("train", "val"))
-    assert [len(found[name]) for name in ("train", "val")] == [12, 6] and "held out from train" in record["val"]
+    assert [len(found[name]) for name in ("train", "val")] == [12, 6] and "held out from train" in record[
+        "val"
+    ]
 
 
-@pytest.mark.parametrize("ids, names", [
-    (["train/n02/a.jpg", "train/n01/b.jpg", "train/n02/c.jpg"], ["n02", "n01"]),
-    (["n02/a.jpg", "n01/b.jpg", "n03/c.jpg"], None),  # two folders of one class
-    (["n02/a.jpg", "n02/b.jpg", "n02/c.jpg"], None),  # one folder of both
-    (["x/n01/a.jpg", "y/n01/b.jpg", "x/n01/c.jpg"], None),
-    (["a.jpg", "b.jpg", "c.jpg"], None),
-])
+@pytest.mark.parametrize(
+    "ids, names",
+    [
+        (["train/n02/a.jpg", "train/n01/b.jpg", "train/n02/c.jpg"], ["n02", "n01"]),
+        (["n02/a.jpg", "n01/b.jpg", "n03/c.jpg"], None),  # two folders of one class
+        (["n02/a.jpg", "n02/b.jpg", "n02/c.jpg"], None),  # one folder of both
+        (["x/n01/a.jpg", "y/n01/b.jpg", "x/n01/c.jpg"], None),
+        (["a.jpg", "b.jpg", "c.jpg"], None),
+    ],
+)
 def test_class_names_are_the_folders_where_they_tell_classes(tmp_path, ids, names):
-    assert data.class_names(data.Split("train", tmp_path, ids, np.array([0, 1, 0]))) == names
+    assert datasets.class_names(data.Split("train", tmp_path, ids, np.array([0, 1, 0]))) == names
 
 
 def test_test_maps_can_be_evaluated_without_a_train_list(tmp_path):
@@ -124,7 +159,9 @@ def test_missing_images_are_counted_before_training(tmp_path):
     data_root, splits = make_tiny(tmp_path)
     for name in ("04.png", "05.png"):
         (data_root / "tiny" / "test" / name).unlink()
-    with pytest.raises(InputError, match=r"test/04.png: no such image \(2 of the 9 of tiny test are missing\)"):
+    with pytest.raises(
+        InputError, match=r"test/04.png: no such image \(2 of the 9 of tiny test are missing\)"
+    ):
         load_splits("tiny", data_root, splits, ("train", "val", "test"))
 
 
@@ -145,7 +182,12 @@ def test_unreadable_images_are_named(tmp_path):
     for name in ("half.jpg", "half.png"):
         Image.fromarray(noise).save(tmp_path / name)
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:3000])
-    for name, words in (("text.jpg", "not an image"), ("half.jpg", "truncated"), ("half.png", "truncated"), ("none.jpg", "no such image")):
+    for name, words in (
+        ("text.jpg", "not an image"),
+        ("half.jpg", "truncated"),
+        ("half.png", "truncated"),
+        ("none.jpg", "no such image"),
+    ):
         with pytest.raises(InputError, match=f"{name}: {words}"):
             data.load_rgb(tmp_path / name, 16)
 
@@ -212,9 +254,13 @@ def test_batches_do_not_depend_on_workers_and_change_with_epoch_and_seed(tmp_pat
     assert [len(labels) for _, labels in first] == [4, 4, 4, 4, 2]
     epoch_of(alone, 2)
     for epoch in (2, 1):  # out of order, with workers that persist
-        for (images, labels), (same_images, same_labels) in zip(epoch_of(alone, epoch), epoch_of(helped, epoch)):
+        for (images, labels), (same_images, same_labels) in zip(
+            epoch_of(alone, epoch), epoch_of(helped, epoch)
+        ):
             assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
-    assert not torch.equal(first[0][0], epoch_of(alone, 2)[0][0]) and not torch.equal(first[0][0], epoch_of(other_seed, 1)[0][0])
+    assert not torch.equal(first[0][0], epoch_of(alone, 2)[0][0]) and not torch.equal(
+        first[0][0], epoch_of(other_seed, 1)[0][0]
+    )
     state = torch.get_rng_state()
     epoch_of(alone, 3)
     assert torch.equal(state, torch.get_rng_state())  # attentive dropout draws from this stream
@@ -225,7 +271,12 @@ def test_training_crops_are_windows_of_the_resized_image_flipped_or_not(tmp_path
     split = read_split(splits / "tiny" / "train", data_root / "tiny", "train")
     images = data.TrainImages(split, resize_size=12, image_size=10, seed=0)
     whole = np.asarray(data.load_rgb(split.path(3), 12)).transpose(2, 0, 1)
-    windows = {(flip, x, y): whole[:, y : y + 10, x : x + 10][:, :, :: -1 if flip else 1] for flip in (0, 1) for x in range(3) for y in range(3)}
+    windows = {
+        (flip, x, y): whole[:, y : y + 10, x : x + 10][:, :, :: -1 if flip else 1]
+        for flip in (0, 1)
+        for x in range(3)
+        for y in range(3)
+    }
     seen = set()
     for epoch in range(200):
         crop = images[epoch, 3][0].numpy()
@@ -241,13 +292,20 @@ def test_normalization_is_imagenet_s():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("damage, words", [
-    (lambda path: path.unlink(), "no such image"),
-    (lambda path: path.write_bytes(path.read_bytes()[:200]), "truncated or damaged image"),
-    (lambda path: path.write_text("text"), "not an image"),
-])
-def test_a_bad_training_image_ends_the_run_with_its_name(tiny, fails, tmp_path, monkeypatch, workers, damage, words):
-    monkeypatch.setattr(data.Split, "require_images", lambda self: None)  # as if it broke after the check at the start
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda path: path.unlink(), "no such image"),
+        (lambda path: path.write_bytes(path.read_bytes()[:200]), "truncated or damaged image"),
+        (lambda path: path.write_text("text"), "not an image"),
+    ],
+)
+def test_a_bad_training_image_ends_the_run_with_its_name(
+    tiny, fails, tmp_path, monkeypatch, workers, damage, words
+):
+    monkeypatch.setattr(
+        data.Split, "require_images", lambda self: None
+    )  # as if it broke after the check at the start
     path = tmp_path / "data" / "tiny" / "train" / "03.png"
     damage(path)
     fails(train.main, [*tiny, "--workers", workers, "--out", tmp_path / "run"], path, words)

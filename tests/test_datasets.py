@@ -9,19 +9,20 @@ import tarfile
 import threading
 from xml.etree import ElementTree
 
+import fuzz_inputs
 import numpy as np
 import pytest
 import scipy.io
 import torch
+from conftest import make_tiny, set_tiny_preset, write_split
 from PIL import Image, ImageOps
 
 import evaluate
-import fuzz_inputs
 import train
-from bridge_wsol import data, datasets, optim
-from bridge_wsol.data import load_splits, read_folder, read_split
+from bridge_wsol import data, datasets, evaluation, optim
+from bridge_wsol.data import read_split
+from bridge_wsol.datasets import load_splits, read_folder
 from bridge_wsol.utils import InputError
-from conftest import make_tiny, set_tiny_preset, write_split
 
 ORIENTATION = 0x0112
 
@@ -35,7 +36,9 @@ def read_json(path):
 
 def test_cub_lists_are_the_published_ones_line_for_line(real_data, tmp_path):
     found, record = load_splits("CUB", real_data, tmp_path, ("train", "val", "test"))
-    assert "a subset, 10 of 200 classes, 543 of 11788 images" in record["lists"] and record["num_classes"] == 10
+    assert (
+        "a subset, 10 of 200 classes, 543 of 11788 images" in record["lists"] and record["num_classes"] == 10
+    )
     assert [len(found[name]) for name in ("train", "val", "test")] == [280, 20, 243]
     for split in ("train", "test"):
         for name in ("image_ids", "class_labels", "image_sizes", "localization"):
@@ -53,7 +56,10 @@ def test_lists_follow_the_official_files_they_were_built_from(real_data, tmp_pat
     folder = tmp_path / "splits" / "CUB"
     first = datasets.ensure_cub_lists(official, folder)
     (folder / "train" / "image_ids.txt").write_text("untouched\n")
-    assert datasets.ensure_cub_lists(official, folder) == first and (folder / "train" / "image_ids.txt").read_text() == "untouched\n"
+    assert (
+        datasets.ensure_cub_lists(official, folder) == first
+        and (folder / "train" / "image_ids.txt").read_text() == "untouched\n"
+    )
     for name in datasets.CUB_FILES:
         lines = (official / name).read_text().splitlines()
         (official / name).write_text("\n".join(lines[:100]))
@@ -81,42 +87,64 @@ def test_lists_of_which_a_part_was_written_are_built_anew(real_data, tmp_path, m
 
 def test_published_lists_are_told_from_others(real_data, tmp_path):
     for dataset, told in (
-        ("CUB", "train as published; val as published; test as published"), ("ILSVRC", "val as published; test as published"),
+        ("CUB", "train as published; val as published; test as published"),
+        ("ILSVRC", "val as published; test as published"),
         ("OpenImages", "train as published; val as published; test as published"),
     ):
-        assert datasets.describe_lists(dataset, real_data / "wsol-metadata" / dataset) == f"the lists found in {real_data / 'wsol-metadata' / dataset}: {told}"
+        assert (
+            datasets.describe_lists(dataset, real_data / "wsol-metadata" / dataset)
+            == f"the lists found in {real_data / 'wsol-metadata' / dataset}: {told}"
+        )
     lists = tmp_path / "CUB"
     shutil.copytree(real_data / "wsol-metadata" / "CUB", lists)
     path = lists / "test" / "localization.txt"
     path.write_text(path.read_text().replace(",", ",1", 1))
     (lists / "val" / "image_ids.txt").write_text("".join(path.read_text().splitlines(keepends=True)[:999]))
     said = datasets.describe_lists("CUB", lists)
-    assert "val 999 images where the published list has 1000" in said and "test localization not as published" in said and "train as published" in said
+    assert (
+        "val 999 images where the published list has 1000" in said
+        and "test localization not as published" in said
+        and "train as published" in said
+    )
 
 
 def test_the_published_folder_is_accepted_as_splits(real_data):
     splits = real_data / "wsol-metadata"
     found, record = load_splits("CUB", real_data, splits, ("train", "val", "test"), check_images=False)
-    assert record["num_classes"] == len(record["classes"]) == 200 and record["classes"][0] == "001.Black_footed_Albatross"
+    assert (
+        record["num_classes"] == len(record["classes"]) == 200
+        and record["classes"][0] == "001.Black_footed_Albatross"
+    )
     assert found["val"].path(0) == real_data / "CUBV2" / "001.Black_footed_Albatross" / "30107316117.jpg"
-    with pytest.raises(InputError, match=r"1000 of the 1000 of CUB val are missing.*--val-per-class 2 holds val out of train instead"):
+    with pytest.raises(
+        InputError,
+        match=r"1000 of the 1000 of CUB val are missing.*--val-per-class 2 holds val out of train instead",
+    ):
         load_splits("CUB", real_data, splits, ("val",))
     found, record = load_splits("OpenImages", real_data, splits, ("train", "val", "test"), check_images=False)
-    assert record["num_classes"] == 100 and len(found["test"].masks) == 5000 and record["classes"][0] == "01226z"
+    assert (
+        record["num_classes"] == 100 and len(found["test"].masks) == 5000 and record["classes"][0] == "01226z"
+    )
     found, record = load_splits("ILSVRC", real_data, splits, ("val", "test"), check_images=False)
     assert record["num_classes"] == 1000 and len(found["test"].boxes) == 50000
 
 
 def test_published_lists_load(real_data):
     metadata = real_data / "wsol-metadata"
-    expected = json.loads((datasets.Path(datasets.__file__).parents[1] / "data_splits" / "checksums.json").read_text())
+    expected = json.loads(
+        (datasets.Path(datasets.__file__).parents[1] / "data_splits" / "checksums.json").read_text()
+    )
     for key, files in expected.items():
         dataset, name = key.split("/")
         if not (metadata / key).exists():
             continue
-        split = read_split(metadata / key, real_data, key, {"CUB": 200, "ILSVRC": 1000, "OpenImages": 100}[dataset])
+        split = read_split(
+            metadata / key, real_data, key, {"CUB": 200, "ILSVRC": 1000, "OpenImages": 100}[dataset]
+        )
         assert len(split) == files["image_ids"]["lines"]
-        located = sum(map(len, split.boxes.values())) + sum(len(masks.instances) for masks in split.masks.values())
+        located = sum(map(len, split.boxes.values())) + sum(
+            len(masks.instances) for masks in split.masks.values()
+        )
         assert located == files.get("localization", {"lines": 0})["lines"]
 
 
@@ -125,7 +153,11 @@ def test_incomplete_official_files_are_named(tmp_path):
         datasets.ensure_cub_lists(tmp_path / "CUB_200_2011", tmp_path / "CUB")
     official = tmp_path / "CUB_200_2011"
     official.mkdir()
-    for name, text in {"images.txt": "1 a/1.jpg\n", "image_class_labels.txt": "1 1\n", "train_test_split.txt": "1 1\n"}.items():
+    for name, text in {
+        "images.txt": "1 a/1.jpg\n",
+        "image_class_labels.txt": "1 1\n",
+        "train_test_split.txt": "1 1\n",
+    }.items():
         (official / name).write_text(text)
     with pytest.raises(InputError, match="bounding_boxes.txt: no such file"):
         datasets.ensure_cub_lists(official, tmp_path / "CUB")
@@ -136,10 +168,18 @@ CUB_LINES = {  # of each file: what follows an image's number, the words for it,
     "images.txt": ("a/{}.jpg", "its path", ["2", "", "two a/2.jpg", "-2 a/2.jpg", "2 a/2.jpg 0"]),
     "image_class_labels.txt": ("1", "its class (a whole number from 1)", ["2", "2 one", "2 0", "2 1.5"]),
     "train_test_split.txt": ("0", "1 (train) or 0 (test)", ["2", "2 2", "2 yes", "2 0 1"]),
-    "bounding_boxes.txt": ("1.0 2.0 3.0 4.0", "x, y, width and height in pixels", [
-        "2 1.0 2.0 3.0", "2 1.0 2.0 3.0 4.0 5.0", "2 1.0 two 3.0 4.0", "2 1.0 2.0 nan 4.0",
-        "2 1.0 2.0 -3.0 4.0", f"2 1.0 2.0 3.0 {10**400}",
-    ]),
+    "bounding_boxes.txt": (
+        "1.0 2.0 3.0 4.0",
+        "x, y, width and height in pixels",
+        [
+            "2 1.0 2.0 3.0",
+            "2 1.0 2.0 3.0 4.0 5.0",
+            "2 1.0 two 3.0 4.0",
+            "2 1.0 2.0 nan 4.0",
+            "2 1.0 2.0 -3.0 4.0",
+            f"2 1.0 2.0 3.0 {10**400}",
+        ],
+    ),
 }
 
 
@@ -166,7 +206,7 @@ def test_a_broken_line_of_cub_s_official_files_is_named(tmp_path, fails, name):
     for line, words in cases.items():
         (official / name).write_text("\n".join([first, *([] if line is None else [line]), last]))
         flags = ["--dataset", "CUB", "--data-root", tmp_path, "--splits", splits, "--workers", "0"]
-        fails(data.main, ["check", *flags], f"error: {official / name}{words}\n")
+        fails(datasets.main, ["check", *flags], f"error: {official / name}{words}\n")
         assert not (splits / "CUB").exists()
 
 
@@ -183,7 +223,11 @@ def server():
 
             def do_GET(self):
                 self.asked.append(self.headers.get("Range"))
-                start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if ranges and "Range" in self.headers else 0
+                start = (
+                    int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+                    if ranges and "Range" in self.headers
+                    else 0
+                )
                 if start >= len(content):
                     return self.send_error(416)
                 self.send_response(206 if start else 200)
@@ -211,7 +255,10 @@ def archive(**members):
     """A .tgz of these members, incompressible so that it can be cut, with the noise in a file of its own."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as tar:
-        members = {"CUB_200_2011/images.txt": b"1 a/1.jpg\n", "noise": np.random.default_rng(0).bytes(300_000)} | members
+        members = {
+            "CUB_200_2011/images.txt": b"1 a/1.jpg\n",
+            "noise": np.random.default_rng(0).bytes(300_000),
+        } | members
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -266,7 +313,9 @@ def test_an_interrupted_download_goes_on_with_the_next_call(server, monkeypatch,
     assert (tmp_path / "CUB_200_2011").is_dir() and asked == ["bytes=50000-"] * 2
 
 
-def test_without_ranges_a_download_starts_over_and_a_whole_one_is_not_asked_for_again(server, monkeypatch, tmp_path):
+def test_without_ranges_a_download_starts_over_and_a_whole_one_is_not_asked_for_again(
+    server, monkeypatch, tmp_path
+):
     content = archive()
     url, asked = server(content, ranges=False, cut=[100_000])
     official(monkeypatch, url, content)
@@ -283,14 +332,28 @@ def test_a_wrong_checksum_is_refused_before_anything_is_unpacked(server, fails, 
     content = archive()
     url, _ = server(content[:-1] + b"x")
     official(monkeypatch, url, content)
-    fails(train.main, ["--dataset", "CUB", "--download", "--data-root", tmp_path / "data"], "MD5", hashlib.md5(content).hexdigest(), "removed")
+    fails(
+        train.main,
+        ["--dataset", "CUB", "--download", "--data-root", tmp_path / "data"],
+        "MD5",
+        hashlib.md5(content).hexdigest(),
+        "removed",
+    )
     assert not list((tmp_path / "data").iterdir())
     (tmp_path / "data" / "CUB_200_2011.tgz").write_bytes(b"a file of the user's")
-    fails(train.main, ["--dataset", "CUB", "--download", "--data-root", tmp_path / "data"], "MD5", "CUB_200_2011.tgz", "remove it")
+    fails(
+        train.main,
+        ["--dataset", "CUB", "--download", "--data-root", tmp_path / "data"],
+        "MD5",
+        "CUB_200_2011.tgz",
+        "remove it",
+    )
     assert (tmp_path / "data" / "CUB_200_2011.tgz").exists()
 
 
-@pytest.mark.parametrize("name", ["../outside.txt", "CUB_200_2011/../../outside.txt", "CUB_200_2011/a/../../../../outside.txt"])
+@pytest.mark.parametrize(
+    "name", ["../outside.txt", "CUB_200_2011/../../outside.txt", "CUB_200_2011/a/../../../../outside.txt"]
+)
 def test_an_archive_that_leaves_its_folder_is_refused(server, monkeypatch, tmp_path, name):
     content = archive(**{name: b"escaped"})
     url, _ = server(content)
@@ -302,8 +365,16 @@ def test_an_archive_that_leaves_its_folder_is_refused(server, monkeypatch, tmp_p
 
 def test_download_problems_are_one_line(server, fails, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "CUB_URL", "http://127.0.0.1:1/CUB_200_2011.tgz")
-    fails(train.main, ["--dataset", "CUB", "--download", "--data-root", tmp_path], "127.0.0.1:1", "broke off", "refused")
-    fails(train.main, ["--dataset", "ILSVRC", "--download", "--data-root", tmp_path], "--download fetches CUB")
+    fails(
+        train.main,
+        ["--dataset", "CUB", "--download", "--data-root", tmp_path],
+        "127.0.0.1:1",
+        "broke off",
+        "refused",
+    )
+    fails(
+        train.main, ["--dataset", "ILSVRC", "--download", "--data-root", tmp_path], "--download fetches CUB"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- ILSVRC
@@ -317,7 +388,9 @@ def make_ilsvrc(root, sorted_into_folders=False, text=False):
     for k, wnid in enumerate(WNIDS):
         (official / "train" / wnid).mkdir(parents=True)
         for i in range(3):
-            Image.new("RGB", (40 + i, 30), (80 * k, 0, 0)).save(official / "train" / wnid / f"{wnid}_{i}.JPEG")
+            Image.new("RGB", (40 + i, 30), (80 * k, 0, 0)).save(
+                official / "train" / wnid / f"{wnid}_{i}.JPEG"
+            )
     truth = [1, 3, 2, 1, 2]
     boxes = {1: [(0, 2, 50, 40)], 2: [(5, 6, 7, 8), (1, 1, 30, 30)], 3: [(3, 3, 51, 39)], 4: []}
     (official / "val").mkdir()
@@ -332,7 +405,9 @@ def make_ilsvrc(root, sorted_into_folders=False, text=False):
                 bndbox = ElementTree.SubElement(ElementTree.SubElement(annotation, "object"), "bndbox")
                 for name, value in zip(("xmin", "ymin", "xmax", "ymax"), box):
                     ElementTree.SubElement(bndbox, name).text = str(value)
-            ElementTree.ElementTree(annotation).write(official / "bbox_val" / "val" / f"ILSVRC2012_val_{n:08d}.xml")
+            ElementTree.ElementTree(annotation).write(
+                official / "bbox_val" / "val" / f"ILSVRC2012_val_{n:08d}.xml"
+            )
     kit = official / "ILSVRC2012_devkit_t12" / "data"
     kit.mkdir(parents=True)
     (kit / datasets.GROUND_TRUTH).write_text("".join(f"{n}\n" for n in truth))
@@ -346,25 +421,45 @@ def make_ilsvrc(root, sorted_into_folders=False, text=False):
 
 
 def lists_of(folder):
-    return {name: (folder / f"{name}.txt").read_text().splitlines() for name in datasets.LIST_FILES if (folder / f"{name}.txt").exists()}
+    return {
+        name: (folder / f"{name}.txt").read_text().splitlines()
+        for name in datasets.LIST_FILES
+        if (folder / f"{name}.txt").exists()
+    }
 
 
 @pytest.mark.parametrize("text", [False, True])
 def test_ilsvrc_lists_from_the_official_distribution(tmp_path, text):
     official = make_ilsvrc(tmp_path, text=text)
     found, record = load_splits("ILSVRC", tmp_path, tmp_path / "splits", ("train", "test"))
-    assert "3 classes, 9 images, a subset of the 1000" in record["lists"] and "5 of 50000 images" in record["lists"]
-    assert "2 images without boxes count for classification alone: val/ILSVRC2012_val_00000004.JPEG, val/ILSVRC2012_val_00000005.JPEG" in record["lists"]
+    assert (
+        "3 classes, 9 images, a subset of the 1000" in record["lists"]
+        and "5 of 50000 images" in record["lists"]
+    )
+    assert (
+        "2 images without boxes count for classification alone: val/ILSVRC2012_val_00000004.JPEG, val/ILSVRC2012_val_00000005.JPEG"
+        in record["lists"]
+    )
     assert record["classes"] == WNIDS and record["num_classes"] == 3
     train_lists = lists_of(tmp_path / "splits" / "ILSVRC" / "train")
-    assert train_lists["image_ids"][:4] == [*(f"train/n01440764/n01440764_{i}.JPEG" for i in range(3)), "train/n01443537/n01443537_0.JPEG"]
+    assert train_lists["image_ids"][:4] == [
+        *(f"train/n01440764/n01440764_{i}.JPEG" for i in range(3)),
+        "train/n01443537/n01443537_0.JPEG",
+    ]
     assert train_lists["class_labels"][3] == "train/n01443537/n01443537_0.JPEG,1"
     image = "val/ILSVRC2012_val_0000000{}.JPEG".format
-    assert lists_of(tmp_path / "splits" / "ILSVRC" / "test") == {  # IDs 1, 3, 2, 1, 2 are the wnids 2, 1, 0, 2, 0 in sorted order
+    assert lists_of(
+        tmp_path / "splits" / "ILSVRC" / "test"
+    ) == {  # IDs 1, 3, 2, 1, 2 are the wnids 2, 1, 0, 2, 0 in sorted order
         "image_ids": [image(n) for n in (1, 2, 3, 4, 5)],
         "class_labels": [f"{image(n)},{label}" for n, label in zip((1, 2, 3, 4, 5), (2, 1, 0, 2, 0))],
         "image_sizes": [f"{image(n)},{width},40" for n, width in zip((1, 2, 3, 4, 5), (50, 50, 51, 51, 51))],
-        "localization": [f"{image(1)},0,2,49,39", f"{image(2)},5,6,7,8", f"{image(2)},1,1,30,30", f"{image(3)},3,3,50,39"],
+        "localization": [
+            f"{image(1)},0,2,49,39",
+            f"{image(2)},5,6,7,8",
+            f"{image(2)},1,1,30,30",
+            f"{image(3)},3,3,50,39",
+        ],
     }
     assert sorted(found["test"].boxes) == [0, 1, 2]
     shutil.rmtree(official / "bbox_val")  # built once
@@ -375,25 +470,58 @@ def test_ilsvrc_val_sorted_into_folders_and_a_part_of_the_classes(tmp_path):
     official = make_ilsvrc(tmp_path, sorted_into_folders=True)
     shutil.rmtree(official / "train" / WNIDS[0])
     found, _ = load_splits("ILSVRC", tmp_path, tmp_path / "splits", ("train", "test"))
-    assert found["test"].ids == [f"val/n02123045/ILSVRC2012_val_0000000{n}.JPEG" if n != 2 else "val/n01443537/ILSVRC2012_val_00000002.JPEG" for n in (1, 2, 4)]
+    assert found["test"].ids == [
+        f"val/n02123045/ILSVRC2012_val_0000000{n}.JPEG"
+        if n != 2
+        else "val/n01443537/ILSVRC2012_val_00000002.JPEG"
+        for n in (1, 2, 4)
+    ]
     assert found["test"].labels.tolist() == [1, 0, 1]
     shutil.rmtree(tmp_path / "splits")
-    (official / "val" / WNIDS[2] / "ILSVRC2012_val_00000001.JPEG").rename(official / "val" / WNIDS[1] / "ILSVRC2012_val_00000001.JPEG")
+    (official / "val" / WNIDS[2] / "ILSVRC2012_val_00000001.JPEG").rename(
+        official / "val" / WNIDS[1] / "ILSVRC2012_val_00000001.JPEG"
+    )
     with pytest.raises(InputError, match="in the folder of n01443537, the development kit says n02123045"):
         load_splits("ILSVRC", tmp_path, tmp_path / "splits", ("train", "test"))
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda official: shutil.rmtree(official / "ILSVRC2012_devkit_t12"), "unpack ILSVRC2012_devkit_t12.tar.gz"),
-    (lambda official: shutil.rmtree(official / "bbox_val"), "unpack ILSVRC2012_bbox_val_v3.tgz"),
-    (lambda official: next(official.rglob("meta.mat")).write_bytes(b"no matlab"), "meta.mat: no synsets can be read"),
-    (lambda official: next(official.rglob("meta.mat")).unlink(), "meta.mat: no synsets can be read"),
-    (lambda official: next(official.rglob(datasets.GROUND_TRUTH)).write_text("1\nfour\n"), f"{datasets.GROUND_TRUTH}:2: 'four' is no ILSVRC2012_ID"),
-    (lambda official: next(official.rglob(datasets.GROUND_TRUTH)).write_text("1\n3\n"), "ILSVRC2012_val_00000003.JPEG: not an image of"),
-    (lambda official: next(official.rglob("*2.xml")).write_text("<annotation><object><bndbox><xmin>1"), "00000002.xml: not a file of boxes"),
-    (lambda official: next(official.rglob("*2.xml")).write_text("<a><bndbox><xmin>9</xmin><ymin>1</ymin><xmax>5</xmax><ymax>4</ymax></bndbox></a>"), "00000002.xml: box 9,1,5,4"),
-    (lambda official: [path.unlink() for path in (official / "train" / WNIDS[1]).iterdir()], "n01443537: no .JPEG images of this class"),
-])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (
+            lambda official: shutil.rmtree(official / "ILSVRC2012_devkit_t12"),
+            "unpack ILSVRC2012_devkit_t12.tar.gz",
+        ),
+        (lambda official: shutil.rmtree(official / "bbox_val"), "unpack ILSVRC2012_bbox_val_v3.tgz"),
+        (
+            lambda official: next(official.rglob("meta.mat")).write_bytes(b"no matlab"),
+            "meta.mat: no synsets can be read",
+        ),
+        (lambda official: next(official.rglob("meta.mat")).unlink(), "meta.mat: no synsets can be read"),
+        (
+            lambda official: next(official.rglob(datasets.GROUND_TRUTH)).write_text("1\nfour\n"),
+            f"{datasets.GROUND_TRUTH}:2: 'four' is no ILSVRC2012_ID",
+        ),
+        (
+            lambda official: next(official.rglob(datasets.GROUND_TRUTH)).write_text("1\n3\n"),
+            "ILSVRC2012_val_00000003.JPEG: not an image of",
+        ),
+        (
+            lambda official: next(official.rglob("*2.xml")).write_text("<annotation><object><bndbox><xmin>1"),
+            "00000002.xml: not a file of boxes",
+        ),
+        (
+            lambda official: next(official.rglob("*2.xml")).write_text(
+                "<a><bndbox><xmin>9</xmin><ymin>1</ymin><xmax>5</xmax><ymax>4</ymax></bndbox></a>"
+            ),
+            "00000002.xml: box 9,1,5,4",
+        ),
+        (
+            lambda official: [path.unlink() for path in (official / "train" / WNIDS[1]).iterdir()],
+            "n01443537: no .JPEG images of this class",
+        ),
+    ],
+)
 def test_ilsvrc_parts_that_are_missing_or_damaged_are_named(tmp_path, damage, words):
     damage(make_ilsvrc(tmp_path))
     with pytest.raises(InputError) as raised:
@@ -407,11 +535,17 @@ def test_imagenet_v2_under_other_names_is_recognised_or_named(tmp_path):
     folder.mkdir(parents=True)
     for n in (0, 1):
         (folder / f"{n}.JPEG").touch()
-    assert datasets.imagenet_v2_names(tmp_path, ids) == [f"imagenetv2-matched-frequency/0/{n}.JPEG" for n in (0, 1)]
+    assert datasets.imagenet_v2_names(tmp_path, ids) == [
+        f"imagenetv2-matched-frequency/0/{n}.JPEG" for n in (0, 1)
+    ]
     folder.parent.rename(tmp_path / "val2")
     for n in (0, 1):
-        (tmp_path / "val2" / "0" / f"{n}.JPEG").rename(tmp_path / "val2" / "0" / f"{'7e2a453559384e2a' if n else '0c1b'}.jpeg")
-    with pytest.raises(InputError, match="val2/0: holds 0c1b.jpeg where the published val list has 0.jpeg: another release"):
+        (tmp_path / "val2" / "0" / f"{n}.JPEG").rename(
+            tmp_path / "val2" / "0" / f"{'7e2a453559384e2a' if n else '0c1b'}.jpeg"
+        )
+    with pytest.raises(
+        InputError, match="val2/0: holds 0c1b.jpeg where the published val list has 0.jpeg: another release"
+    ):
         datasets.imagenet_v2_names(tmp_path, ids)
     (tmp_path / "val2" / "0" / "0.jpeg").touch()
     assert datasets.imagenet_v2_names(tmp_path, ids) == ids
@@ -450,7 +584,10 @@ def test_pxap_of_masks_and_ignore_regions_from_the_published_format(monkeypatch,
             parts = [rng.random((7, 9)) < 0.3 for _ in range(2)], rng.random((7, 9)) < 0.4
             for name, mask in zip(("a", "b", "ignore"), (*parts[0], parts[1])):
                 Image.fromarray(mask).save(tmp_path / "OpenImages" / f"{stem}_{name}.png")
-            files["localization"] += [f"{stem}.jpg,{stem}_a.png,{stem}_ignore.png", f"{stem}.jpg,{stem}_b.png,"]
+            files["localization"] += [
+                f"{stem}.jpg,{stem}_a.png,{stem}_ignore.png",
+                f"{stem}.jpg,{stem}_b.png,",
+            ]
             if split == "test":
                 score_map = (rng.integers(1, 1000, (size, size)) + 0.5) / 1000
                 score_map.flat[:2] = 0, 1  # what min-max leaves as it is
@@ -471,7 +608,16 @@ def test_pxap_of_masks_and_ignore_regions_from_the_published_format(monkeypatch,
         recall = positive[chosen].sum() / positive.sum()
     texts = set()
     for workers in ("0", "2"):
-        flags = ["--score-maps", tmp_path / "maps", "--dataset", "OpenImages", "--data-root", tmp_path, "--splits", tmp_path / "splits"]
+        flags = [
+            "--score-maps",
+            tmp_path / "maps",
+            "--dataset",
+            "OpenImages",
+            "--data-root",
+            tmp_path,
+            "--splits",
+            tmp_path / "splits",
+        ]
         evaluate.main([*map(str, flags), "--workers", workers, "--out", str(tmp_path / f"{workers}.json")])
         texts.add((tmp_path / f"{workers}.json").read_text())
     (text,) = texts
@@ -505,7 +651,9 @@ def test_every_image_of_a_folder_is_in_one_split_and_stays_there(tmp_path):
     assert record["classes"] == ["class 0", "class 1"] and sum(map(len, splits.values())) == 400
     for name, share in (("train", 0.7), ("val", 0.15), ("test", 0.15)):
         assert abs(len(splits[name]) / 400 - share) < 0.06
-        assert all(image.startswith(f"class {label}/") for image, label in zip(splits[name].ids, splits[name].labels))
+        assert all(
+            image.startswith(f"class {label}/") for image, label in zip(splits[name].ids, splits[name].labels)
+        )
     before = split_of(folder)
     for image, name in before.items():  # by the definition in the docstring
         place = int(hashlib.sha256(image.encode()).hexdigest()[:16], 16) / 16**16
@@ -518,7 +666,9 @@ def test_every_image_of_a_folder_is_in_one_split_and_stays_there(tmp_path):
     (folder / "class 0" / "notes.txt").touch()
     (folder / ".cache").mkdir()
     after = split_of(folder)
-    assert len(after) == 460 and all(before[image] == name for image, name in after.items() if image in before)
+    assert len(after) == 460 and all(
+        before[image] == name for image, name in after.items() if image in before
+    )
 
 
 @pytest.mark.parametrize("images", [3, 4, 5])
@@ -539,7 +689,12 @@ def test_folders_that_are_no_data_set_are_named(tmp_path, fails):
     for i in range(10):
         (folder / "class 1" / f"{i}.png").unlink()
     fails(train.main, [*flags, folder], "own/class 1: 2 images: at least 3 a class")
-    fails(train.main, [*flags, "unheard-of"], "no preset for --dataset unheard-of", "a folder of your own images")
+    fails(
+        train.main,
+        [*flags, "unheard-of"],
+        "no preset for --dataset unheard-of",
+        "a folder of your own images",
+    )
 
 
 def own_flags(folder, out):
@@ -547,17 +702,28 @@ def own_flags(folder, out):
     return [*map(str, flags), "--epochs", "2", "--warm-epochs", "1", "--batch-size", "8"]
 
 
-def test_a_folder_without_boxes_trains_and_chooses_by_classification(tmp_path, tiny_preset, capsys, monkeypatch):
+def test_a_folder_without_boxes_trains_and_chooses_by_classification(
+    tmp_path, tiny_preset, capsys, monkeypatch
+):
     folder, run = make_folder(tmp_path), tmp_path / "run"
     monkeypatch.chdir(tmp_path)
     train.main(own_flags("own", run))
-    assert "val has no boxes: the best epoch is the one with the highest Top-1 classification" in capsys.readouterr().out
+    assert (
+        "val has no boxes: the best epoch is the one with the highest Top-1 classification"
+        in capsys.readouterr().out
+    )
     config = read_json(run / "config.json")
-    assert config["config"]["lambda_sim"] == {"value": 0.5, "source": "preset: our choice: CUB's"} and config["data"]["classes"] == ["class 0", "class 1", "class 2"]
+    assert config["config"]["lambda_sim"] == {"value": 0.5, "source": "preset: our choice: CUB's"} and config[
+        "data"
+    ]["classes"] == ["class 0", "class 1", "class 2"]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     best = max(lines, key=lambda line: (line["val"]["top1_cls"], -line["epoch"]))
     result = read_json(run / "results_best_test.json")
-    assert result["epoch"] == best["epoch"] and result["metrics"]["max_box_acc_v2"] is None and result["metrics"]["top1_cls"] is not None
+    assert (
+        result["epoch"] == best["epoch"]
+        and result["metrics"]["max_box_acc_v2"] is None
+        and result["metrics"]["top1_cls"] is not None
+    )
     evaluate.main([str(run), "--device", "cpu", "--workers", "0", "--pictures", "1"])
     assert read_json(run / "results_best_test.json") == result
     evaluate.main([str(run), "--device", "cpu", "--images", "own/class 0/3.png", "--threshold", "0.5"])
@@ -581,10 +747,15 @@ def test_where_a_run_on_a_folder_goes_by_default(tmp_path, tiny_preset, monkeypa
 def test_boxes_in_localization_txt_switch_the_metrics_on(tmp_path, tiny_preset):
     folder, run = make_folder(tmp_path), tmp_path / "run"
     where = split_of(folder)
-    (folder / "localization.txt").write_text("".join(f"{image},5,5,29,29\n" for image in where if where[image] != "train"))
+    (folder / "localization.txt").write_text(
+        "".join(f"{image},5,5,29,29\n" for image in where if where[image] != "train")
+    )
     train.main(own_flags(folder, run))
     result = read_json(run / "results_best_test.json")
-    assert result["metrics"]["max_box_acc_v2"]["mean"] >= 0 and result["metrics"]["max_box_acc_v2_at_val_threshold"] is not None
+    assert (
+        result["metrics"]["max_box_acc_v2"]["mean"] >= 0
+        and result["metrics"]["max_box_acc_v2_at_val_threshold"] is not None
+    )
     assert "(0 with boxes), val" in read_json(run / "config.json")["data"]["lists"]
     splits, record = load_splits(str(folder), tmp_path, tmp_path, ("train", "val"), val_per_class=3)
     assert len(splits["val"]) == 9 and "held out" in record["val"]
@@ -604,7 +775,7 @@ def test_boxes_of_a_turned_photo_are_in_pixels_as_it_is_shown(tmp_path):
         if "class 0/turned.png" in split.ids:
             index = split.ids.index("class 0/turned.png")
             pixels = np.asarray(data.decode(split.path(index), split.sizes[index], split.upright))
-            (x0, y0, x1, y1), = split.boxes[index]
+            ((x0, y0, x1, y1),) = split.boxes[index]
             assert split.sizes[index].tolist() == [20, 50] and pixels.shape == (50, 20, 3)
             inside = np.zeros((50, 20), dtype=bool)
             inside[y0 : y1 + 1, x0 : x1 + 1] = True
@@ -628,7 +799,11 @@ def test_photos_of_every_kind(trained, tmp_path):
     photos.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     for mode in ("L", "CMYK", "P", "RGBA", "1", "LA", "I;16"):
-        image = Image.fromarray(noise[..., 0].astype(np.uint16) * 256 + 3) if mode == "I;16" else Image.fromarray(noise).convert(mode)
+        image = (
+            Image.fromarray(noise[..., 0].astype(np.uint16) * 256 + 3)
+            if mode == "I;16"
+            else Image.fromarray(noise).convert(mode)
+        )
         image.save(photos / f"{mode.replace(';', '')}.{'jpg' if mode == 'CMYK' else 'png'}")
     Image.new("RGB", (1, 1), (9, 200, 30)).save(photos / "one.png")
     Image.new("RGB", (3, 500)).save(photos / "thin.png")
@@ -641,7 +816,9 @@ def test_photos_of_every_kind(trained, tmp_path):
             assert 0 <= x0 <= x1 < entry["width"] and 0 <= y0 <= y1 < entry["height"]
     np.testing.assert_array_equal(np.asarray(data.decode(photos / "I16.png")), noise[..., [0, 0, 0]])
     pictures = {path.name[6:]: Image.open(path).size for path in (run / "images").glob("*.png")}
-    assert len(pictures) == 10 and pictures["large.png"] == (448, 2 * 336) and pictures["one.png"] == (448, 896)
+    assert (
+        len(pictures) == 10 and pictures["large.png"] == (448, 2 * 336) and pictures["one.png"] == (448, 896)
+    )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -649,26 +826,40 @@ def test_a_turned_photo_gets_the_boxes_of_the_upright_one(trained, tmp_path, ori
     _, run = trained
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 70, 3), dtype=np.uint8)).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 70, 3), dtype=np.uint8)).save(
+        tmp_path / "turned.png", exif=exif
+    )
     upright = ImageOps.exif_transpose(Image.open(tmp_path / "turned.png"))
     Image.fromarray(np.asarray(upright)).save(tmp_path / "upright.png")
-    np.testing.assert_array_equal(np.asarray(data.decode(tmp_path / "turned.png", upright=True)), np.asarray(upright))
+    np.testing.assert_array_equal(
+        np.asarray(data.decode(tmp_path / "turned.png", upright=True)), np.asarray(upright)
+    )
     plain, turned = localize(run, tmp_path / "upright.png", tmp_path / "turned.png")
     assert plain.pop("image") != turned.pop("image") and plain == turned
     assert (plain["width"], plain["height"]) == ((40, 70) if orientation > 4 else (70, 40))
 
 
 def test_the_box_covers_in_the_photo_what_it_covers_in_the_map():
-    for size, image_size, box in ((224, (448, 224), [10, 10, 20, 20]), (224, (8000, 6000), [3, 0, 223, 1]), (64, (1, 1), [5, 6, 30, 40]), (64, (50, 7), [63, 63, 63, 63])):
-        x0, y0, x1, y1 = evaluate.original_box(np.array(box), size, image_size)
-        touched = [[p for p in range(n) if p * size < (b + 1) * n and (p + 1) * size > a * n] for n, a, b in ((image_size[0], box[0], box[2]), (image_size[1], box[1], box[3]))]
+    for size, image_size, box in (
+        (224, (448, 224), [10, 10, 20, 20]),
+        (224, (8000, 6000), [3, 0, 223, 1]),
+        (64, (1, 1), [5, 6, 30, 40]),
+        (64, (50, 7), [63, 63, 63, 63]),
+    ):
+        x0, y0, x1, y1 = evaluation.original_box(np.array(box), size, image_size)
+        touched = [
+            [p for p in range(n) if p * size < (b + 1) * n and (p + 1) * size > a * n]
+            for n, a, b in ((image_size[0], box[0], box[2]), (image_size[1], box[1], box[3]))
+        ]
         assert [x0, x1, y0, y1] == [touched[0][0], touched[0][-1], touched[1][0], touched[1][-1]]
-    assert evaluate.original_box(np.zeros(4, dtype=int), 224, (50, 50)) is None
+    assert evaluation.original_box(np.zeros(4, dtype=int), 224, (50, 50)) is None
 
 
 def test_the_threshold_is_val_s_or_the_user_s(trained, tmp_path, fails, capsys):
     _, run = trained
-    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 70, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 70, 3), dtype=np.uint8)).save(
+        tmp_path / "photo.png"
+    )
     areas = []
     for threshold in ("0", "0.4", "0.8"):
         (entry,) = localize(run, tmp_path / "photo.png", "--threshold", threshold)
@@ -681,7 +872,9 @@ def test_the_threshold_is_val_s_or_the_user_s(trained, tmp_path, fails, capsys):
     assert f"threshold {level / 255:.3f}" in capsys.readouterr().out
     assert [chosen] == localize(run, tmp_path / "photo.png", "--threshold", str((level + 0.5) / 255))
     fails(evaluate.main, [run, "--images", tmp_path / "photo.png", "--threshold", "1"], "in [0, 1)")
-    fails(evaluate.main, [run, "--device", "cpu", "--images", tmp_path / "splits"], "no images in this folder")
+    fails(
+        evaluate.main, [run, "--device", "cpu", "--images", tmp_path / "splits"], "no images in this folder"
+    )
 
 
 def test_an_unreadable_photo_is_named_and_the_rest_is_done(trained, tmp_path, capsys):
@@ -694,14 +887,23 @@ def test_an_unreadable_photo_is_named_and_the_rest_is_done(trained, tmp_path, ca
     with pytest.raises(SystemExit) as end:
         localize(run, photos, tmp_path / "nothing.jpg")
     assert end.value.code == 1
-    assert [entry["image"] for entry in read_json(run / "images" / "boxes.json")] == [str(photos / "a.jpg"), str(photos / "c.jpg")]
+    assert [entry["image"] for entry in read_json(run / "images" / "boxes.json")] == [
+        str(photos / "a.jpg"),
+        str(photos / "c.jpg"),
+    ]
     error = capsys.readouterr().err
-    assert f"{photos / 'b.jpg'}: truncated" in error and "nothing.jpg: no such image" in error and "2 of 4 images could not be read" in error
+    assert (
+        f"{photos / 'b.jpg'}: truncated" in error
+        and "nothing.jpg: no such image" in error
+        and "2 of 4 images could not be read" in error
+    )
 
 
 def test_another_normalization_gets_its_own_threshold_from_val(trained, tmp_path, capsys):
     _, run = trained
-    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 70, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 70, 3), dtype=np.uint8)).save(
+        tmp_path / "photo.png"
+    )
     for normalization in ("ivr", "max"):
         evaluate.main([str(run), "--device", "cpu", "--split", "val", "--normalize", normalization])
         threshold = read_json(run / f"results_best_val_{normalization}.json")["thresholds"]["largest"]
@@ -709,10 +911,14 @@ def test_another_normalization_gets_its_own_threshold_from_val(trained, tmp_path
         (chosen,) = localize(run, tmp_path / "photo.png", "--normalize", normalization)
         assert f"threshold {threshold:.3f}" in capsys.readouterr().out
         level = str(threshold + 0.5 / 255)
-        assert [chosen] == localize(run, tmp_path / "photo.png", "--normalize", normalization, "--threshold", level)
+        assert [chosen] == localize(
+            run, tmp_path / "photo.png", "--normalize", normalization, "--threshold", level
+        )
     capsys.readouterr()
     # The run was copied to a machine without the data.
-    (fallback,) = localize(run, tmp_path / "photo.png", "--normalize", "ivr", "--data-root", tmp_path / "nowhere")
+    (fallback,) = localize(
+        run, tmp_path / "photo.png", "--normalize", "ivr", "--data-root", tmp_path / "nowhere"
+    )
     printed = capsys.readouterr().out
     assert printed.count("no threshold was chosen on val") == 1 and "--threshold sets another" in printed
     assert [fallback] == localize(run, tmp_path / "photo.png", "--normalize", "ivr", "--threshold", "0.2")
@@ -723,7 +929,9 @@ def test_without_a_threshold_from_val_the_papers_value_is_used(tmp_path, tiny_pr
     train.main(own_flags(make_folder(tmp_path), run))
     (fallback,) = localize(run, photo)
     assert capsys.readouterr().out.count("no threshold was chosen on val (val has no boxes): 0.2 of") == 1
-    assert [fallback] == localize(run, photo, "--threshold", "0.2") != localize(run, photo, "--threshold", "0.9")
+    assert (
+        [fallback] == localize(run, photo, "--threshold", "0.2") != localize(run, photo, "--threshold", "0.9")
+    )
     for normalization in ("max", "ivr"):
         (fallback,) = localize(run, photo, "--normalize", normalization)
         assert [fallback] == localize(run, photo, "--normalize", normalization, "--threshold", "0.2")
@@ -736,9 +944,12 @@ def test_without_a_threshold_from_val_the_papers_value_is_used(tmp_path, tiny_pr
 def test_check_counts_what_is_missing_damaged_or_of_another_size(tmp_path, fails, capsys, workers):
     data_root, splits = make_tiny(tmp_path)
     flags = ["check", "--dataset", "tiny", "--data-root", data_root, "--splits", splits, "--workers", workers]
-    data.main([str(flag) for flag in flags])
+    datasets.main([str(flag) for flag in flags])
     printed = capsys.readouterr()
-    assert "tiny train: 18 images, 18 masks, 0 with a problem" in printed.out and "tiny test: 18 of 18 files" in printed.err
+    assert (
+        "tiny train: 18 images, 18 masks, 0 with a problem" in printed.out
+        and "tiny test: 18 of 18 files" in printed.err
+    )
     root = data_root / "tiny"
     (root / "train" / "03.png").unlink()
     (root / "masks" / "val_02.png").unlink()
@@ -747,28 +958,47 @@ def test_check_counts_what_is_missing_damaged_or_of_another_size(tmp_path, fails
     (root / "masks" / "test_01.png").write_text("no mask")
     Image.new("RGB", (33, 44)).save(root / "test" / "05.png")
     with pytest.raises(InputError, match="^tiny: 2 missing, 2 damaged, 1 of another size$"):
-        data.main([str(flag) for flag in flags])
+        datasets.main([str(flag) for flag in flags])
     printed = capsys.readouterr().out.splitlines()
-    assert [line for line in printed if line.startswith("missing")] == [f"missing: {root / path}: no such image" for path in ("train/03.png", "masks/val_02.png")]
-    assert any(line.startswith(f"of another size: {root / 'test/05.png'}: 33 x 44 pixels where the list has") for line in printed)
-    assert [line.rpartition(", ")[2] for line in printed if ": damaged" not in line and line.startswith("tiny ")] == ["2 with a problem", "1 with a problem", "2 with a problem"]
+    assert [line for line in printed if line.startswith("missing")] == [
+        f"missing: {root / path}: no such image" for path in ("train/03.png", "masks/val_02.png")
+    ]
+    assert any(
+        line.startswith(f"of another size: {root / 'test/05.png'}: 33 x 44 pixels where the list has")
+        for line in printed
+    )
+    assert [
+        line.rpartition(", ")[2] for line in printed if ": damaged" not in line and line.startswith("tiny ")
+    ] == ["2 with a problem", "1 with a problem", "2 with a problem"]
     (splits / "tiny" / "test" / "class_labels.txt").write_text("test/00.png,9\n")
-    fails(data.main, flags, "class_labels.txt:1: label 9 is out of range")
+    fails(datasets.main, flags, "class_labels.txt:1: label 9 is out of range")
 
 
 def test_check_of_a_folder_and_of_lists_without_val(tmp_path, capsys):
     folder = make_folder(tmp_path)
-    data.main(["check", "--dataset", str(folder), "--workers", "0"])
+    datasets.main(["check", "--dataset", str(folder), "--workers", "0"])
     assert "every file is there" in capsys.readouterr().out
     (folder / "localization.txt").write_text("class 0/0.png,1,2,3,400\n")
     with pytest.raises(InputError, match="localization.txt:1: box 1,2,3,400 leaves its image"):
-        data.main(["check", "--dataset", str(folder), "--workers", "0"])
+        datasets.main(["check", "--dataset", str(folder), "--workers", "0"])
     (folder / "class 2" / "7.png").write_text("no image")
     with pytest.raises(InputError, match="own: 1 damaged$"):
-        data.main(["check", "--dataset", str(folder), "--workers", "0"])
+        datasets.main(["check", "--dataset", str(folder), "--workers", "0"])
     data_root, splits = make_tiny(tmp_path)
     shutil.rmtree(splits / "tiny" / "val")
-    data.main(["check", "--dataset", "tiny", "--data-root", str(data_root), "--splits", str(splits), "--workers", "0"])
+    datasets.main(
+        [
+            "check",
+            "--dataset",
+            "tiny",
+            "--data-root",
+            str(data_root),
+            "--splits",
+            str(splits),
+            "--workers",
+            "0",
+        ]
+    )
     assert "tiny val: 6 images" in capsys.readouterr().out
 
 
@@ -777,13 +1007,19 @@ def test_check_of_a_folder_and_of_lists_without_val(tmp_path, capsys):
 
 def test_a_flipped_bit_in_a_weight_is_found(trained, fails):
     _, run = trained
-    content, weight = (run / "best.pt").read_bytes(), torch.load(run / "best.pt", weights_only=True)["model"]["fc.weight"].numpy().tobytes()
+    content, weight = (
+        (run / "best.pt").read_bytes(),
+        torch.load(run / "best.pt", weights_only=True)["model"]["fc.weight"].numpy().tobytes(),
+    )
     at = content.index(weight) + 5
     (run / "best.pt").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     fails(evaluate.main, [run, "--device", "cpu"], run / "best.pt", "wrong checksum of")
 
 
-@pytest.mark.parametrize("part, value", [("val", ...), ("val", {}), ("val", {"levels": {"30": 1}}), ("epoch", "3"), ("classes", ["one"])])
+@pytest.mark.parametrize(
+    "part, value",
+    [("val", ...), ("val", {}), ("val", {"levels": {"30": 1}}), ("epoch", "3"), ("classes", ["one"])],
+)
 def test_a_checkpoint_without_a_part_is_named(trained, fails, part, value):
     _, run = trained
     checkpoint = torch.load(run / "best.pt", weights_only=True)
@@ -792,7 +1028,12 @@ def test_a_checkpoint_without_a_part_is_named(trained, fails, part, value):
     else:
         checkpoint[part] = value
     torch.save(checkpoint, run / "best.pt")
-    fails(evaluate.main, [run, "--device", "cpu"], run / "best.pt", f"not a checkpoint of train.py ({part} is missing or of the wrong kind)")
+    fails(
+        evaluate.main,
+        [run, "--device", "cpu"],
+        run / "best.pt",
+        f"not a checkpoint of train.py ({part} is missing or of the wrong kind)",
+    )
 
 
 def test_a_score_map_with_a_cut_header_is_named(tmp_path):

@@ -10,7 +10,8 @@ from PIL import Image
 
 import train
 from bridge_wsol import demo, optim
-from bridge_wsol.data import load_masks, load_splits
+from bridge_wsol.data import load_masks
+from bridge_wsol.datasets import load_splits
 from bridge_wsol.utils import InputError
 
 
@@ -21,7 +22,9 @@ def few(monkeypatch):
 
 
 def files(root):
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
+    }
 
 
 def test_drawn_twice_the_bytes_are_the_same_and_the_second_time_nothing_is_drawn(few, tmp_path):
@@ -48,7 +51,9 @@ def test_boxes_and_masks_are_exact(few, tmp_path, dataset, classes):
     assert record["num_classes"] == classes
     seen = set()
     for split in splits.values():
-        assert set(split.labels.tolist()) == set(range(classes)) and len(split.boxes) == len(split.masks) == len(split)
+        assert set(split.labels.tolist()) == set(range(classes)) and len(split.boxes) == len(
+            split.masks
+        ) == len(split)
         for i in range(len(split)):
             mask, ignore = load_masks(split.root, split.masks[i], demo.SIZE)
             y, x = np.nonzero(mask)
@@ -68,7 +73,10 @@ def test_the_head_is_inside_the_bird_and_has_the_species_colour():
         for genus in range(len(demo.GENERA)):
             label = genus * len(demo.HEADS) + species
             picture = demo.draw_bird(np.random.default_rng([7, label]), label)
-            assert not (picture.part & ~picture.mask).any() and 0.01 < picture.part.sum() / picture.mask.sum() < 0.4
+            assert (
+                not (picture.part & ~picture.mask).any()
+                and 0.01 < picture.part.sum() / picture.mask.sum() < 0.4
+            )
             colour = np.median(np.asarray(picture.image)[picture.part], axis=0)
             expected = np.array(demo._rgb(hue, saturation, value))
             others = [np.array(demo._rgb(*other)) for other in demo.HEADS.values()]
@@ -91,8 +99,22 @@ def test_pictures_have_the_documented_form(few, tmp_path):
 def test_the_default_run_uses_the_shipped_backbone(few, tmp_path):
     weights = Path(optim.DEMO_WEIGHTS)
     assert weights.stat().st_size <= 3_000_000
-    flags = ["--data-root", tmp_path / "data", "--splits", tmp_path / "splits", "--device", "cpu", "--workers", "0"]
-    train.main([str(flag) for flag in [*flags, "--epochs", 2, "--warm-epochs", 1, "--lr", 1e-9, "--out", tmp_path / "run"]])
+    flags = [
+        "--data-root",
+        tmp_path / "data",
+        "--splits",
+        tmp_path / "splits",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+    ]
+    train.main(
+        [
+            str(flag)
+            for flag in [*flags, "--epochs", 2, "--warm-epochs", 1, "--lr", 1e-9, "--out", tmp_path / "run"]
+        ]
+    )
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert config["dataset"]["value"] == "demo" and config["weights"]["value"] == optim.DEMO_WEIGHTS
     shipped = torch.load(weights, weights_only=True)

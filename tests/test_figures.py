@@ -10,15 +10,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from PIL import Image
 from torch import nn
 
 import evaluate
 import train
-from bridge_wsol import figures
-from bridge_wsol.data import Split, load_masks, load_splits, test_loader, to_input
+from bridge_wsol import data, drawing, evaluation, experiments, figures
+from bridge_wsol.data import Split, load_masks, test_loader, to_input
+from bridge_wsol.datasets import load_splits
 from bridge_wsol.utils import InputError
-from conftest import REPOSITORY
 
 CPU = ["--device", "cpu", "--workers", "0"]
 
@@ -57,19 +58,21 @@ def lightness(rgb):
 
 
 def test_S_has_the_end_and_middle_colours_and_its_sign_survives_a_grey_printer():
-    ends = figures.colourise_signed(np.array([[-1.0, 0.0, 1.0]]))[0]
+    ends = drawing.colourise_signed(np.array([[-1.0, 0.0, 1.0]]))[0]
     assert ends.tolist() == [[8, 32, 78], [128, 128, 128], [255, 238, 170]]
-    assert figures.colourise_signed(np.array([[-7.0, 7.0]]))[0].tolist() == [[8, 32, 78], [255, 238, 170]]
-    steps = np.diff(lightness(figures.colourise_signed(np.linspace(-1, 1, 41)[None])[0].astype(float)))
+    assert drawing.colourise_signed(np.array([[-7.0, 7.0]]))[0].tolist() == [[8, 32, 78], [255, 238, 170]]
+    steps = np.diff(lightness(drawing.colourise_signed(np.linspace(-1, 1, 41)[None])[0].astype(float)))
     assert (steps > 1).all() and steps.max() < 2 * steps.min()  # even steps: 41 colours, 2 units each
     for value, colour in ((-1.0, (8, 32, 78)), (0.0, (128, 128, 128)), (1.0, (255, 238, 170))):
-        assert figures.draw_signed(np.full((3, 3), value, dtype=np.float32), 24).getcolors() == [(24 * 24, colour)]
+        assert drawing.draw_signed(np.full((3, 3), value, dtype=np.float32), 24).getcolors() == [
+            (24 * 24, colour)
+        ]
 
 
 def test_a_black_line_where_S_changes_its_sign():
     S = np.full((4, 4), 0.5, dtype=np.float32)
     S[:, 2:] = -0.5
-    pixels = np.asarray(figures.draw_signed(S, 40))
+    pixels = np.asarray(drawing.draw_signed(S, 40))
     black = (pixels == 0).all(-1)
     assert (np.flatnonzero(black.all(0)) == [19, 20]).all() and black.sum() == 2 * 40
     assert pixels[20, 2].tolist() == [222, 178, 82] and pixels[20, 37].tolist() == [36, 82, 140]
@@ -77,7 +80,7 @@ def test_a_black_line_where_S_changes_its_sign():
 
 def test_maps_of_their_own_scale():
     values = np.array([[3.0, 5.0], [3.0, 3.0]], dtype=np.float32)
-    picture = figures.draw_map(values, 2)
+    picture = drawing.draw_map(values, 2)
     assert picture.getpixel((0, 0)) == (13, 8, 135) and picture.getpixel((1, 0)) == (240, 249, 33)
 
 
@@ -86,7 +89,7 @@ def test_box_pixels_have_the_stated_colours_at_the_stated_places(k):
     grey, score_map = Image.new("RGB", (100 * k, 100 * k), (100, 100, 100)), np.zeros((100, 100))
     score_map[50:] = 1
     truth, predicted = np.array([[10, 20, 59, 79]]), np.array([30, 40, 79, 89])
-    picture = np.asarray(figures.localization(grey, score_map, predicted, truth))
+    picture = np.asarray(drawing.localization(grey, score_map, predicted, truth))
     assert picture.shape == (200 * k, 100 * k, 3)
     blue, green = ((picture[: 100 * k] == colour).all(-1) for colour in ((40, 80, 255), (0, 220, 60)))
     for mask, (x0, y0, x1, y1) in ((blue, truth[0]), (green, predicted)):
@@ -96,7 +99,10 @@ def test_box_pixels_have_the_stated_colours_at_the_stated_places(k):
             assert mask[y, x]
         assert not mask[(y0 + 5) * k : (y1 - 4) * k, (x0 + 5) * k : (x1 - 4) * k].any()
     # Solid and dashed, but for where they cross.
-    share = {name: mask[y * k, x0 * k : (x1 + 1) * k].mean() for name, mask, (x0, y, x1, _) in (("blue", blue, truth[0]), ("green", green, predicted))}
+    share = {
+        name: mask[y * k, x0 * k : (x1 + 1) * k].mean()
+        for name, mask, (x0, y, x1, _) in (("blue", blue, truth[0]), ("green", green, predicted))
+    }
     assert share["blue"] == 1 and 0.55 < share["green"] < 0.85
     assert (picture[: 100 * k][~blue & ~green] == 100).all()
     # Under it the map, 60 % of its colours over 40 % of the image; IoU 30 x 40 / (3000 + 2500 - 1200) on it in white on black.
@@ -110,14 +116,16 @@ def test_the_best_of_several_truths_is_printed(monkeypatch):
     texts = []
     monkeypatch.setattr(figures.ImageDraw.ImageDraw, "text", lambda self, at, text, **_: texts.append(text))
     grey = Image.new("RGB", (100, 100))
-    figures.localization(grey, np.zeros((100, 100)), np.array([0, 0, 49, 49]), np.array([[60, 60, 99, 99], [0, 0, 99, 49]]))
+    drawing.localization(
+        grey, np.zeros((100, 100)), np.array([0, 0, 49, 49]), np.array([[60, 60, 99, 99], [0, 0, 99, 49]])
+    )
     assert texts == ["IoU 0.50"]
-    figures.localization(grey, np.zeros((100, 100)), np.array([0, 0, 49, 49]))
+    drawing.localization(grey, np.zeros((100, 100)), np.array([0, 0, 49, 49]))
     assert texts == ["IoU 0.50"]
 
 
 def test_a_long_label_is_drawn_smaller_not_cut():
-    picture = figures._label("a name that is far too long", 30, 150)
+    picture = drawing._label("a name that is far too long", 30, 150)
     pixels = np.asarray(picture)
     assert 100 < picture.width <= 150 and (pixels[:, -1] == 255).all() and (pixels < 60).any()
 
@@ -127,11 +135,18 @@ def test_a_grid_shows_every_cell_whole():
     rows = [[Image.new("RGB", (30, 40), colour) for colour in row] for row in colours]
     rows[2][0] = None
     picture = figures._grid(
-        rows, columns=list("abcde"), groups=[("", 1), ("one", 2), ("a name that is far too long for two columns", 2)], names=["r"] * 4, group_rows=2,
-        foot=figures._colour_bars, foot_lines=2,
+        rows,
+        columns=list("abcde"),
+        groups=[("", 1), ("one", 2), ("a name that is far too long for two columns", 2)],
+        names=["r"] * 4,
+        group_rows=2,
+        foot=figures._colour_bars,
+        foot_lines=2,
     )
     pixels = np.asarray(picture)
-    places = np.array([[np.argwhere((pixels == colour).all(-1)) for colour in row] for row in colours], dtype=object)
+    places = np.array(
+        [[np.argwhere((pixels == colour).all(-1)) for colour in row] for row in colours], dtype=object
+    )
     for i, row in enumerate(colours):
         for j, _ in enumerate(row):
             cell = places[i, j]
@@ -174,7 +189,9 @@ def test_curves_mark_the_maxima_of_the_results(trained, drawn, tmp_path, width):
     for delta in ("30", "50", "70"):
         assert ours[delta]["maximum"] == result["metrics"]["max_box_acc_v2"][delta]
         assert ours[delta]["threshold"] == result["thresholds"][delta]
-    assert theirs["30"]["maximum"] == 40 and theirs["30"]["flatness"] == pytest.approx(13 / 255)  # 38 of 40: the last 254 / 20 steps
+    assert theirs["30"]["maximum"] == 40 and theirs["30"]["flatness"] == pytest.approx(
+        13 / 255
+    )  # 38 of 40: the last 254 / 20 steps
 
     panels = drawn[0].axes
     assert len(panels) == 3
@@ -185,7 +202,11 @@ def test_curves_mark_the_maxima_of_the_results(trained, drawn, tmp_path, width):
         assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}) == 2
         texts = [text.get_text() for text in panel.get_legend().get_texts()]
         flat = ours[delta]["flatness"]
-        assert texts[0] == f"{ours[delta]['maximum']:.1f}, {'–' if flat is None else f'{flat:.2f}'} wide" and (texts[1] == "40.0, 0.05 wide") == (delta == "30")
+        assert texts[
+            0
+        ] == f"{ours[delta]['maximum']:.1f}, {'–' if flat is None else f'{flat:.2f}'} wide" and (
+            texts[1] == "40.0, 0.05 wide"
+        ) == (delta == "30")
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["ours", "theirs"]
     assert Image.open(tmp_path / "c.png").size[0] == round(width * 300)
 
@@ -196,16 +217,42 @@ def test_nothing_of_a_figure_with_many_long_names_is_cut_off_or_hidden(trained, 
     _, run = trained
     names = [f"run_{i}_with_a_name_as_long_as_names_of_folders_get_{'x' * 20 * i}_seed{i}" for i in range(4)]
     draw("curves", *[run] * 4, "--names", *names, "--width", width, "--dpi", 60, "--out", tmp_path / "c")
-    draw("histogram", *[run] * 4, "--names", *names, "--width", width, "--dpi", 60, "--bins", 10, "--out", tmp_path / "h", *CPU)
+    draw(
+        "histogram",
+        *[run] * 4,
+        "--names",
+        *names,
+        "--width",
+        width,
+        "--dpi",
+        60,
+        "--bins",
+        10,
+        "--out",
+        tmp_path / "h",
+        *CPU,
+    )
     for figure in drawn:
         renderer = backend_agg.FigureCanvasAgg(figure).get_renderer()
         parts = [*figure.legends, *figure.axes]
         boxes = [part.get_tightbbox(renderer) for part in parts]
         for box in boxes:
-            assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1
+            assert (
+                box.x0 >= -1
+                and box.y0 >= -1
+                and box.x1 <= figure.bbox.x1 + 1
+                and box.y1 <= figure.bbox.y1 + 1
+            )
         for i, a in enumerate(boxes):
-            assert not any(min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1 for b in boxes[i + 1 :])
-        assert all(panel.get_window_extent().width > 0.2 * figure.bbox.width and panel.get_window_extent().height > 60 for panel in figure.axes)
+            assert not any(
+                min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
+                for b in boxes[i + 1 :]
+            )
+        assert all(
+            panel.get_window_extent().width > 0.2 * figure.bbox.width
+            and panel.get_window_extent().height > 60
+            for panel in figure.axes
+        )
 
 
 def test_the_same_runs_give_the_same_bytes(trained, tmp_path, monkeypatch):
@@ -223,7 +270,7 @@ def test_the_same_runs_give_the_same_bytes(trained, tmp_path, monkeypatch):
 
 def network_of(run, tmp_path):
     """(model, its test images normalized, labels, split): by hand, not through figures.py."""
-    model, _, _ = evaluate.load_run(run, "best", torch.device("cpu"))
+    model, _, _ = evaluation.load_run(run, "best", torch.device("cpu"))
     split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("test",))[0]["test"]
     images, labels, _ = next(iter(test_loader(split, 9, image_size=64, workers=0)))
     return model.eval(), to_input(images, torch.device("cpu")), labels.numpy(), split
@@ -238,13 +285,19 @@ def test_histogram_of_the_largest_norms(trained, drawn, tmp_path):
         features = model(images).features.numpy().astype(float)
     largest = np.sqrt((features**2).sum(1)).max((1, 2))
     edges = np.array(found["edges"])
-    assert edges[0] == pytest.approx(largest.min(), rel=1e-5) and edges[-1] == pytest.approx(largest.max(), rel=1e-5)
+    assert edges[0] == pytest.approx(largest.min(), rel=1e-5) and edges[-1] == pytest.approx(
+        largest.max(), rel=1e-5
+    )
     for entry in found["runs"]:
         assert entry["images"] == 9
-        assert entry["mean"] == pytest.approx(largest.mean(), rel=1e-5) and entry["median"] == pytest.approx(np.median(largest), rel=1e-5)
+        assert entry["mean"] == pytest.approx(largest.mean(), rel=1e-5) and entry["median"] == pytest.approx(
+            np.median(largest), rel=1e-5
+        )
         density = np.array(entry["density"])
         assert (density * np.diff(edges)).sum() == pytest.approx(1)
-        inside = [(largest >= lo * (1 - 1e-6)) & (largest < hi * (1 - 1e-6)) for lo, hi in zip(edges, edges[1:])]
+        inside = [
+            (largest >= lo * (1 - 1e-6)) & (largest < hi * (1 - 1e-6)) for lo, hi in zip(edges, edges[1:])
+        ]
         inside[-1] |= largest >= edges[-1] * (1 - 1e-6)
         np.testing.assert_allclose(density * np.diff(edges), [m.mean() for m in inside])
     assert len(drawn) == 1
@@ -257,23 +310,53 @@ def test_maps_show_the_image_the_map_and_its_factors(trained, tmp_path, monkeypa
     _, run = trained
     grids = []
     whole = figures._grid
-    monkeypatch.setattr(figures, "_grid", lambda rows, **layout: grids.append((rows, layout)) or whole(rows, **layout))
-    draw("maps", run, run, "--names", "a", "b", "--images", "test/04.png", "test/01.png", "--cell", 64, "--out", tmp_path / "m", *CPU)
-    (rows, layout), = grids
-    assert layout["columns"] == ["image", "CAM", "F", "S", "CAM", "F", "S"] and layout["groups"] == [("", 1), ("a", 3), ("b", 3)]
+    monkeypatch.setattr(
+        figures, "grid", lambda rows, **layout: grids.append((rows, layout)) or whole(rows, **layout)
+    )
+    draw(
+        "maps",
+        run,
+        run,
+        "--names",
+        "a",
+        "b",
+        "--images",
+        "test/04.png",
+        "test/01.png",
+        "--cell",
+        64,
+        "--out",
+        tmp_path / "m",
+        *CPU,
+    )
+    ((rows, layout),) = grids
+    assert layout["columns"] == ["image", "CAM", "F", "S", "CAM", "F", "S"] and layout["groups"] == [
+        ("", 1),
+        ("a", 3),
+        ("b", 3),
+    ]
     model, images, labels, split = network_of(run, tmp_path)
     with torch.no_grad():
         features, weight = model(images).features.numpy().astype(float), model.fc.weight.numpy().astype(float)
     for row, index in zip(rows, (4, 1)):
-        assert np.array_equal(np.asarray(row[0]), np.asarray(Image.open(split.path(index)).convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)))
+        assert np.array_equal(
+            np.asarray(row[0]),
+            np.asarray(
+                Image.open(split.path(index)).convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
+            ),
+        )
         f, w = features[index], weight[labels[index]]
         F = np.sqrt((f**2).sum(0))
         M = np.einsum("c,chw->hw", w, f)
         S = np.divide(M, F * np.linalg.norm(w), out=np.zeros_like(M), where=F > 0)
         for cells in (row[1:4], row[4:7]):
-            for cell, values, scale in zip(cells, (M, F, S), (figures.draw_map, figures.draw_map, figures.draw_signed)):
+            for cell, values, scale in zip(
+                cells, (M, F, S), (drawing.draw_map, drawing.draw_map, drawing.draw_signed)
+            ):
                 expected = np.asarray(scale(values.astype(np.float32), 64)).astype(int)
-                assert (np.abs(np.asarray(cell).astype(int) - expected).max(-1) <= 3).mean() > 0.99  # but for the line's rounding
+                assert (
+                    np.abs(np.asarray(cell).astype(int) - expected).max(-1) <= 3
+                ).mean() > 0.99  # but for the line's rounding
     assert Image.open(tmp_path / "m.png").size[0] > 7 * 64
 
     draw("maps", run, "--random", 3, "--seed", 5, "--cell", 64, "--below", "--out", tmp_path / "m", *CPU)
@@ -282,7 +365,18 @@ def test_maps_show_the_image_the_map_and_its_factors(trained, tmp_path, monkeypa
 
 def test_boxes_are_those_of_the_evaluation_and_the_worst_come_first(trained, tmp_path, capsys):
     _, run = trained
-    evaluate.main([str(run), "--per-image", str(tmp_path / "lines.csv"), "--out", str(tmp_path / "r.json"), "--batch-size", "8", *CPU])
+    evaluate.main(
+        [
+            str(run),
+            "--per-image",
+            str(tmp_path / "lines.csv"),
+            "--out",
+            str(tmp_path / "r.json"),
+            "--batch-size",
+            "8",
+            *CPU,
+        ]
+    )
     with (tmp_path / "lines.csv").open(newline="") as file:
         lines = {row["id"]: row for row in csv.DictReader(file)}
     ids = sorted(lines)
@@ -293,7 +387,10 @@ def test_boxes_are_those_of_the_evaluation_and_the_worst_come_first(trained, tmp
         assert entry["box"] == [int(line[k]) for k in ("x0", "y0", "x1", "y1")]
     order = sorted(ids, key=lambda image: (float(lines[image]["iou_largest"]), image))
     assert float(lines[order[0]]["iou_largest"]) < float(lines[order[-1]]["iou_largest"])
-    for flag, expected in (("--worst", order[:2]), ("--best", sorted(ids, key=lambda image: (-float(lines[image]["iou_largest"]), image))[:2])):
+    for flag, expected in (
+        ("--worst", order[:2]),
+        ("--best", sorted(ids, key=lambda image: (-float(lines[image]["iou_largest"]), image))[:2]),
+    ):
         capsys.readouterr()
         draw("boxes", run, flag, 2, "--columns", 1, "--out", tmp_path / flag[2:], *CPU)
         assert f"images: {' '.join(expected)}\n" in capsys.readouterr().out
@@ -304,9 +401,19 @@ def test_boxes_are_those_of_the_evaluation_and_the_worst_come_first(trained, tmp
     pixels = np.asarray(Image.open(tmp_path / "worst.png").convert("RGB"))
     (x0, y0, x1, y1), (px0, py0, px1, py1) = entry["truth"][0], entry["box"]
     left = pixels.shape[1] - 224
-    blue, green = (np.argwhere((pixels[:224, left:] == colour).all(-1)) for colour in (figures.TRUTH, figures.PREDICTION))
-    assert green.min(0).tolist() == [int(py0 * 3.5), int(px0 * 3.5)] and green.max(0).tolist() == [int((py1 + 1) * 3.5) - 1, int((px1 + 1) * 3.5) - 1]
-    assert blue.min(0)[0] >= int(y0 * 3.5) and blue.min(0)[1] >= int(x0 * 3.5) and blue.max(0)[0] < (y1 + 1) * 3.5 and blue.max(0)[1] < (x1 + 1) * 3.5
+    blue, green = (
+        np.argwhere((pixels[:224, left:] == colour).all(-1)) for colour in (drawing.TRUTH, drawing.PREDICTION)
+    )
+    assert green.min(0).tolist() == [int(py0 * 3.5), int(px0 * 3.5)] and green.max(0).tolist() == [
+        int((py1 + 1) * 3.5) - 1,
+        int((px1 + 1) * 3.5) - 1,
+    ]
+    assert (
+        blue.min(0)[0] >= int(y0 * 3.5)
+        and blue.min(0)[1] >= int(x0 * 3.5)
+        and blue.max(0)[0] < (y1 + 1) * 3.5
+        and blue.max(0)[1] < (x1 + 1) * 3.5
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------------- gap
@@ -320,8 +427,16 @@ def test_regions_and_numbers_by_hand(tmp_path):
     ignore[:, 6:] = 255
     for name, pixels in (("mask", mask), ("ignore", ignore)):
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-    split = Split("one", tmp_path, ["x"], np.zeros(1, dtype=np.int64), np.array([[16, 16]]), {0: np.array([[4, 7, 11, 9], [0, 0, 3, 3]])}, {})
-    split.masks[0] = type(evaluate.Masks([], []))(["mask.png"], ["ignore.png"])
+    split = Split(
+        "one",
+        tmp_path,
+        ["x"],
+        np.zeros(1, dtype=np.int64),
+        np.array([[16, 16]]),
+        {0: np.array([[4, 7, 11, 9], [0, 0, 3, 3]])},
+        {},
+    )
+    split.masks[0] = type(data.Masks([], []))(["mask.png"], ["ignore.png"])
     run = figures.Run(tmp_path, "run", nn.Identity(), None, {}, split, 8)
     found = figures.regions(run, 0, (4, 4))
     # Boxes at half size: x 2 ... 5, y 3 ... 4 has the centres (3, 3) and (5, 3); x 0 ... 1, y 0 ... 1 the one at (1, 1).
@@ -332,31 +447,49 @@ def test_regions_and_numbers_by_hand(tmp_path):
     expected[:2, :2] = True
     outside = ~expected
     outside[:, 3] = False
-    assert (found["mask"][0] == expected).all() and (found["mask"][1] == outside).all() and "part" not in found
+    assert (
+        (found["mask"][0] == expected).all() and (found["mask"][1] == outside).all() and "part" not in found
+    )
 
     part = np.zeros((8, 8), dtype=np.uint8)
     part[1, 1] = part[7, 7] = 255
     (tmp_path / "parts").mkdir()
     Image.fromarray(part).save(tmp_path / "parts" / "x.png")
     head, rest = figures.regions(run, 0, (4, 4))["part"]
-    assert np.argwhere(head).tolist() == [[0, 0], [3, 3]] and np.argwhere(rest).tolist() == [[0, 1], [1, 0], [1, 1]]
+    assert np.argwhere(head).tolist() == [[0, 0], [3, 3]] and np.argwhere(rest).tolist() == [
+        [0, 1],
+        [1, 0],
+        [1, 1],
+    ]
 
     S = np.array([[0.0, 0, 0, 0], [0, -0.5, 0.3, 0], [0, 0, 0, 0], [0, 0, 0, -1.3]])
     F_hat = np.array([[1.0, 0, 0, 0], [0, 0.5, 0.6, 0], [0, 0, 0, 0], [0, 0, 0, 0.26]])
     numbers = figures.region_numbers(F_hat, S, *found["box"])
-    assert numbers == pytest.approx({
-        "S_inside": -0.2 / 3, "S_outside": -0.1, "F_hat_inside": 0.7, "F_hat_outside": 0.02, "S_negative_inside": 100 / 3,
-    })
-    assert figures.region_numbers(F_hat, S, np.zeros_like(inside), ~np.zeros_like(inside)).keys() == {"S_outside", "F_hat_outside"}
+    assert numbers == pytest.approx(
+        {
+            "S_inside": -0.2 / 3,
+            "S_outside": -0.1,
+            "F_hat_inside": 0.7,
+            "F_hat_outside": 0.02,
+            "S_negative_inside": 100 / 3,
+        }
+    )
+    assert figures.region_numbers(F_hat, S, np.zeros_like(inside), ~np.zeros_like(inside)).keys() == {
+        "S_outside",
+        "F_hat_outside",
+    }
 
 
 def test_gap_of_a_run_against_loops_and_the_evaluator(trained, tmp_path, capsys):
     flags, run = trained
     evaluate.main([str(run), "--batch-size", "8", *CPU])
     draw("gap", run, "--out", tmp_path / "gap", "--batch-size", 4, *CPU)
-    entry, = read_json(tmp_path / "gap.json")["runs"]
+    (entry,) = read_json(tmp_path / "gap.json")["runs"]
     result = read_json(run / "results_best_test.json")
-    assert entry["images"] == 9 and entry["localization"]["CAM"]["max_box_acc_v2"] == result["metrics"]["max_box_acc_v2"]
+    assert (
+        entry["images"] == 9
+        and entry["localization"]["CAM"]["max_box_acc_v2"] == result["metrics"]["max_box_acc_v2"]
+    )
     assert entry["localization"]["CAM"]["pxap"] == pytest.approx(result["metrics"]["pxap"], abs=1e-3)
     table = capsys.readouterr().out
     assert f"| MaxBoxAccV2 by CAM | {result['metrics']['max_box_acc_v2']['mean']:.1f} |" in table
@@ -367,7 +500,9 @@ def test_gap_of_a_run_against_loops_and_the_evaluator(trained, tmp_path, capsys)
         features, weight = model(images).features.numpy(), model.fc.weight.numpy()
     F = np.sqrt((features**2).sum(1))
     S = np.einsum("nc,nchw->nhw", weight[labels], features)
-    S = np.divide(S, F * np.linalg.norm(weight[labels], axis=1)[:, None, None], out=np.zeros_like(S), where=F > 0)
+    S = np.divide(
+        S, F * np.linalg.norm(weight[labels], axis=1)[:, None, None], out=np.zeros_like(S), where=F > 0
+    )
     for name, values in (("F", F), ("S", S)):
         low, high = values.min((1, 2), keepdims=True), values.max((1, 2), keepdims=True)
         for image, score_map in zip(split.ids, (values - low) / (high - low)):
@@ -375,9 +510,13 @@ def test_gap_of_a_run_against_loops_and_the_evaluator(trained, tmp_path, capsys)
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, score_map)
         out = tmp_path / f"{name}.json"
-        evaluate.main(["--score-maps", str(tmp_path / name), "--out", str(out), *flags[: flags.index("--weights")]])
+        evaluate.main(
+            ["--score-maps", str(tmp_path / name), "--out", str(out), *flags[: flags.index("--weights")]]
+        )
         of_maps, ours = read_json(out)["metrics"], entry["localization"][name]
-        assert ours["max_box_acc_v2"] == of_maps["max_box_acc_v2"] and ours["pxap"] == pytest.approx(of_maps["pxap"], abs=0.05)
+        assert ours["max_box_acc_v2"] == of_maps["max_box_acc_v2"] and ours["pxap"] == pytest.approx(
+            of_maps["pxap"], abs=0.05
+        )
 
     # Inside and outside, location by location.
     F_hat = (F - F.min((1, 2), keepdims=True)) / np.ptp(F, axis=(1, 2), keepdims=True)
@@ -387,14 +526,21 @@ def test_gap_of_a_run_against_loops_and_the_evaluator(trained, tmp_path, capsys)
         mask = load_masks(split.root, split.masks[i], 64)[0]
         n = F.shape[1]
         cells = [(r, c, (2 * r + 1) * 32 // n, (2 * c + 1) * 32 // n) for r in range(n) for c in range(n)]
-        for kind, is_in in (("box", lambda y, x: x0 <= x <= x1 and y0 <= y <= y1), ("mask", lambda y, x: mask[y, x])):
+        for kind, is_in in (
+            ("box", lambda y, x: x0 <= x <= x1 and y0 <= y <= y1),
+            ("mask", lambda y, x: mask[y, x]),
+        ):
             inside = [(r, c) for r, c, y, x in cells if is_in(y, x)]
             outside = [(r, c) for r, c, y, x in cells if not is_in(y, x)]
-            of_image[kind].append([
-                np.mean([S[i][at] for at in inside]) if inside else np.nan, np.mean([S[i][at] for at in outside]),
-                np.mean([F_hat[i][at] for at in inside]) if inside else np.nan, np.mean([F_hat[i][at] for at in outside]),
-                100 * np.mean([S[i][at] < 0 for at in inside]) if inside else np.nan,
-            ])
+            of_image[kind].append(
+                [
+                    np.mean([S[i][at] for at in inside]) if inside else np.nan,
+                    np.mean([S[i][at] for at in outside]),
+                    np.mean([F_hat[i][at] for at in inside]) if inside else np.nan,
+                    np.mean([F_hat[i][at] for at in outside]),
+                    100 * np.mean([S[i][at] < 0 for at in inside]) if inside else np.nan,
+                ]
+            )
     for kind, rows in of_image.items():
         expected = np.nanmean(np.array(rows), axis=0)
         np.testing.assert_allclose([entry[kind][name] for name in figures.GAP], expected, atol=1e-4)
@@ -403,7 +549,7 @@ def test_gap_of_a_run_against_loops_and_the_evaluator(trained, tmp_path, capsys)
 
 def test_a_network_without_linear_classifier_has_no_factors(trained, fails, tmp_path, monkeypatch):
     _, run = trained
-    load_run = evaluate.load_run
+    load_run = evaluation.load_run
 
     def without_fc(*arguments):
         model, method, checkpoint = load_run(*arguments)
@@ -415,7 +561,13 @@ def test_a_network_without_linear_classifier_has_no_factors(trained, fails, tmp_
 
     monkeypatch.setattr(evaluate, "load_run", without_fc)
     for command in (["gap", run], ["maps", run, "--random", 1]):
-        fails(figures.main, [*command, "--out", tmp_path / "x", *CPU], run, "--method bridge", "no linear classifier")
+        fails(
+            figures.main,
+            [*command, "--out", tmp_path / "x", *CPU],
+            run,
+            "--method bridge",
+            "no linear classifier",
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------ table
@@ -446,27 +598,48 @@ def test_tables_parse_back_to_the_numbers(trained, tmp_path):
     draw("table", *bridge, *vanilla, *weak, "--out", tmp_path / "t")
     # Sample deviations: of 50, 60, 70 it is 10; of 40, 41, 45 the root of 7; of 20, 30 and of 10, 20 that of 50.
     expected = {
-        "bridge": (60.0, 10.0, 42.0, 7**0.5), "cam (lambda_sim 0.5)": (55.125, None, 30.0, None), "cam (lambda_sim 0.25)": (25.0, 50**0.5, 15.0, 50**0.5),
+        "bridge": (60.0, 10.0, 42.0, 7**0.5),
+        "cam (lambda_sim 0.5)": (55.125, None, 30.0, None),
+        "cam (lambda_sim 0.25)": (25.0, 50**0.5, 15.0, 50**0.5),
     }
     with (tmp_path / "t.csv").open(newline="") as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
-    assert rows.keys() == expected.keys() and rows["bridge"]["seeds"] == "0 1 2" and rows["bridge"]["dataset"] == "tiny"
+    assert (
+        rows.keys() == expected.keys()
+        and rows["bridge"]["seeds"] == "0 1 2"
+        and rows["bridge"]["dataset"] == "tiny"
+    )
     for label, (v2, v2_deviation, top1, top1_deviation) in expected.items():
         row = rows[label]
-        for key, value in (("v2_mean_mean", v2), ("v2_mean_deviation", v2_deviation), ("top1_loc_mean", top1), ("top1_loc_deviation", top1_deviation)):
+        for key, value in (
+            ("v2_mean_mean", v2),
+            ("v2_mean_deviation", v2_deviation),
+            ("top1_loc_mean", top1),
+            ("top1_loc_deviation", top1_deviation),
+        ):
             assert (float(row[key]) == pytest.approx(value)) if value is not None else (row[key] == "")
-        assert float(row["pxap_mean"]) == pytest.approx(read_json(run / "results_best_test.json")["metrics"]["pxap"])
+        assert float(row["pxap_mean"]) == pytest.approx(
+            read_json(run / "results_best_test.json")["metrics"]["pxap"]
+        )
 
     def cell(mean, deviation, plus_minus):
         return f"{mean:.2f}" if deviation is None else f"{mean:.2f}{plus_minus}{deviation:.2f}"
 
-    markdown = [[c.strip() for c in line.strip("|\n ").split("|")] for line in (tmp_path / "t.md").read_text().splitlines() if line.startswith("|")]
+    markdown = [
+        [c.strip() for c in line.strip("|\n ").split("|")]
+        for line in (tmp_path / "t.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
     heads = [i for i, row in enumerate(markdown) if set(row[0]) == {"-"}]
     tables = [(markdown[i - 1], {row[0]: row[1:] for row in markdown[i + 1 : i + 4]}) for i in heads]
     assert len(tables) == 3
     for label, (v2, v2_deviation, top1, top1_deviation) in expected.items():
-        assert tables[0][1][label][tables[0][0].index("tiny VGG16 Top-1 Loc")] == cell(top1, top1_deviation, " ± ")
-        assert tables[1][1][label][tables[1][0].index("tiny VGG16 MaxBoxAccV2")] == cell(v2, v2_deviation, " ± ")
+        assert tables[0][1][label][tables[0][0].index("tiny VGG16 Top-1 Loc")] == cell(
+            top1, top1_deviation, " ± "
+        )
+        assert tables[1][1][label][tables[1][0].index("tiny VGG16 MaxBoxAccV2")] == cell(
+            v2, v2_deviation, " ± "
+        )
         assert len(tables[2][1][label]) == 1
     latex = (tmp_path / "t.tex").read_text()
     for label, (v2, v2_deviation, top1, top1_deviation) in expected.items():
@@ -475,7 +648,11 @@ def test_tables_parse_back_to_the_numbers(trained, tmp_path):
         assert lines[0].split(" & ")[1] == f"${cell(top1, top1_deviation, chr(32) + chr(92) + 'pm ')}$"
         assert f"${cell(v2, v2_deviation, chr(32) + chr(92) + 'pm ')}$" in lines[1].split(" & ")
     for begin, body in re.findall(r"\\begin\{tabular\}\{(l c*|lc*)\}(.*?)\\end\{tabular\}", latex, re.S):
-        assert all(line.count(" & ") == len(begin) - 1 for line in body.splitlines() if line.endswith(r"\\") and "multicolumn" not in line)
+        assert all(
+            line.count(" & ") == len(begin) - 1
+            for line in body.splitlines()
+            if line.endswith(r"\\") and "multicolumn" not in line
+        )
 
 
 def test_a_table_over_two_data_sets_has_a_row_a_method(trained, tmp_path, fails):
@@ -505,24 +682,36 @@ def in_process(monkeypatch):
 
 def test_sweep_does_what_is_missing_and_nothing_else(trained, in_process, drawn, fails, tmp_path, capsys):
     flags, run = trained
-    runs, asked = tmp_path / "runs", ["sweep", "--param", "lambda-sim", "--values", "2", "0.5", "--out", tmp_path / "s", *flags]
+    runs, asked = (
+        tmp_path / "runs",
+        ["sweep", "--param", "lambda-sim", "--values", "2", "0.5", "--out", tmp_path / "s", *flags],
+    )
     done = runs / "tiny_vgg16_bridge_lambda_sim_0.5_seed0"
     shutil.copytree(run, done)  # the preset's value: the fixture's run is what the sweep would train
     draw(*asked, "--runs", runs)
-    assert in_process == ["tiny_vgg16_bridge_lambda_sim_2_seed0"] and "1 of 2 runs are done already" in capsys.readouterr().out
+    assert (
+        in_process == ["tiny_vgg16_bridge_lambda_sim_2_seed0"]
+        and "1 of 2 runs are done already" in capsys.readouterr().out
+    )
     found = read_json(tmp_path / "s.json")
     assert found["preset"] == 0.5 and [row["value"] for row in found["values"]] == [0.5, 2.0]
     for row in found["values"]:
-        metrics = read_json(runs / f"tiny_vgg16_bridge_lambda_sim_{row['value']:g}_seed0" / "results_best_test.json")["metrics"]
+        metrics = read_json(
+            runs / f"tiny_vgg16_bridge_lambda_sim_{row['value']:g}_seed0" / "results_best_test.json"
+        )["metrics"]
         assert row["gt_known_loc"] == [metrics["gt_known_loc"]] and row["top1_cls"] == [metrics["top1_cls"]]
     panel = drawn[0].axes[0]
     curve = next(line for line in panel.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o")
-    assert list(curve.get_xdata()) == [0.5, 2] and list(curve.get_ydata()) == [row["gt_known_loc"][0] for row in found["values"]]
+    assert list(curve.get_xdata()) == [0.5, 2] and list(curve.get_ydata()) == [
+        row["gt_known_loc"][0] for row in found["values"]
+    ]
     star = next(line for line in panel.lines if line.get_marker() == "*")
     assert list(star.get_xdata()) == [0.5] and panel.get_xlabel() == r"$\lambda_{\mathrm{sim}}$"
     table = (tmp_path / "s.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in table[2:]] == ["0.5 (preset)", "2"]
-    assert [float(line.split("|")[2]) for line in table[2:]] == pytest.approx([row["gt_known_loc"][0] for row in found["values"]], abs=0.005)
+    assert [float(line.split("|")[2]) for line in table[2:]] == pytest.approx(
+        [row["gt_known_loc"][0] for row in found["values"]], abs=0.005
+    )
 
     # Again: nothing to train, and the same picture.
     before = (tmp_path / "s.png").read_bytes()
@@ -532,13 +721,25 @@ def test_sweep_does_what_is_missing_and_nothing_else(trained, in_process, drawn,
     (done / "results_last_test.json").unlink()
     log = (done / "log.jsonl").read_text()
     draw(*asked, "--runs", runs)
-    assert in_process[1:] == [done.name] and (done / "results_last_test.json").exists() and (done / "log.jsonl").read_text() == log
+    assert (
+        in_process[1:] == [done.name]
+        and (done / "results_last_test.json").exists()
+        and (done / "log.jsonl").read_text() == log
+    )
     draw(*asked, "--runs", runs, "--epochs", 3)
     assert len(in_process) == 4 and read_json(done / "results_last_test.json")["epoch"] == 3
     # Other runs in the folder are not taken for what was asked.
     fails(figures.main, [*asked, "--runs", runs], "lambda_sim_2_seed0", "3 epochs", "--runs")
-    fails(figures.main, [*asked, "--runs", runs, "--lr", 0.5, "--epochs", 3], "lr 0.004", "asks for 0.5", "--runs")
-    fails(figures.main, [*asked, "--runs", runs, "--p", 0.4, "--epochs", 3], "p 0.5", "asks for 0.4")  # train.py's --p, not short for --param
+    fails(
+        figures.main,
+        [*asked, "--runs", runs, "--lr", 0.5, "--epochs", 3],
+        "lr 0.004",
+        "asks for 0.5",
+        "--runs",
+    )
+    fails(
+        figures.main, [*asked, "--runs", runs, "--p", 0.4, "--epochs", 3], "p 0.5", "asks for 0.4"
+    )  # train.py's --p, not short for --param
     assert len(in_process) == 4
 
 
@@ -553,7 +754,22 @@ def test_sweep_over_seeds_shows_mean_and_deviation(trained, in_process, drawn, t
             result["metrics"]["gt_known_loc"] = 10 * float(value) + 20 * seed
             (copy / "config.json").write_text(json.dumps(config))
             (copy / "results_best_test.json").write_text(json.dumps(result))
-    draw("sweep", "--param", "lambda_sim", "--values", "0.5", "1", "--seeds", "0", "1", "--runs", tmp_path / "runs", "--out", tmp_path / "s", *flags)
+    draw(
+        "sweep",
+        "--param",
+        "lambda_sim",
+        "--values",
+        "0.5",
+        "1",
+        "--seeds",
+        "0",
+        "1",
+        "--runs",
+        tmp_path / "runs",
+        "--out",
+        tmp_path / "s",
+        *flags,
+    )
     assert not in_process
     rows = [line.split("|")[2].strip() for line in (tmp_path / "s.md").read_text().splitlines()[2:]]
     assert rows == ["15.00 ± 14.14", "20.00 ± 14.14"]
@@ -570,7 +786,24 @@ def test_the_first_failure_ends_a_sweep(tiny, fails, tmp_path, monkeypatch):
         raise InputError(f"{folder}: failed")
 
     monkeypatch.setattr(figures, "train_run", fail)
-    fails(figures.main, ["sweep", "--param", "p", "--values", "0.1", "0.2", "0.3", "--runs", tmp_path, "--out", tmp_path / "s", *tiny], "p_0.1_seed0: failed")
+    fails(
+        figures.main,
+        [
+            "sweep",
+            "--param",
+            "p",
+            "--values",
+            "0.1",
+            "0.2",
+            "0.3",
+            "--runs",
+            tmp_path,
+            "--out",
+            tmp_path / "s",
+            *tiny,
+        ],
+        "p_0.1_seed0: failed",
+    )
     assert len(tried) == 1
 
 
@@ -579,8 +812,15 @@ def test_sweep_flags_that_make_no_sense(trained, in_process, fails, tmp_path):
     flags, _ = trained
     base = ["sweep", "--runs", tmp_path / "r", "--out", tmp_path / "s", *flags]
     fails(figures.main, [*base, "--param", "lambda_sim", "--values", "1", "much"], "--values much", "number")
-    fails(figures.main, [*base, "--param", "lambda_sim", "--values", "1", "--lambda-sim", "2"], "--lambda-sim", "leave it out")
-    fails(figures.main, [*base, "--param", "learning_rate", "--values", "1"], "--param learning_rate", "lr_new")
+    fails(
+        figures.main,
+        [*base, "--param", "lambda_sim", "--values", "1", "--lambda-sim", "2"],
+        "--lambda-sim",
+        "leave it out",
+    )
+    fails(
+        figures.main, [*base, "--param", "learning_rate", "--values", "1"], "--param learning_rate", "lr_new"
+    )
     fails(figures.main, [*base, "--param", "arch", "--values", "1"], "--param arch")
     fails(figures.main, [*base, "--param", "p", "--values", "0.5", "1.5"], "--p 1.5", "[0, 1]")
     fails(figures.main, [*base, "--param", "p", "--values", "1", "1.0"], "--values")
@@ -593,11 +833,11 @@ def test_train_runs_in_a_process_of_its_own_and_its_failure_is_named(tmp_path, c
     program = tmp_path / "train.py"
     program.write_text("import sys; print(*sys.argv[1:]); sys.exit('broken' in sys.argv and 3)")
     monkeypatch.setattr(figures, "script", lambda name: type("module", (), {"__file__": str(program)}))
-    figures.train_run(tmp_path / "x", ["--p", "0.5"], 1)
+    experiments.train_run(tmp_path / "x", ["--p", "0.5"], 1)
     assert "--p 0.5\n" in capfd.readouterr().out
     for jobs, where in ((1, "above"), (2, "x.log")):
         with pytest.raises(InputError, match=f"exit code 3 .*{where}.* goes on from here"):
-            figures.train_run(tmp_path / "x", ["broken"], jobs)
+            experiments.train_run(tmp_path / "x", ["broken"], jobs)
     assert (tmp_path / "x.log").read_text() == "broken\n"
 
 
@@ -611,13 +851,26 @@ def test_without_matplotlib(trained, in_process, fails, tmp_path, monkeypatch):
     fails(figures.main, ["histogram", run, *CPU], "pip install")
     fails(figures.main, ["sweep", "--param", "p", "--values", "1", *flags], "pip install")
     assert not in_process
-    for command in (["maps", run, "--random", 1, *CPU], ["boxes", run, "--random", 1, *CPU], ["table", run], ["gap", run, *CPU]):
+    for command in (
+        ["maps", run, "--random", 1, *CPU],
+        ["boxes", run, "--random", 1, *CPU],
+        ["table", run],
+        ["gap", run, *CPU],
+    ):
         draw(*command, "--out", tmp_path / "x")
 
 
 def test_the_command_itself_from_anywhere(tmp_path):
     code = "import sys, bridge_wsol.figures; assert 'matplotlib' not in sys.modules; sys.argv[0] = 'x'; import runpy; runpy.run_module('bridge_wsol.figures', run_name='__main__')"
-    command = [sys.executable, "-W", "ignore", "-c", f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); {code}", "gap", "nowhere"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); {code}",
+        "gap",
+        "nowhere",
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "nowhere" in ended.stderr, ended.stderr
 
@@ -632,7 +885,12 @@ def test_bad_input_to_figures(trained, fails, tmp_path):
     pytest.importorskip("matplotlib")
     _, run = trained
     fails(figures.main, ["curves", tmp_path / "nowhere"], tmp_path / "nowhere", "no such run")
-    fails(figures.main, ["curves", run, "--split", "val", "--checkpoint", "last"], "results_last_val.json", f"python evaluate.py {run} --checkpoint last --split val")
+    fails(
+        figures.main,
+        ["curves", run, "--split", "val", "--checkpoint", "last"],
+        "results_last_val.json",
+        f"python evaluate.py {run} --checkpoint last --split val",
+    )
     fails(figures.main, ["curves", run, "--names", "a", "b"], "2 names for 1 runs")
     fails(figures.main, ["curves", run, "--frobnicate"], "--frobnicate")
     fails(figures.main, ["boxes", run, "--images", "test/77.png", *CPU], "test/77.png", "test/00.png")
@@ -641,7 +899,14 @@ def test_bad_input_to_figures(trained, fails, tmp_path):
     fails(figures.main, [], "command")
     results = run / "results_best_test.json"
     whole = results.read_text()
-    for damaged in ("", "[]", "{}", whole[:500], whole.replace('"metrics"', '"m"'), json.dumps(read_json(results) | {"curves": {"30": [1]}})):
+    for damaged in (
+        "",
+        "[]",
+        "{}",
+        whole[:500],
+        whole.replace('"metrics"', '"m"'),
+        json.dumps(read_json(results) | {"curves": {"30": [1]}}),
+    ):
         results.write_text(damaged)
         fails(figures.main, ["curves", run], results, "evaluate.py")
         fails(figures.main, ["table", run], results, "evaluate.py")

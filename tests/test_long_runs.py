@@ -14,14 +14,15 @@ from contextlib import redirect_stdout
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
+from test_train import lines_of, read_json, same_run, weights
 
 import evaluate
 import train
-from bridge_wsol import demo
-from bridge_wsol.data import EpochSampler, TrainImages, load_splits, resized_pixels, test_loader
-from bridge_wsol.utils import InputError, alone, replacing
-from conftest import REPOSITORY
-from test_train import lines_of, read_json, same_run, weights
+from bridge_wsol import demo, evaluation, utils
+from bridge_wsol.data import EpochSampler, TrainImages, resized_pixels, test_loader
+from bridge_wsol.datasets import load_splits
+from bridge_wsol.utils import InputError, alone, atomic_write
 
 PROGRAM = str(REPOSITORY / "tests" / "tiny_train.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -29,13 +30,35 @@ NO_DROPOUT = ["--p", "0"]
 
 
 def torchrun(*arguments, die_at=0, rank=0):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", PROGRAM, str(die_at), str(rank)]
-    return subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--",
+        PROGRAM,
+        str(die_at),
+        str(rank),
+    ]
+    return subprocess.run(
+        [*launch, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+    )
 
 
 def test_two_processes_are_one_with_the_same_batches(trained, tmp_path):
     flags, _ = trained
-    flags = [*flags, *NO_DROPOUT, "--warm-batch-size", "17", "--batch-size", "4", "--epochs", "2"]  # 18 images: 17 + 1, then 4 ... 4 + 2
+    flags = [
+        *flags,
+        *NO_DROPOUT,
+        "--warm-batch-size",
+        "17",
+        "--batch-size",
+        "4",
+        "--epochs",
+        "2",
+    ]  # 18 images: 17 + 1, then 4 ... 4 + 2
     train.main([*flags, "--out", str(tmp_path / "one")])
     both = torchrun(*flags, "--out", tmp_path / "two")
     assert both.returncode == 0, both.stderr
@@ -53,7 +76,9 @@ def test_two_processes_are_one_with_the_same_batches(trained, tmp_path):
         (tmp_path / "again" / f"results_{name}_test.json").unlink()
     assert torchrun(*flags, "--out", tmp_path / "again", "--resume").returncode == 0
     for name in ("best", "last"):
-        assert read_json(tmp_path / "again" / f"results_{name}_test.json") == read_json(tmp_path / "one" / f"results_{name}_test.json")
+        assert read_json(tmp_path / "again" / f"results_{name}_test.json") == read_json(
+            tmp_path / "one" / f"results_{name}_test.json"
+        )
 
 
 def test_a_process_that_dies_ends_the_job_with_a_line(trained, tmp_path):
@@ -81,7 +106,9 @@ def test_the_shares_of_all_processes_are_the_batches_of_one(n, batch_size, world
     for number, (whole, parts) in enumerate(zip(alone, zip(*shares, strict=True), strict=True)):
         counted = [part[: share.size(number)[0]] for part, share in zip(parts, shares)]
         assert sorted(item for part in counted for item in part) == sorted(whole)
-        assert all(share.size(number)[1] == len(whole) for share in shares) and all(parts)  # nobody is without an image
+        assert all(share.size(number)[1] == len(whole) for share in shares) and all(
+            parts
+        )  # nobody is without an image
     assert len({len(list(share)) for share in shares}) == 1 and len(alone) == number + 1
 
 
@@ -93,7 +120,9 @@ def test_test_images_are_shared_out_without_repetition(trained, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_inside_an_epoch_saves_and_the_run_goes_on_as_if_nothing_had_happened(trained, tmp_path, number, monkeypatch):
+def test_a_signal_inside_an_epoch_saves_and_the_run_goes_on_as_if_nothing_had_happened(
+    trained, tmp_path, number, monkeypatch
+):
     flags, run = trained
     steps, whole = [], train.TrainingStep.forward
 
@@ -104,7 +133,7 @@ def test_a_signal_inside_an_epoch_saves_and_the_run_goes_on_as_if_nothing_had_ha
         return whole(*args)
 
     monkeypatch.setattr(train.TrainingStep, "forward", forward)
-    with pytest.raises(train.Stopped, match="epoch 2 after step 2 of 3: the same command with --resume"):
+    with pytest.raises(utils.Stopped, match="epoch 2 after step 2 of 3: the same command with --resume"):
         train.main([*flags, "--out", str(tmp_path / "stopped")])
     assert len(lines_of(tmp_path / "stopped")) == 1 and not same_weights(run, tmp_path / "stopped")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -120,9 +149,11 @@ def same_weights(a, b):
 def test_a_signal_during_validation_repeats_it(trained, tmp_path, monkeypatch):
     flags, run = trained
     with monkeypatch.context() as patch:
-        whole = train.network_maps
-        patch.setattr(train, "network_maps", lambda *a, **k: (os.kill(os.getpid(), signal.SIGTERM), whole(*a, **k))[1])
-        with pytest.raises(train.Stopped, match="epoch 1 after step 5 of 5"):
+        whole = evaluation.network_maps
+        patch.setattr(
+            train, "network_maps", lambda *a, **k: (os.kill(os.getpid(), signal.SIGTERM), whole(*a, **k))[1]
+        )
+        with pytest.raises(utils.Stopped, match="epoch 1 after step 5 of 5"):
             train.main([*flags, "--out", str(tmp_path / "stopped")])
     assert lines_of(tmp_path / "stopped") == [] if (tmp_path / "stopped" / "log.jsonl").exists() else True
     train.main([*flags, "--out", str(tmp_path / "stopped"), "--resume"])
@@ -143,7 +174,9 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(trained, tmp_path, mon
 
     monkeypatch.setattr(train.TrainingStep, "forward", forward)
     epoch, step = {2: (1, 2), 6: (2, 1)}[at]
-    with pytest.raises(InputError, match=rf"epoch {epoch}, step {step} of .*not finite \(.*l_ce \d.*l_drop nan.*--lr") as error:
+    with pytest.raises(
+        InputError, match=rf"epoch {epoch}, step {step} of .*not finite \(.*l_ce \d.*l_drop nan.*--lr"
+    ) as error:
         train.main([*flags, "--out", str(tmp_path / "new")])
     assert len(steps) == at and "top1" not in str(error.value)
     if epoch == 2:
@@ -161,8 +194,24 @@ def test_a_full_disk_leaves_the_checkpoint_before(trained, fails, tmp_path):
         "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, PROGRAM, "0", "0", *flags, "--epochs", "3", "--out", str(run), "--resume"],
-        capture_output=True, text=True, env=ENVIRONMENT, timeout=60,
+        [
+            sys.executable,
+            "-c",
+            code,
+            PROGRAM,
+            "0",
+            "0",
+            *flags,
+            "--epochs",
+            "3",
+            "--out",
+            str(run),
+            "--resume",
+        ],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=60,
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert re.search(r"error: .*\.pt: cannot be written", done.stderr)
@@ -179,7 +228,9 @@ def test_the_cache_changes_nothing_but_the_time(trained, tmp_path):
     (file,) = cache.iterdir()
     made = file.stat().st_mtime_ns
     train.main([*flags, "--cache", str(cache), "--workers", "2", "--out", str(tmp_path / "again")])
-    assert same_run(run, tmp_path / "again") and [path.stat().st_mtime_ns for path in cache.iterdir()] == [made]
+    assert same_run(run, tmp_path / "again") and [path.stat().st_mtime_ns for path in cache.iterdir()] == [
+        made
+    ]
 
 
 def test_the_cache_is_of_these_images(trained, fails, tmp_path):
@@ -192,7 +243,11 @@ def test_the_cache_is_of_these_images(trained, fails, tmp_path):
     first.write_bytes(split.path(1).read_bytes())
     os.utime(first, ns=(0, time.time_ns()))
     again = resized_pixels(split, 20, tmp_path / "cache", workers=0)
-    assert np.array_equal(again[0], pixels[1]) and not np.array_equal(pixels[0], pixels[1]) and len(list((tmp_path / "cache").iterdir())) == 2
+    assert (
+        np.array_equal(again[0], pixels[1])
+        and not np.array_equal(pixels[0], pixels[1])
+        and len(list((tmp_path / "cache").iterdir())) == 2
+    )
     split.path(2).write_bytes(b"no image")
     with pytest.raises(InputError, match=split.ids[2]):
         resized_pixels(split, 20, tmp_path / "cache", workers=0)
@@ -232,7 +287,9 @@ for i, _ in enumerate(ordered_map(work, range(9), 2)):
         os.kill(os.getpid(), signal.SIGKILL)
 """
     # Its workers hold the pipe of its output: run() returns when the last of them is gone.
-    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+    killed = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, timeout=60
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
@@ -253,8 +310,19 @@ print(faults())
 keep_freed_memory()
 print(min(faults() for _ in range(5)))  # the first times fill the heap
 """
-    environment = {key: value for key, value in ENVIRONMENT.items() if not key.startswith(("MALLOC_", "LD_PRELOAD", "GLIBC_TUNABLES"))}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=60)
+    environment = {
+        key: value
+        for key, value in ENVIRONMENT.items()
+        if not key.startswith(("MALLOC_", "LD_PRELOAD", "GLIBC_TUNABLES"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=environment,
+        timeout=60,
+    )
     before, after = map(int, done.stdout.split())
     assert after < before / 20, (before, after)
 
@@ -317,12 +385,15 @@ def test_a_lock_ends_with_its_process(tmp_path, monkeypatch):
 
 def test_two_writers_of_a_file_do_not_meet_and_what_a_killed_one_left_is_removed(tmp_path):
     path = tmp_path / "runs" / "table[1].md"
-    with replacing(path) as first, replacing(path) as second:
+    with atomic_write(path) as first, atomic_write(path) as second:
         first.write_text("first")
         second.write_text("second")
     assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]  # the outer block ended last
     for name in (f".{path.name}.0123abcd.part", ".table1.md.0123abcd.part"):
         (path.parent / name).write_text("half")
-    with replacing(path, one_writer=True) as part:
+    with atomic_write(path, one_writer=True) as part:
         part.write_text("whole")
-    assert path.read_text() == "whole" and sorted(path.parent.iterdir()) == [path.parent / ".table1.md.0123abcd.part", path]
+    assert path.read_text() == "whole" and sorted(path.parent.iterdir()) == [
+        path.parent / ".table1.md.0123abcd.part",
+        path,
+    ]

@@ -13,7 +13,14 @@ import torch
 from torch.autograd import gradcheck
 
 from bridge_wsol import losses
-from bridge_wsol.losses import alignment_losses, attentive_dropout, consistency_loss, cosine_map, feature_norm, minmax
+from bridge_wsol.losses import (
+    alignment_losses,
+    attentive_dropout,
+    consistency_loss,
+    cosine_map,
+    feature_norm,
+    minmax,
+)
 
 
 def hand_worked():
@@ -28,8 +35,12 @@ def hand_worked():
 def test_maps_of_the_hand_worked_case():
     features, weight = hand_worked()
     r = 1 / (5 * math.sqrt(2))
-    torch.testing.assert_close(feature_norm(features), torch.tensor([[[5.0, 1.0], [0.0, 5.0]]], dtype=torch.float64))
-    torch.testing.assert_close(minmax(feature_norm(features)), torch.tensor([[[1.0, 0.2], [0.0, 1.0]]], dtype=torch.float64))
+    torch.testing.assert_close(
+        feature_norm(features), torch.tensor([[[5.0, 1.0], [0.0, 5.0]]], dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        minmax(feature_norm(features)), torch.tensor([[[1.0, 0.2], [0.0, 1.0]]], dtype=torch.float64)
+    )
     expected = torch.tensor([[[-r, -5 * r], [0.0, r]], [[0.8, 1.0], [0.0, 0.6]]], dtype=torch.float64)[None]
     torch.testing.assert_close(cosine_map(features, weight), expected)
 
@@ -73,17 +84,29 @@ def by_the_formulas(features, weight, labels, tau_fg, tau_bg, norm_class):
         F_hat = {u: (F[u] - low) / (high - low) for u in locations}
 
         def cosine(k, u):
-            return float(f[:, u[0], u[1]] @ weight[k]) / (F[u] * math.sqrt(float(weight[k] @ weight[k]))) if F[u] else 0.0
+            return (
+                float(f[:, u[0], u[1]] @ weight[k]) / (F[u] * math.sqrt(float(weight[k] @ weight[k])))
+                if F[u]
+                else 0.0
+            )
 
         S_y = {u: cosine(y, u) for u in locations}
-        S = S_y if norm_class == "target" else {u: max(cosine(k, u) for k in range(len(weight))) for u in locations}
+        S = (
+            S_y
+            if norm_class == "target"
+            else {u: max(cosine(k, u) for k in range(len(weight))) for u in locations}
+        )
 
         def mean(values):
             values = list(values)
             return sum(values) / len(values) if values else 0.0
 
-        l_sim += mean(S_y[u] for u in locations if F_hat[u] < tau_bg) - mean(S_y[u] for u in locations if F_hat[u] > tau_fg)
-        l_norm += mean(F_hat[u] for u in locations if S[u] < 0) - mean(F_hat[u] for u in locations if S[u] > 0)
+        l_sim += mean(S_y[u] for u in locations if F_hat[u] < tau_bg) - mean(
+            S_y[u] for u in locations if F_hat[u] > tau_fg
+        )
+        l_norm += mean(F_hat[u] for u in locations if S[u] < 0) - mean(
+            F_hat[u] for u in locations if S[u] > 0
+        )
     return l_sim / len(features), l_norm / len(features)
 
 
@@ -117,19 +140,25 @@ def test_gradients_equal_finite_differences():
     assert gradcheck(lambda f: minmax(feature_norm(f)), features)
     assert gradcheck(cosine_map, (features, weight))
     for norm_class in ("target", "max"):
-        assert gradcheck(lambda f, w: alignment_losses(f, w, labels, 0.6, 0.3, norm_class), (features, weight))
+        assert gradcheck(
+            lambda f, w: alignment_losses(f, w, labels, 0.6, 0.3, norm_class), (features, weight)
+        )
     assert gradcheck(consistency_loss, (features, features.detach().flip(0).requires_grad_()))
 
 
 def test_own_rows_for_each_image_give_that_class_of_the_full_map():
     features, weight, labels = torch.rand(3, 8, 4, 4), torch.randn(5, 8), torch.tensor([4, 0, 2])
     full = cosine_map(features, weight)
-    torch.testing.assert_close(cosine_map(features, weight[labels][:, None])[:, 0], full[torch.arange(3), labels])
+    torch.testing.assert_close(
+        cosine_map(features, weight[labels][:, None])[:, 0], full[torch.arange(3), labels]
+    )
 
 
 @pytest.mark.parametrize("norm_class", ["target", "max"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("case", ["zero vectors", "all zero", "constant", "nearly constant", "denormal", "zero weight"])
+@pytest.mark.parametrize(
+    "case", ["zero vectors", "all zero", "constant", "nearly constant", "denormal", "zero weight"]
+)
 def test_gradients_stay_finite_where_the_formulas_are_not(case, dtype, norm_class):
     features = torch.rand(2, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weight = torch.ones(2, 4, dtype=torch.float64) - 2 * torch.eye(2, 4, dtype=torch.float64)
@@ -180,16 +209,26 @@ def test_masks_carry_no_gradient():
 
 def test_autocast_does_not_change_a_value():
     features, weight, labels = torch.rand(2, 64, 7, 7), torch.randn(9, 64), torch.tensor([1, 2])
-    outside = alignment_losses(features, weight, labels, 0.6, 0.3, "max"), feature_norm(features), cosine_map(features, weight)
+    outside = (
+        alignment_losses(features, weight, labels, 0.6, 0.3, "max"),
+        feature_norm(features),
+        cosine_map(features, weight),
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = alignment_losses(features, weight, labels, 0.6, 0.3, "max"), feature_norm(features), cosine_map(features, weight)
+        inside = (
+            alignment_losses(features, weight, labels, 0.6, 0.3, "max"),
+            feature_norm(features),
+            cosine_map(features, weight),
+        )
     torch.testing.assert_close(inside, outside, rtol=0, atol=0)
 
 
 def test_attentive_dropout_zeroes_the_candidates_and_nothing_else():
     # Channel means of image 0: 1.0, 0.81, 0.8, 0.1 -> candidates above 0.8 * 1.0 are the first two. Image 1 is ten times as strong.
     means = torch.tensor([[1.0, 0.81], [0.8, 0.1]])
-    features = torch.stack([torch.stack([means * 1.5, means * 0.5]), torch.stack([means * 10, means * 10])]).requires_grad_()
+    features = torch.stack(
+        [torch.stack([means * 1.5, means * 0.5]), torch.stack([means * 10, means * 10])]
+    ).requires_grad_()
     dropped = attentive_dropout(features, gamma=0.8, p=1.0)
     keep = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
     torch.testing.assert_close(dropped, features * keep, rtol=0, atol=0)
@@ -204,7 +243,9 @@ def test_attentive_dropout_draws_each_candidate_by_itself():
     assert (zeroed.all(1) | ~zeroed.any(1)).all()  # all channels of a location or none
     zeroed = zeroed[:, 0].double()
     assert float(zeroed.mean()) == pytest.approx(0.3, abs=0.015)  # 20,000 draws: five deviations are 0.016
-    assert float(zeroed.mean((1, 2)).std()) < 0.1 and float(zeroed.mean(0).std()) < 0.06  # neither by image nor by location
+    assert (
+        float(zeroed.mean((1, 2)).std()) < 0.1 and float(zeroed.mean(0).std()) < 0.06
+    )  # neither by image nor by location
 
 
 def test_attentive_dropout_without_probability_or_without_candidates_changes_nothing():
@@ -238,5 +279,7 @@ def test_losses_imports_torch_alone_and_works_in_an_empty_folder(tmp_path):
 
     shutil.copy(losses.__file__, tmp_path)
     code = "import torch, losses; print(losses.__file__, losses.minmax(torch.arange(4.).view(1, 2, 2)).max().item())"
-    printed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
     assert printed.split() == [str(tmp_path / "losses.py"), "1.0"]

@@ -22,18 +22,34 @@ def test_the_threshold_is_chosen_for_the_set_not_for_each_image():
         accuracy.update(i, image)
     result = accuracy.compute()
     third = pytest.approx(100 / 3)
-    assert result["metrics"]["max_box_acc_v2"] == {"30": pytest.approx(200 / 3), "50": pytest.approx(200 / 3), "70": third, "mean": pytest.approx(500 / 9)}
+    assert result["metrics"]["max_box_acc_v2"] == {
+        "30": pytest.approx(200 / 3),
+        "50": pytest.approx(200 / 3),
+        "70": third,
+        "mean": pytest.approx(500 / 9),
+    }
     # Of equal thresholds the lowest: IoU 0.3 is met by two images at level 10 and at level 20.
     assert result["levels"] == {"30": 10, "50": 10, "70": 10, "largest": 10}
-    assert result["curves"]["50"][10] == pytest.approx(200 / 3) and result["curves"]["50"][30] == third and len(result["curves"]["50"]) == 255
-    assert result["metrics"]["top1_loc"] is None and result["metrics"]["max_box_acc_v2_at_val_threshold"] is None
+    assert (
+        result["curves"]["50"][10] == pytest.approx(200 / 3)
+        and result["curves"]["50"][30] == third
+        and len(result["curves"]["50"]) == 255
+    )
+    assert (
+        result["metrics"]["top1_loc"] is None and result["metrics"]["max_box_acc_v2_at_val_threshold"] is None
+    )
 
 
 def test_an_iou_of_exactly_delta_counts():
     accuracy = BoxAccuracy()
     accuracy.update(0, ious(l5=7 / 10))
     accuracy.update(1, ious(l5=3 / 10))
-    assert accuracy.compute()["metrics"]["max_box_acc_v2"] == {"30": 100, "50": 50, "70": 50, "mean": pytest.approx(200 / 3)}
+    assert accuracy.compute()["metrics"]["max_box_acc_v2"] == {
+        "30": 100,
+        "50": 50,
+        "70": 50,
+        "mean": pytest.approx(200 / 3),
+    }
 
 
 def test_top_k_loc_needs_the_box_at_the_set_s_threshold_and_the_class():
@@ -50,7 +66,9 @@ def test_thresholds_of_val_are_applied_as_they_are():
     accuracy = BoxAccuracy()
     accuracy.update(0, ious(l10=0.9))
     accuracy.update(1, ious(l10=0.9, l20=0.4))
-    honest = accuracy.compute({"30": 20, "50": 20, "70": 10, "largest": 0})["metrics"]["max_box_acc_v2_at_val_threshold"]
+    honest = accuracy.compute({"30": 20, "50": 20, "70": 10, "largest": 0})["metrics"][
+        "max_box_acc_v2_at_val_threshold"
+    ]
     assert honest == {"30": 50, "50": 0, "70": 100, "mean": 50}
 
 
@@ -124,7 +142,16 @@ def test_boxes_are_scaled_with_truncation():
 
 
 def test_ranks_by_hand():
-    logits = np.array([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [np.nan, 1.0, 0.0], [-np.inf, 0.0, np.inf]])
+    logits = np.array(
+        [
+            [3.0, 1.0, 2.0],
+            [3.0, 1.0, 2.0],
+            [1.0, 1.0, 1.0],
+            [1.0, 1.0, 1.0],
+            [np.nan, 1.0, 0.0],
+            [-np.inf, 0.0, np.inf],
+        ]
+    )
     assert label_ranks(logits, np.array([0, 1, 0, 2, 1, 2])).tolist() == [0, 2, 0, 2, 3, 0]
     assert top_k_accuracy([0, 2, 5, 0], 1) == 50 and top_k_accuracy([0, 2, 5, 0], 5) == 75
 

@@ -23,9 +23,15 @@ def counted(model, *modules):
     return counts, output
 
 
-@pytest.mark.parametrize("arch, stride, width, channels, side", [
-    ("vgg16", 16, 1 / 16, 64, 14), ("vgg16", 8, 1 / 16, 64, 28), ("resnet50", 8, 1.0, 2048, 28), ("resnet50", 16, 1.0, 2048, 14),
-])
+@pytest.mark.parametrize(
+    "arch, stride, width, channels, side",
+    [
+        ("vgg16", 16, 1 / 16, 64, 14),
+        ("vgg16", 8, 1 / 16, 64, 28),
+        ("resnet50", 8, 1.0, 2048, 28),
+        ("resnet50", 16, 1.0, 2048, 14),
+    ],
+)
 def test_one_forward_gives_logits_and_a_large_map(arch, stride, width, channels, side):
     model = build_model(arch, 7, stride=stride, width=width).eval()
     with torch.inference_mode():
@@ -39,7 +45,9 @@ def test_one_forward_gives_logits_and_a_large_map(arch, stride, width, channels,
 def test_full_width_has_the_paper_s_channels():
     model = build_model("vgg16", 200, stride=16)
     assert model.conv6[0].weight.shape == (1024, 512, 3, 3) and model.fc.weight.shape == (200, 1024)
-    assert [layer.out_channels for layer in model.features if isinstance(layer, nn.Conv2d)] == [c for c in cfgs["D"] if c != "M"]
+    assert [layer.out_channels for layer in model.features if isinstance(layer, nn.Conv2d)] == [
+        c for c in cfgs["D"] if c != "M"
+    ]
 
 
 def test_vgg16_layers_are_torchvision_s_without_the_last_pool():
@@ -64,9 +72,13 @@ def test_resnet50_loads_torchvision_s_weights_and_agrees_up_to_the_first_changed
     torch.testing.assert_close(*seen)
 
 
-@pytest.mark.parametrize("arch, width, shared, repeated", [
-    ("vgg16", 1 / 16, "features.22", "features.23"), ("resnet50", 1.0, "layer4.0", "layer4.1"),
-])
+@pytest.mark.parametrize(
+    "arch, width, shared, repeated",
+    [
+        ("vgg16", 1 / 16, "features.22", "features.23"),
+        ("resnet50", 1.0, "layer4.0", "layer4.1"),
+    ],
+)
 def test_the_dropped_pass_shares_the_layers_before_the_dropout(arch, width, shared, repeated):
     model = build_model(arch, 3, stride=16, width=width, gamma=0.5, p=0.9)
     layers = dict(model.named_modules())
@@ -95,12 +107,16 @@ def test_gradient_reaches_every_layer_through_both_passes():
     model = build_model("vgg16", 3, stride=16, width=1 / 16, gamma=0.5, p=0.9).train()
     output = model(torch.rand(2, 3, 64, 64))
     ((output.features - output.features_dropped).abs().mean() + output.logits.sum()).backward()
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters()
+    )
 
 
 def test_vgg16_loads_a_file_in_torchvision_s_format(tmp_path):
     features = make_layers(cfgs["D"])
-    state = {f"features.{k}": v for k, v in features.state_dict().items()} | {"classifier.0.weight": torch.zeros(2, 2)}
+    state = {f"features.{k}": v for k, v in features.state_dict().items()} | {
+        "classifier.0.weight": torch.zeros(2, 2)
+    }
     torch.save(state, tmp_path / "vgg16.pth")
     model = build_model("vgg16", 10, stride=16)
     new_layer = model.conv6[0].weight.clone()
@@ -111,7 +127,9 @@ def test_vgg16_loads_a_file_in_torchvision_s_format(tmp_path):
 
 
 def test_batch_norm_of_vgg16_bn_is_folded_into_the_convolutions(tmp_path):
-    theirs = torchvision.models.VGG(make_layers([c if c == "M" else c // 16 for c in cfgs["D"]], batch_norm=True), 2, init_weights=False)
+    theirs = torchvision.models.VGG(
+        make_layers([c if c == "M" else c // 16 for c in cfgs["D"]], batch_norm=True), 2, init_weights=False
+    )
     torch.manual_seed(0)
     for module in theirs.features:
         if isinstance(module, nn.BatchNorm2d):  # statistics and affine parameters as after training
@@ -119,7 +137,9 @@ def test_batch_norm_of_vgg16_bn_is_folded_into_the_convolutions(tmp_path):
                 tensor.uniform_(0.5, 1.5)
             for tensor in (module.bias.data, module.running_mean):
                 tensor.normal_(std=0.2)
-    torch.save({f"features.{k}": v for k, v in theirs.features.state_dict().items()}, tmp_path / "vgg16_bn.pth")
+    torch.save(
+        {f"features.{k}": v for k, v in theirs.features.state_dict().items()}, tmp_path / "vgg16_bn.pth"
+    )
     images = torch.rand(2, 3, 64, 64)
     expected = theirs.features[:-1].eval()(images)
     for batch_norm in (False, True):
@@ -141,15 +161,18 @@ def test_a_backbone_is_exported_in_half_precision(tmp_path):
     torch.testing.assert_close(ours.features(images), trained.eval().features(images), rtol=0.02, atol=0.01)
 
 
-@pytest.mark.parametrize("keep_fc", [False, True])
-def test_resnet50_keeps_the_linear_layer_on_imagenet_only(tmp_path, keep_fc):
+@pytest.mark.parametrize("load_fc", [False, True])
+def test_resnet50_keeps_the_linear_layer_on_imagenet_only(tmp_path, load_fc):
     theirs = torchvision.models.resnet50(weights=None)
-    torch.save({k: v for k, v in theirs.state_dict().items() if "num_batches_tracked" not in k}, tmp_path / "resnet50.pth")
+    torch.save(
+        {k: v for k, v in theirs.state_dict().items() if "num_batches_tracked" not in k},
+        tmp_path / "resnet50.pth",
+    )
     model = build_model("resnet50", 1000, stride=8)
-    load_pretrained(model, "resnet50", str(tmp_path / "resnet50.pth"), keep_fc=keep_fc)
+    load_pretrained(model, "resnet50", str(tmp_path / "resnet50.pth"), load_fc=load_fc)
     assert torch.equal(model.layer4[2].conv3.weight, theirs.layer4[2].conv3.weight)
     assert torch.equal(model.bn1.running_var, theirs.bn1.running_var)
-    assert torch.equal(model.fc.weight, theirs.fc.weight) == keep_fc
+    assert torch.equal(model.fc.weight, theirs.fc.weight) == load_fc
 
 
 def test_a_wrong_weights_file_is_described(tmp_path):
@@ -158,10 +181,15 @@ def test_a_wrong_weights_file_is_described(tmp_path):
     del state["features.0.bias"]
     state["features.2.weight"] = torch.zeros(3, 3)
     torch.save(state, tmp_path / "odd.pth")
-    with pytest.raises(InputError, match=r"odd.pth.*missing: features.0.bias; wrong shape: features.2.weight \(3x3 in the file, 4x4x3x3"):
+    with pytest.raises(
+        InputError,
+        match=r"odd.pth.*missing: features.0.bias; wrong shape: features.2.weight \(3x3 in the file, 4x4x3x3",
+    ):
         load_pretrained(model, "vgg16", str(tmp_path / "odd.pth"))
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
-    with pytest.raises(InputError, match=r"missing: features.0.weight, features.0.bias, features.2.weight and 23 more"):
+    with pytest.raises(
+        InputError, match=r"missing: features.0.weight, features.0.bias, features.2.weight and 23 more"
+    ):
         load_pretrained(model, "vgg16", str(tmp_path / "resnet18.pth"))
     (tmp_path / "text.pth").write_text("not weights")
     for name, words in (("text.pth", "damaged"), ("absent.pth", "no such file")):
@@ -174,7 +202,10 @@ def test_incomplete_batch_norm_is_described(tmp_path):
     del state["features.1.running_var"]
     torch.save(state, tmp_path / "bn.pth")
     torch.save({"a.running_mean": 3, "model": 4}, tmp_path / "numbers.pth")
-    for name, words in (("bn.pth", "batch norm that is not vgg16_bn's .*running_var"), ("numbers.pth", "not weights of this vgg16")):
+    for name, words in (
+        ("bn.pth", "batch norm that is not vgg16_bn's .*running_var"),
+        ("numbers.pth", "not weights of this vgg16"),
+    ):
         with pytest.raises(InputError, match=f"{name}: {words}"):
             load_pretrained(build_model("vgg16", 2, stride=16, width=1 / 16), "vgg16", str(tmp_path / name))
     with pytest.raises(InputError, match="numbers.pth: not a checkpoint of train.py"):
@@ -207,7 +238,9 @@ def test_imagenet_weights_come_from_torchvision_checked_and_unexecuted(monkeypat
     assert url.endswith("vgg16-397923af.pth") and kwargs["check_hash"] and kwargs["weights_only"]
 
 
-@pytest.mark.parametrize("error", [URLError("no network"), RuntimeError("invalid hash value"), TimeoutError("timed out")])
+@pytest.mark.parametrize(
+    "error", [URLError("no network"), RuntimeError("invalid hash value"), TimeoutError("timed out")]
+)
 def test_a_failed_download_says_how_to_go_on(monkeypatch, error):
     def download(*args, **kwargs):
         raise error
@@ -221,7 +254,11 @@ def test_a_failed_download_says_how_to_go_on(monkeypatch, error):
 
 
 def test_unknown_networks_are_refused():
-    for arguments in ({"arch": "vgg19", "stride": 16}, {"arch": "vgg16", "stride": 32}, {"arch": "resnet50", "stride": 8, "width": 0.5}):
+    for arguments in (
+        {"arch": "vgg19", "stride": 16},
+        {"arch": "vgg16", "stride": 32},
+        {"arch": "resnet50", "stride": 8, "width": 0.5},
+    ):
         with pytest.raises(InputError):
             build_model(num_classes=3, **arguments)
 

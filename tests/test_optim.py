@@ -4,18 +4,23 @@ import pytest
 import torch
 
 from bridge_wsol import optim
-from bridge_wsol.baselines import METHODS
+from bridge_wsol.methods import METHODS
 from bridge_wsol.models import build_model
 from bridge_wsol.utils import InputError
 
 
-@pytest.mark.parametrize("arch, width, is_new", [
-    ("vgg16", 1 / 16, lambda name: not name.startswith("features.")),
-    ("resnet50", 1.0, lambda name: name.startswith(("layer4.", "fc."))),
-])
+@pytest.mark.parametrize(
+    "arch, width, is_new",
+    [
+        ("vgg16", 1 / 16, lambda name: not name.startswith("features.")),
+        ("resnet50", 1.0, lambda name: name.startswith(("layer4.", "fc."))),
+    ],
+)
 def test_every_parameter_is_in_exactly_one_group(arch, width, is_new):
     model = build_model(arch, 5, stride=16, width=width)
-    optimizer = optim.build_optimizer(model, arch, lr=0.1, lr_new=0.5, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = optim.build_optimizer(
+        model, arch, lr=0.1, lr_new=0.5, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
     names = {parameter: name for name, parameter in model.named_parameters()}
     old, new = ([names[parameter] for parameter in group["params"]] for group in optimizer.param_groups)
     assert sorted(old + new) == sorted(names.values())
@@ -25,11 +30,19 @@ def test_every_parameter_is_in_exactly_one_group(arch, width, is_new):
 
 def test_the_schedule_decays_from_the_named_epochs_on_and_has_no_memory():
     optimizer = optim.build_optimizer(
-        build_model("vgg16", 2, stride=16, width=1 / 16), "vgg16", lr=1.0, lr_new=5.0, momentum=0.9, nesterov=True, weight_decay=0
+        build_model("vgg16", 2, stride=16, width=1 / 16),
+        "vgg16",
+        lr=1.0,
+        lr_new=5.0,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=0,
     )
     for epoch, factor in ((1, 1), (40, 1), (41, 0.2), (60, 0.2), (61, 0.04), (70, 0.04), (5, 1)):
         rates = optim.set_learning_rates(optimizer, epoch, [41, 61], 0.2)
-        assert rates == pytest.approx([factor, 5 * factor]) == [group["lr"] for group in optimizer.param_groups]
+        assert (
+            rates == pytest.approx([factor, 5 * factor]) == [group["lr"] for group in optimizer.param_groups]
+        )
 
 
 def test_one_step_is_nesterov_sgd_by_hand():
@@ -37,7 +50,9 @@ def test_one_step_is_nesterov_sgd_by_hand():
     model = torch.nn.Module()
     model.fc = torch.nn.Module()
     model.fc.weight = parameter
-    optimizer = optim.build_optimizer(model, "vgg16", lr=0.1, lr_new=0.5, momentum=0.9, nesterov=True, weight_decay=0.01)
+    optimizer = optim.build_optimizer(
+        model, "vgg16", lr=0.1, lr_new=0.5, momentum=0.9, nesterov=True, weight_decay=0.01
+    )
     velocity, value = 0.0, 2.0
     for _ in range(3):
         parameter.grad = torch.tensor([1.0])
@@ -51,20 +66,42 @@ def test_one_step_is_nesterov_sgd_by_hand():
 def test_presets_of_the_paper_are_complete_and_sourced():
     names = {frozenset(optim.COMMON | values) - {"weights", "val_every"} for values in optim.PRESETS.values()}
     assert len(names) == 1
-    for pair in (("CUB", "vgg16"), ("CUB", "resnet50"), ("ILSVRC", "vgg16"), ("ILSVRC", "resnet50"), ("OpenImages", "vgg16")):
+    for pair in (
+        ("CUB", "vgg16"),
+        ("CUB", "resnet50"),
+        ("ILSVRC", "vgg16"),
+        ("ILSVRC", "resnet50"),
+        ("OpenImages", "vgg16"),
+    ):
         for name, (value, source) in optim.preset(*pair).items():
             assert value is not None and source, (pair, name)
     # Appendix B and C.5, typed from the paper.
     cub, imagenet = optim.preset("CUB", "resnet50"), optim.preset("ILSVRC", "vgg16")
-    names = ("lr", "lr_new", "weight_decay", "momentum", "lambda_sim", "lambda_norm", "lambda_drop", "tau_fg", "tau_bg", "gamma", "p")
+    names = (
+        "lr",
+        "lr_new",
+        "weight_decay",
+        "momentum",
+        "lambda_sim",
+        "lambda_norm",
+        "lambda_drop",
+        "tau_fg",
+        "tau_bg",
+        "gamma",
+        "p",
+    )
     assert [cub[name][0] for name in names] == [2e-3, 2e-2, 5e-4, 0.9, 0.6, 0.07, 2, 0.4, 0.2, 0.8, 0.25]
     assert [imagenet[name][0] for name in names] == [2e-5, 1e-4, 5e-4, 0.9, 0.5, 0.2, 3, 0.5, 0.3, 0.8, 0.5]
 
 
 def test_vanilla_is_the_same_run_without_the_losses():
-    bridge, cam = (optim.preset("CUB", "vgg16") | METHODS[name].preset("CUB", "vgg16") for name in ("bridge", "cam"))
+    bridge, cam = (
+        optim.preset("CUB", "vgg16") | METHODS[name].preset("CUB", "vgg16") for name in ("bridge", "cam")
+    )
     changed = {name for name in bridge if bridge[name][0] != cam[name][0]}
-    assert changed == {"lambda_sim", "lambda_norm", "lambda_drop"} and all(cam[name][0] == 0 for name in changed)
+    assert changed == {"lambda_sim", "lambda_norm", "lambda_drop"} and all(
+        cam[name][0] == 0 for name in changed
+    )
 
 
 def test_unknown_pairs_are_answered_with_those_there_are():

@@ -10,19 +10,21 @@ import subprocess
 import sys
 
 import numpy as np
+import plain_boxes
 import pytest
 import torch
+from conftest import REPOSITORY
 from PIL import Image
 from scipy import ndimage
 
 import evaluate
-import plain_boxes
 import train
-from bridge_wsol import cam
+from bridge_wsol import cam, evaluation, utils
 from bridge_wsol.boxes import iou_matrix, scale_boxes
-from bridge_wsol.data import load_splits, test_loader, to_input
-from bridge_wsol.utils import InputError, load_tensors, ordered_map, save_checkpoint
-from conftest import REPOSITORY
+from bridge_wsol.data import test_loader, to_input
+from bridge_wsol.datasets import load_splits
+from bridge_wsol.models import load_tensors, save_checkpoint
+from bridge_wsol.utils import InputError, ordered_map
 
 
 def read_json(path):
@@ -50,21 +52,38 @@ def same_run(a, b):
 
 def test_a_run_leaves_its_files_and_says_what_it_did(trained, trained_once):
     (_, run), (_, printed) = trained, trained_once
-    assert {path.name for path in run.iterdir()} == {"config.json", "log.jsonl", "best.pt", "last.pt", "results_best_test.json", "results_last_test.json"}
+    assert {path.name for path in run.iterdir()} == {
+        "config.json",
+        "log.jsonl",
+        "best.pt",
+        "last.pt",
+        "results_best_test.json",
+        "results_last_test.json",
+    }
 
     config = read_json(run / "config.json")
-    assert config["config"]["lambda_sim"] == {"value": 0.5, "source": "preset: authors' released configuration"}
+    assert config["config"]["lambda_sim"] == {
+        "value": 0.5,
+        "source": "preset: authors' released configuration",
+    }
     assert config["config"]["weights"] == {"value": "none", "source": "flag"}
     assert config["config"]["seed"] == {"value": 0, "source": "default"}
     assert {"python", "torch", "torchvision", "device", "git_commit"} <= config["environment"].keys()
     assert config["data"]["val"] in printed and config["data"]["num_classes"] == 3
 
     warm, after = lines_of(run)
-    assert warm["epoch"] == 1 and {"loss", "l_ce", "l_drop", "lr", "lr_new", "top1", "val"} <= warm.keys() and "l_sim" not in warm
+    assert (
+        warm["epoch"] == 1
+        and {"loss", "l_ce", "l_drop", "lr", "lr_new", "top1", "val"} <= warm.keys()
+        and "l_sim" not in warm
+    )
     assert warm["loss"] == pytest.approx(warm["l_ce"] + 3 * warm["l_drop"], abs=1e-5)
     weighted = after["l_ce"] + 3 * after["l_drop"] + 0.5 * after["l_sim"] + 0.15 * after["l_norm"]
     assert after["loss"] == pytest.approx(weighted, abs=1e-5)
-    assert re.search(r"epoch 2/2  loss .* l_ce .* l_drop .* l_sim .* l_norm .* val MaxBoxAccV2 .* images/s  0h00m00s left", printed)
+    assert re.search(
+        r"epoch 2/2  loss .* l_ce .* l_drop .* l_sim .* l_norm .* val MaxBoxAccV2 .* images/s  0h00m00s left",
+        printed,
+    )
 
 
 def test_results_have_the_documented_form(trained):
@@ -74,8 +93,16 @@ def test_results_have_the_documented_form(trained):
     v2 = {"30", "50", "70", "mean"}
     metrics = result["metrics"]
     assert metrics.keys() == {
-        "max_box_acc_v2", "max_box_acc", "gt_known_loc", "gt_known_loc_largest", "top1_loc", "top5_loc", "top1_cls", "top5_cls",
-        "max_box_acc_v2_at_val_threshold", "pxap",
+        "max_box_acc_v2",
+        "max_box_acc",
+        "gt_known_loc",
+        "gt_known_loc_largest",
+        "top1_loc",
+        "top5_loc",
+        "top1_cls",
+        "top5_cls",
+        "max_box_acc_v2_at_val_threshold",
+        "pxap",
     }
     assert metrics["max_box_acc_v2"].keys() == metrics["max_box_acc_v2_at_val_threshold"].keys() == v2
     assert metrics["top5_cls"] == 100 and 0 < metrics["pxap"] <= 100  # three classes; the set has masks too
@@ -90,24 +117,48 @@ def test_evaluate_repeats_the_numbers_of_training(trained, capsys, tmp_path):
     _, run = trained
     capsys.readouterr()
     before = read_json(run / "results_best_test.json")
-    flags = ["--device", "cpu", "--workers", "0", "--batch-size", "8", "--data-root", str(tmp_path / "data"), "--splits", str(tmp_path / "splits")]
+    flags = [
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--batch-size",
+        "8",
+        "--data-root",
+        str(tmp_path / "data"),
+        "--splits",
+        str(tmp_path / "splits"),
+    ]
     evaluate.main([str(run), *flags])
     assert read_json(run / "results_best_test.json") == before
     printed = capsys.readouterr().out
     for name in ("MaxBoxAccV2", "GT-known Loc", "Top-1 Loc", "Top-5 Loc", "PxAP", "Top-1 cls"):
         assert name in printed
     evaluate.main([str(run), "--checkpoint", "last", "--split", "val", *flags])
-    assert read_json(run / "results_last_val.json")["metrics"]["max_box_acc_v2"] == lines_of(run)[-1]["val"]["max_box_acc_v2"]
+    assert (
+        read_json(run / "results_last_val.json")["metrics"]["max_box_acc_v2"]
+        == lines_of(run)[-1]["val"]["max_box_acc_v2"]
+    )
 
 
 def test_maps_are_the_ground_truth_class_s_from_one_forward_pass(trained, tmp_path):
     _, run = trained
-    model, method, checkpoint = evaluate.load_run(run, "best", torch.device("cpu"))
+    model, method, checkpoint = evaluation.load_run(run, "best", torch.device("cpu"))
     split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("test",))[0]["test"]
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
     loader = test_loader(split, 4, image_size=64, workers=0)
-    batches = list(evaluate.network_maps(model, loader, method=method, device=torch.device("cpu"), amp="off", normalization="minmax", image_size=64))
+    batches = list(
+        evaluation.network_maps(
+            model,
+            loader,
+            method=method,
+            device=torch.device("cpu"),
+            amp="off",
+            normalization="minmax",
+            image_size=64,
+        )
+    )
     assert len(passes) == 3 and [i for batch in batches for i in batch.indices] == list(range(9))
     images, labels, _ = next(iter(loader))
     with torch.inference_mode():
@@ -126,7 +177,9 @@ def test_saved_maps_evaluate_to_the_same_numbers(trained, tmp_path):
     evaluate.main([str(run), "--save-maps", str(maps), "--device", "cpu", "--batch-size", "8"])
     of_run = read_json(run / "results_best_test.json")
     data_flags = flags[: flags.index("--weights")]
-    evaluate.main(["--score-maps", str(maps), "--split", "test", "--out", str(tmp_path / "r.json"), *data_flags])
+    evaluate.main(
+        ["--score-maps", str(maps), "--split", "test", "--out", str(tmp_path / "r.json"), *data_flags]
+    )
     of_maps = read_json(tmp_path / "r.json")
     assert of_maps["curves"] == of_run["curves"] and of_maps["thresholds"] == of_run["thresholds"]
     for name in ("max_box_acc_v2", "gt_known_loc", "gt_known_loc_largest", "pxap"):
@@ -137,7 +190,9 @@ def test_saved_maps_evaluate_to_the_same_numbers(trained, tmp_path):
     for path in maps.rglob("*.png.npy"):
         np.save(path.with_name(path.name.replace(".png", "")), np.load(path).astype(np.float64))
         path.unlink()
-    evaluate.main(["--score-maps", str(maps), "--split", "test", "--out", str(tmp_path / "r2.json"), *data_flags])
+    evaluate.main(
+        ["--score-maps", str(maps), "--split", "test", "--out", str(tmp_path / "r2.json"), *data_flags]
+    )
     assert read_json(tmp_path / "r2.json") == of_maps
 
 
@@ -147,10 +202,23 @@ def test_score_maps_need_the_lists_alone(trained, tmp_path, fails):
     evaluate.main([str(run), "--save-maps", str(tmp_path / "maps"), "--device", "cpu"])
     lists = tmp_path / "lists" / "tiny" / "test"
     shutil.copytree(tmp_path / "splits" / "tiny" / "test", lists)
-    boxes = [line for line in (lists / "localization.txt").read_text().splitlines() if ".png," in line and "masks" not in line]
+    boxes = [
+        line
+        for line in (lists / "localization.txt").read_text().splitlines()
+        if ".png," in line and "masks" not in line
+    ]
     (lists / "localization.txt").write_text("\n".join(boxes))
     shutil.rmtree(tmp_path / "data")
-    arguments = ["--score-maps", tmp_path / "maps", "--dataset", "tiny", "--splits", tmp_path / "lists", "--out", tmp_path / "r.json"]
+    arguments = [
+        "--score-maps",
+        tmp_path / "maps",
+        "--dataset",
+        "tiny",
+        "--splits",
+        tmp_path / "lists",
+        "--out",
+        tmp_path / "r.json",
+    ]
     arguments += ["--data-root", tmp_path / "nowhere"]
     evaluate.main([str(argument) for argument in arguments])
     assert read_json(tmp_path / "r.json")["curves"] == read_json(run / "results_best_test.json")["curves"]
@@ -162,7 +230,9 @@ def test_score_maps_need_the_lists_alone(trained, tmp_path, fails):
 def test_a_fixed_threshold_is_a_fraction_of_each_map_s_maximum(trained, tmp_path, normalization):
     """Against a labeling of each float map at T * max, whatever the normalization leaves as its maximum."""
     flags, run = trained
-    evaluate.main([str(run), "--save-maps", str(tmp_path / "maps"), "--device", "cpu", "--normalize", normalization])
+    evaluate.main(
+        [str(run), "--save-maps", str(tmp_path / "maps"), "--device", "cpu", "--normalize", normalization]
+    )
     evaluate.main([str(run), "--threshold", "0.35", "--device", "cpu", "--normalize", normalization])
     suffix = "" if normalization == "minmax" else f"_{normalization}"
     fixed = read_json(run / f"results_best_test{suffix}.json")["metrics"]["fixed_threshold"]
@@ -178,7 +248,9 @@ def test_a_fixed_threshold_is_a_fraction_of_each_map_s_maximum(trained, tmp_path
         truth = scale_boxes(split.boxes[index], tuple(split.sizes[index]), 64)
         hits.append(iou_matrix(np.array(box)[None], truth).max() >= 0.5)
     assert fixed["threshold"] == 0.35 and fixed["gt_known_loc"] == pytest.approx(100 * np.mean(hits))
-    assert fixed["top1_loc"] <= fixed["top5_loc"] == fixed["gt_known_loc"]  # three classes: each is among five
+    assert (
+        fixed["top1_loc"] <= fixed["top5_loc"] == fixed["gt_known_loc"]
+    )  # three classes: each is among five
 
 
 def test_a_fixed_threshold_for_score_maps(tiny, tmp_path, capsys):
@@ -193,11 +265,26 @@ def test_a_fixed_threshold_for_score_maps(tiny, tmp_path, capsys):
         (tmp_path / "maps" / image).parent.mkdir(parents=True, exist_ok=True)
         np.save(tmp_path / "maps" / f"{image}.npy", score_map)
     arguments = ["--score-maps", str(tmp_path / "maps"), "--out", str(tmp_path / "r.json")]
-    for how, threshold, expected in (("max", "0.45", 0), ("max", "0.55", 100), ("log", "0.95", 0), ("log", "0.97", 100)):
-        evaluate.main([*arguments, "--normalize", how, *tiny[: tiny.index("--weights")], "--threshold", threshold])
+    for how, threshold, expected in (
+        ("max", "0.45", 0),
+        ("max", "0.55", 100),
+        ("log", "0.95", 0),
+        ("log", "0.97", 100),
+    ):
+        evaluate.main(
+            [*arguments, "--normalize", how, *tiny[: tiny.index("--weights")], "--threshold", threshold]
+        )
         fixed = read_json(tmp_path / "r.json")["metrics"]["fixed_threshold"]
-        assert fixed == {"threshold": float(threshold), "gt_known_loc": expected, "top1_loc": None, "top5_loc": None}
-        assert f"{expected:.2f}  largest contour, at the fixed threshold {threshold} of" in capsys.readouterr().out
+        assert fixed == {
+            "threshold": float(threshold),
+            "gt_known_loc": expected,
+            "top1_loc": None,
+            "top5_loc": None,
+        }
+        assert (
+            f"{expected:.2f}  largest contour, at the fixed threshold {threshold} of"
+            in capsys.readouterr().out
+        )
 
 
 def test_results_and_per_image_lines_do_not_depend_on_workers(trained, tmp_path):
@@ -206,7 +293,16 @@ def test_results_and_per_image_lines_do_not_depend_on_workers(trained, tmp_path)
     written = []
     for workers in ("0", "1", "4", "4"):
         out, lines = tmp_path / f"r{len(written)}.json", tmp_path / f"r{len(written)}.csv"
-        arguments = ["--score-maps", str(tmp_path / "maps"), "--out", str(out), "--per-image", str(lines), "--workers", workers]
+        arguments = [
+            "--score-maps",
+            str(tmp_path / "maps"),
+            "--out",
+            str(out),
+            "--per-image",
+            str(lines),
+            "--workers",
+            workers,
+        ]
         evaluate.main([*arguments, *flags[: flags.index("--weights")]])
         written.append((out.read_bytes(), lines.read_bytes()))
     assert len(set(written)) == 1
@@ -229,7 +325,9 @@ def test_per_image_lines_add_up_to_the_metrics(trained, tmp_path):
     # The printed box gives the printed IoU.
     for row in rows:
         split = (tmp_path / "splits" / "tiny" / "test" / "localization.txt").read_text().splitlines()
-        truth = next(line.split(",")[1:] for line in split if line.startswith(row["id"]) and len(line.split(",")) == 5)
+        truth = next(
+            line.split(",")[1:] for line in split if line.startswith(row["id"]) and len(line.split(",")) == 5
+        )
         sizes = (tmp_path / "splits" / "tiny" / "test" / "image_sizes.txt").read_text().splitlines()
         width, height = next(map(int, line.split(",")[1:]) for line in sizes if line.startswith(row["id"]))
         scaled = [int(int(value) * 64 / side) for value, side in zip(truth, (width, height, width, height))]
@@ -273,8 +371,15 @@ def test_perfect_maps_get_a_hundred_and_maps_of_the_wrong_place_nothing(tiny, tm
     """The whole path from image sizes over scaled boxes to metrics, with maps that are known to be right."""
     data_flags = tiny[: tiny.index("--weights")]
     test = tmp_path / "splits" / "tiny" / "test"
-    sizes = {image: (int(w), int(h)) for image, w, h in (line.split(",") for line in (test / "image_sizes.txt").read_text().split())}
-    boxes = [line.split(",") for line in (test / "localization.txt").read_text().split() if len(line.split(",")) == 5]
+    sizes = {
+        image: (int(w), int(h))
+        for image, w, h in (line.split(",") for line in (test / "image_sizes.txt").read_text().split())
+    }
+    boxes = [
+        line.split(",")
+        for line in (test / "localization.txt").read_text().split()
+        if len(line.split(",")) == 5
+    ]
     for image, *box in boxes:
         x0, y0, x1, y1 = (int(v) * 64 // n for v, n in zip(box, sizes[image] * 2))
         right, wrong = np.zeros((2, 64, 64), dtype=np.float32)
@@ -334,7 +439,11 @@ def test_vanilla_runs_through_the_same_path(tiny, tmp_path):
 
 def test_each_loss_changes_the_run_and_only_after_the_warm_stage(tiny, tmp_path):
     runs = {}
-    for name, flags in {"all": [], "no sim": ["--lambda-sim", "0"], "no norm": ["--lambda-norm", "0"]}.items():
+    for name, flags in {
+        "all": [],
+        "no sim": ["--lambda-sim", "0"],
+        "no norm": ["--lambda-norm", "0"],
+    }.items():
         runs[name] = tmp_path / name.replace(" ", "_")
         train.main([*tiny, "--out", str(runs[name]), *flags])
     for name in ("no sim", "no norm"):
@@ -346,7 +455,9 @@ def test_each_loss_changes_the_run_and_only_after_the_warm_stage(tiny, tmp_path)
 def test_batch_size_changes_after_the_warm_stage(tiny, tmp_path, monkeypatch):
     sizes = []
     whole = train.train_one_epoch
-    monkeypatch.setattr(train, "train_one_epoch", lambda *a: sizes.append((a[4], a[1].batch_sampler.batch_size)) or whole(*a))
+    monkeypatch.setattr(
+        train, "train_one_epoch", lambda *a: sizes.append((a[4], a[1].batch_sampler.batch_size)) or whole(*a)
+    )
     train.main([*tiny, "--out", str(tmp_path / "run")])
     train.main([*tiny, "--batch-size", "6", "--out", str(tmp_path / "both")])
     assert sizes == [(1, 4), (2, 8), (1, 6), (2, 6)]
@@ -360,16 +471,22 @@ def test_best_is_the_epoch_with_the_best_val(tiny, tmp_path):
     assert torch.load(run / "best.pt", weights_only=True)["epoch"] == 1 + int(np.argmax(scores))
     assert torch.load(run / "last.pt", weights_only=True)["epoch"] == 5
     best, last = (read_json(run / f"results_{which}_test.json") for which in ("best", "last"))
-    assert (best["checkpoint"], last["checkpoint"]) == ("best", "last") and last["epoch"] == 5 != best["epoch"] == 1 + int(np.argmax(scores))
+    assert (best["checkpoint"], last["checkpoint"]) == ("best", "last") and last["epoch"] == 5 != best[
+        "epoch"
+    ] == 1 + int(np.argmax(scores))
     evaluate.main([str(run), "--checkpoint", "last", "--device", "cpu", "--batch-size", "8"])
     assert read_json(run / "results_last_test.json") == last and last["curves"] != best["curves"]
 
 
 def test_evaluation_is_as_precise_as_its_run_unless_told_otherwise(trained, monkeypatch):
     _, run = trained
-    checkpoint, used, autocast = load_tensors(run / "best.pt"), [], evaluate.autocast
-    monkeypatch.setattr(evaluate, "autocast", lambda device, amp: used.append(amp) or autocast(device, amp))
-    for of_run, flags, expected in (("off", [], "off"), ("bf16", [], "bf16"), ("bf16", ["--amp", "off"], "off")):
+    checkpoint, used, autocast = load_tensors(run / "best.pt"), [], utils.autocast
+    monkeypatch.setattr(evaluation, "autocast", lambda device, amp: used.append(amp) or autocast(device, amp))
+    for of_run, flags, expected in (
+        ("off", [], "off"),
+        ("bf16", [], "bf16"),
+        ("bf16", ["--amp", "off"], "off"),
+    ):
         save_checkpoint(run / "best.pt", checkpoint | {"config": checkpoint["config"] | {"amp": of_run}})
         evaluate.main([str(run), "--device", "cpu", "--workers", "0", *flags])
         assert set(used) == {expected}
@@ -419,28 +536,54 @@ def test_other_normalizations_get_their_own_thresholds_and_file(trained):
 def test_bad_input_to_train(tiny, fails, tmp_path):
     (tmp_path / "file").write_text("")
     out = ["--out", tmp_path / "run"]
-    fails(train.main, [*tiny, *out, "--data-root", tmp_path / "nowhere"], "--data-root", tmp_path / "nowhere", "no such folder")
+    fails(
+        train.main,
+        [*tiny, *out, "--data-root", tmp_path / "nowhere"],
+        "--data-root",
+        tmp_path / "nowhere",
+        "no such folder",
+    )
     fails(train.main, [*tiny, *out, "--splits", tmp_path / "nowhere"], "--splits DIR")
-    fails(train.main, [*tiny, *out, "--dataset", "OpenImages", "--arch", "resnet50"], "no preset for --dataset OpenImages --arch resnet50")
+    fails(
+        train.main,
+        [*tiny, *out, "--dataset", "OpenImages", "--arch", "resnet50"],
+        "no preset for --dataset OpenImages --arch resnet50",
+    )
     fails(train.main, [*tiny, *out, "--arch", "vgg19"], "--arch")
     fails(train.main, [*tiny, "--out", tmp_path / "file" / "run"], tmp_path / "file", "cannot be")
     fails(train.main, [*tiny, *out, "--device", "tpu9"], "--device tpu9", "--device cpu")
-    for flag, value in (("--epochs", 0), ("--lr", "nan"), ("--lr", "much"), ("--p", 1.5), ("--tau-fg", -1), ("--batch-size", 0), ("--val-per-class", 0)):
+    for flag, value in (
+        ("--epochs", 0),
+        ("--lr", "nan"),
+        ("--lr", "much"),
+        ("--p", 1.5),
+        ("--tau-fg", -1),
+        ("--batch-size", 0),
+        ("--val-per-class", 0),
+    ):
         fails(train.main, [*tiny, *out, flag, value], flag, value)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_where_there_is_none(tiny, fails, tmp_path):
-    fails(train.main, [*tiny, "--device", "cuda", "--out", tmp_path / "run"], "--device cuda", "pass --device cpu")
+    fails(
+        train.main,
+        [*tiny, "--device", "cuda", "--out", tmp_path / "run"],
+        "--device cuda",
+        "pass --device cpu",
+    )
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("file, line, broken, words", [
-    ("class_labels", 2, "train/01.png,1,2", "3 comma-separated fields"),
-    ("class_labels", 2, "train/01.png,-1", "label -1 is out of range"),
-    ("localization", 1, "train/00.png,9,9,3,12", "box 9,9,3,12"),
-])
+@pytest.mark.parametrize(
+    "file, line, broken, words",
+    [
+        ("class_labels", 2, "train/01.png,1,2", "3 comma-separated fields"),
+        ("class_labels", 2, "train/01.png,-1", "label -1 is out of range"),
+        ("localization", 1, "train/00.png,9,9,3,12", "box 9,9,3,12"),
+    ],
+)
 def test_bad_split_lines_end_training(tiny, fails, tmp_path, file, line, broken, words):
     path = tmp_path / "splits" / "tiny" / "train" / f"{file}.txt"
     lines = path.read_text().splitlines()
@@ -477,7 +620,11 @@ def test_a_run_whose_loss_is_not_finite_stops_and_keeps_its_checkpoint(trained, 
 def test_bad_checkpoints(trained, fails, tmp_path):
     _, run = trained
     fails(evaluate.main, [tmp_path / "nowhere"], "best.pt", "no such checkpoint")
-    for name, damage in (("cut", lambda b: b[: len(b) // 2]), ("empty", lambda b: b""), ("noise", lambda b: bytes(reversed(b)))):
+    for name, damage in (
+        ("cut", lambda b: b[: len(b) // 2]),
+        ("empty", lambda b: b""),
+        ("noise", lambda b: bytes(reversed(b))),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "best.pt").write_bytes(damage((run / "best.pt").read_bytes()))
         fails(evaluate.main, [tmp_path / name], tmp_path / name / "best.pt", "damaged")
@@ -501,7 +648,13 @@ def test_a_checkpoint_of_another_architecture_or_class_count(trained, fails, tmp
     shutil.copytree(tmp_path / "splits", splits)
     for path in splits.rglob("*.txt"):
         numbers = [f"{i:02d}.png" for i in range(2, 30, 3)]
-        path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if line.split(",")[0][-6:] not in numbers))
+        path.write_text(
+            "".join(
+                f"{line}\n"
+                for line in path.read_text().splitlines()
+                if line.split(",")[0][-6:] not in numbers
+            )
+        )
     fails(evaluate.main, [run, "--splits", splits, "--device", "cpu"], "3 classes", "has 2")
 
 
@@ -548,7 +701,12 @@ def test_contradicting_flags_of_evaluate(fails, tmp_path):
 
 def test_the_scripts_themselves_end_with_one_line_and_exit_code_2(tmp_path):
     commands = [["train.py", "--dataset", "CUB", "--data-root", "nowhere"], ["evaluate.py", "nowhere"]]
-    started = [subprocess.Popen([sys.executable, REPOSITORY / script, *arguments], stderr=subprocess.PIPE, text=True, cwd=tmp_path) for script, *arguments in commands]
+    started = [
+        subprocess.Popen(
+            [sys.executable, REPOSITORY / script, *arguments], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+        for script, *arguments in commands
+    ]
     for process in started:
         said = process.communicate()[1]
         assert process.returncode == 2 and said.count("\n") == 1 and "nowhere" in said
@@ -559,9 +717,37 @@ def test_the_scripts_themselves_end_with_one_line_and_exit_code_2(tmp_path):
 
 @pytest.mark.parametrize("method", ["bridge", pytest.param("cam", marks=pytest.mark.slow)])
 def test_ten_classes_of_cub(real_data, tiny_preset, tmp_path, method):
-    flags = ["--data-root", real_data, "--splits", tmp_path / "splits", "--weights", "none", "--epochs", 2, "--warm-epochs", 1]
+    flags = [
+        "--data-root",
+        real_data,
+        "--splits",
+        tmp_path / "splits",
+        "--weights",
+        "none",
+        "--epochs",
+        2,
+        "--warm-epochs",
+        1,
+    ]
     run = tmp_path / "run"
-    train.main([str(x) for x in ["--dataset", "CUB", "--arch", "vgg16", "--method", method, *flags, "--out", run, "--device", "cpu"]])
+    train.main(
+        [
+            str(x)
+            for x in [
+                "--dataset",
+                "CUB",
+                "--arch",
+                "vgg16",
+                "--method",
+                method,
+                *flags,
+                "--out",
+                run,
+                "--device",
+                "cpu",
+            ]
+        ]
+    )
     evaluate.main([str(run), "--device", "cpu"])
     result = read_json(run / "results_best_test.json")
     assert result["images"] == 243 and result["metrics"]["pxap"] is None

@@ -1,6 +1,6 @@
 """train.py with the tests' preset, as a program of its own: for tests that kill it or start it several times.
 
-    python tests/tiny_train.py DIE_AT_STEP RANK train.py's flags        (DIE_AT_STEP 0: lives to the end)
+python tests/tiny_train.py DIE_AT_STEP RANK train.py's flags        (DIE_AT_STEP 0: lives to the end)
 """
 
 import os
@@ -12,9 +12,10 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+from conftest import set_tiny_preset
+
 import train
 from bridge_wsol.utils import one_line_errors
-from conftest import set_tiny_preset
 
 if __name__ == "__main__":
     set_tiny_preset(pytest.MonkeyPatch())
