@@ -1,6 +1,7 @@
-"""From features to score maps: class activation map, its three factors (Fig. A3), resize and normalization.
+"""From features to score maps: class activation map (CAM), its three factors, resize and normalization.
 
-Everything is computed and returned in float32, float64 input in float64.
+All functions compute and return float32; float64 input stays float64. A threshold on a normalized map is a
+fraction in [0, 1) of the quantized range: level / 255.
 """
 
 from __future__ import annotations
@@ -14,33 +15,32 @@ from torch import Tensor
 from .losses import cosine_map, feature_norm, full_precision, minmax
 
 NORMALIZATIONS = ("minmax", "max", "pas", "ivr", "log")
-PERCENTILES = {
-    "pas": 0.9,
-    "ivr": 0.45,
-}  # of the normalizations that have one, unless another is given: both from their authors' code
+# Default percentiles of the two normalizations that use one: the values of their authors' code.
+PERCENTILES = {"pas": 0.9, "ivr": 0.45}
 
 
 class Factors(NamedTuple):
-    """CAM(u) = weight_norm * F_u * S_u, the decomposition the method rests on (main text; drawn in Fig. A3)."""
+    """CAM(u) = weight_norm * F_u * S_u, the decomposition of the paper (main text; drawn in Fig. A3)."""
 
-    weight_norm: Tensor  # N          |w_y|
-    F: Tensor  # N x H x W  |f_u|, >= 0
-    S: Tensor  # N x H x W  cos(f_u, w_y), in [-1, 1]
+    weight_norm: Tensor  # N: |w_y|, >= 0
+    F: Tensor  # N x H x W: |f_u|, >= 0
+    S: Tensor  # N x H x W: cos(f_u, w_y), in [-1, 1]
 
 
 def class_activation_map(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """CAM(u) = w_y . f_u, without the bias, unbounded.
+    """CAM(u) = w_y . f_u, without the bias (Zhou et al., CVPR 2016): unbounded and differentiable.
 
-    features N x C x H x W, weight K x C, labels N -> N x H x W.
+    features N x C x H x W, weight K x C, labels N (int64) -> N x H x W.
     """
     with torch.autocast(features.device.type, enabled=False):
         return torch.einsum("nc,nchw->nhw", full_precision(weight[labels]), full_precision(features))
 
 
 def decompose(features: Tensor, weight: Tensor, labels: Tensor) -> Factors:
-    """The three factors of `class_activation_map` (same arguments); their product is the map, to rounding.
+    """The three factors of `class_activation_map` (Fig. A3), from the same arguments.
 
-    Differentiable, with the zero-vector rule of `losses.cosine_map`.
+    Their product is the CAM, to rounding. Differentiable. At a zero feature vector S is 0 without gradient,
+    as in `losses.cosine_map`.
     """
     w_y = weight[labels]  # N x C
     norm = torch.linalg.vector_norm(full_precision(w_y), dim=1)
@@ -50,8 +50,8 @@ def decompose(features: Tensor, weight: Tensor, labels: Tensor) -> Factors:
 def resize(maps: Tensor, size: int, mode: str = "bicubic") -> Tensor:
     """N x H x W -> N x size x size, half-pixel centres, no antialiasing.
 
-    Bicubic (a = -0.75) is the protocol's.
-    Bicubic may overshoot the range of its input; normalize afterwards.
+    The protocol (Choe et al.) uses bicubic interpolation with a = -0.75. Its values may exceed the range of
+    the input: normalize after the resize.
     """
     maps = full_precision(maps)
     if maps.shape[1:] == (size, size):
@@ -60,16 +60,18 @@ def resize(maps: Tensor, size: int, mode: str = "bicubic") -> Tensor:
 
 
 def normalize(maps: Tensor, how: str = "minmax", percentile: float | None = None) -> Tensor:
-    """Normalization of each map to [0, 1]: N x H x W -> the same shape. Apply after `resize`.
+    """Normalizes each map to [0, 1]: N x H x W -> the same shape. Apply after `resize`.
 
-    minmax  (M - min) / (max - min): the protocol's, and this method's
+    minmax  (M - min) / (max - min): the protocol's (Choe et al.), used for CAM and for the paper's method
     max     max(M, 0) / max M
-    pas     M - min, divided by its `percentile` (default 0.9), clipped at 1      (Bae et al., ECCV 2020)
-    ivr     max(M - v, 0) / its maximum, v the `percentile` (default 0.45) of M   (Kim et al., ICCV 2021)
-    log     1 + log10(M) / 7, M clipped to [1e-7, 1]: for probabilities, whose thresholds are even in the exponent then (CALM: Kim et al., ICCV 2021)
+    pas     M - min, divided by its `percentile` (default 0.9), clipped at 1     (Bae et al., ECCV 2020)
+    ivr     max(M - v, 0) / its maximum, v the `percentile` (default 0.45) of M  (Kim et al., ICCV 2021)
+    log     1 + log10(M) / 7, M clipped to [1e-7, 1]: for probabilities          (CALM, Kim et al., ICCV 2021)
 
-    A percentile q in [0, 1) is the sorted value at index int(q * H * W). A map that is constant, holds NaN or infinity,
-    or has nothing left to divide by becomes all zeros. Raises ValueError for an unknown `how` or percentile.
+    The maximum of a map becomes 1, except with `log`, which does not rescale the map: a step of 1/7 in its
+    result is a factor of 10 in the probability. The percentile q, in [0, 1), is the sorted value at index
+    int(q * H * W). A map becomes all zeros if it is constant, contains NaN or infinity, or if its divisor is
+    0. Raises ValueError for an unknown `how`, and for a percentile outside [0, 1).
     """
     if how not in NORMALIZATIONS:
         raise ValueError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {how!r}")

@@ -1,16 +1,18 @@
-"""The method's losses (main-text section 3; hyperparameters: appendix C.5). Imports torch and nothing else.
+"""Losses of the method (main-text section 3; hyperparameters: appendix C.5). Imports torch only.
 
-Copy this file into your project: it needs no other part of this one. Notation of the paper throughout:
+To use these losses elsewhere, copy this file: it needs no other file of this project. Notation of the
+paper:
 
     features  f   N x C x H x W   last feature map, after ReLU
-    weight    w   K x C           rows of the linear classifier (its bias is not part of the map)
+    weight    w   K x C           weight of the linear classifier (its bias is not part of the CAM)
     labels    y   N               ground-truth class of each image
+    u                             a location of the map
 
-    CAM(u) = w_y . f_u = |w_y| * F_u * S_u      with F_u = |f_u| and S_u = cos(f_u, w_y)      (Fig. A3 draws the three)
+    CAM(u) = w_y . f_u = |w_y| * F_u * S_u    with F_u = |f_u| and S_u = cos(f_u, w_y)    (drawn in Fig. A3)
 
-Norms, cosines and the min-max run in float32 whatever autocast says (float64 input stays float64). Gradients are finite
-everywhere: where the formula is 0/0 -- a location whose feature vector is zero, a map F that is constant -- the value
-is 0 and no gradient passes.
+Norms, cosines and min-max are computed in float32, under autocast too; float64 input stays float64. All
+gradients are finite. Two cases make the formulas 0/0: a location with a zero feature vector, and a constant
+map F. There the value is 0, and no gradient passes.
 """
 
 from __future__ import annotations
@@ -21,36 +23,38 @@ from torch import Tensor
 
 
 def feature_norm(features: Tensor) -> Tensor:
-    """F_u = |f_u|, the Euclidean norm over channels: N x C x H x W -> N x H x W, in [0, inf).
+    """F_u = |f_u|, the Euclidean norm over channels (F of Fig. A3): N x C x H x W -> N x H x W, in [0, inf).
 
-    Differentiable; at a zero vector the gradient is 0 (a subgradient of the norm).
+    Differentiable. At a zero vector the gradient is 0, which is a subgradient of the norm.
     """
     return torch.linalg.vector_norm(full_precision(features), dim=1)
 
 
 def minmax(x: Tensor) -> Tensor:
-    """Min-max over the last two dimensions: ... x H x W -> the same shape in [0, 1]. F-hat = minmax(feature_norm(f)).
+    """Min-max over the last two dimensions: ... x H x W -> the same shape, in [0, 1].
 
-    Gradient flows through the value, the minimum and the maximum. A map that is constant to the precision of its type
-    becomes 0 everywhere and passes no gradient.
+    F-hat of main-text section 3 is `minmax(feature_norm(features))`. Gradient flows through the value, the
+    minimum and the maximum. A map that is constant to the precision of its type becomes 0 everywhere and
+    passes no gradient.
     """
     x = full_precision(x)
     low, high = x.amin((-2, -1), keepdim=True), x.amax((-2, -1), keepdim=True)
     info = torch.finfo(x.dtype)
-    # A spread of one rounding step is noise, and its reciprocal (the gradient) would drown everything else.
+    # A spread of one rounding step is noise. The gradient scales with its reciprocal and would be huge.
     varies = high - low > torch.maximum(low.abs(), high.abs()) * info.eps + info.tiny
     return torch.where(varies, (x - low) / torch.where(varies, high - low, 1), 0)
 
 
 def cosine_map(features: Tensor, weight: Tensor) -> Tensor:
-    """S_{k,u} = cos(f_u, w_k), in [-1, 1].
+    """S_{k,u} = cos(f_u, w_k), the cosine of feature and class weight (S of Fig. A3), in [-1, 1].
 
-    features N x C x H x W with weight K x C    -> N x K x H x W: every class for every image;
-    features N x C x H x W with weight N x M x C -> N x M x H x W: rows of its own for each image, for instance
-    `weight[labels][:, None]` for the ground-truth class alone, which costs K times less.
+    features N x C x H x W, weight K x C     -> N x K x H x W: every class for every image.
+    features N x C x H x W, weight N x M x C -> N x M x H x W: M classes per image. For example
+    `weight[labels][:, None]` gives the ground-truth class only, at 1/K of the cost.
 
-    Gradient flows to both arguments. A zero vector (norm at most the square root of the smallest normal number, 1e-19
-    in float32: its square is not representable) has S = 0 and passes no gradient through S.
+    Gradient flows to both arguments. A zero vector has S = 0 and passes no gradient through S. "Zero" means a
+    norm of at most 1e-19 in float32 (square root of the smallest normal number): its square is not
+    representable. Raises ValueError for another shape of `weight`.
     """
     if weight.dim() not in (2, 3) or weight.shape[-1] != features.shape[1]:
         raise ValueError(
@@ -58,7 +62,7 @@ def cosine_map(features: Tensor, weight: Tensor) -> Tensor:
         )
     with torch.autocast(features.device.type, enabled=False):
         norm, weight = feature_norm(features)[:, None], full_precision(weight)
-        # w is made a unit vector, f is not: dividing the product by |f| spares a second map of N x C x H x W.
+        # Only w becomes a unit vector. Dividing the product by |f| avoids a second tensor of N x C x H x W.
         unit_w = _divide(weight, torch.linalg.vector_norm(weight, dim=-1, keepdim=True))
         projection = unit_w @ full_precision(features).flatten(2)  # N x K x HW
         return _divide(projection.unflatten(2, features.shape[2:]), norm)
@@ -67,18 +71,19 @@ def cosine_map(features: Tensor, weight: Tensor) -> Tensor:
 def alignment_losses(
     features: Tensor, weight: Tensor, labels: Tensor, tau_fg: float, tau_bg: float, norm_class: str = "target"
 ) -> tuple[Tensor, Tensor]:
-    """Feature direction alignment: the two scalar losses (L_sim, L_norm), each a mean over the batch, in [-2, 2] and [-1, 1].
+    """Feature direction alignment (main-text section 3): the scalars (L_sim, L_norm), means over the batch.
 
-    L_sim  = mean of S_y over {u : F-hat_u < tau_bg}  -  mean of S_y over {u : F-hat_u > tau_fg}
-    L_norm = mean of F-hat over {u : S_u < 0}         -  mean of F-hat over {u : S_u > 0}
+    L_sim  = mean of S_y over {u : F-hat_u < tau_bg}  -  mean of S_y over {u : F-hat_u > tau_fg},  in [-2, 2]
+    L_norm = mean of F-hat over {u : S_u < 0}         -  mean of F-hat over {u : S_u > 0},         in [-1, 1]
 
-    S in L_norm is the ground-truth class's map (`norm_class="target"`: ImageNet-1K, OpenImages30k) or the maximum over
-    all classes (`"max"`: CUB, where every class is a bird). Locations between the two thresholds are in neither set of
-    L_sim; an empty set contributes 0. The sets are hard masks without gradient. Gradient flows to features and weight
-    through S_y (L_sim), and to features through F-hat (L_norm).
+    features N x C x H x W, weight K x C, labels N (int64). tau_fg and tau_bg, in [0, 1], are thresholds on
+    F-hat (values: C.5). Locations between the two are in neither set of L_sim. The mean of an empty set is 0.
 
-    features N x C x H x W, weight K x C, labels N (int64); tau_fg, tau_bg are fractions of F-hat's range.
-    Raises ValueError for another `norm_class`.
+    norm_class selects S in L_norm. "target": the ground-truth class (ImageNet-1K, OpenImages30k). "max": the
+    maximum over all classes (CUB, where every class is a bird).
+
+    The sets are hard masks without gradient. Gradient flows through S_y (L_sim) to features and weight, and
+    through F-hat (L_norm) to features. Raises ValueError for another `norm_class`.
     """
     if norm_class not in ("target", "max"):
         raise ValueError(f'norm_class must be "target" or "max", got {norm_class!r}')
@@ -95,12 +100,15 @@ def alignment_losses(
 
 
 def attentive_dropout(features: Tensor, gamma: float, p: float) -> Tensor:
-    """Attentive dropout at an intermediate map: zeroes its strongest locations at random. Shape unchanged.
+    """Attentive dropout (main-text section 3; gamma and p: C.5): zeroes the strongest locations at random.
 
-    m = mean over channels; u is a candidate when m_u > gamma * max m (per image), and each candidate is zeroed, in all
-    channels, independently with probability p. The rest is kept as it is: nothing is rescaled.
-    Gradient flows to `features` where they are kept; the mask carries none. Random numbers: torch's default generator
-    of the device. p = 0 returns `features` itself.
+    features N x C x H x W, an intermediate feature map -> the same shape. With m the mean over channels, u is
+    a candidate if m_u > gamma * max_u m (per image). Each candidate is zeroed in all channels with
+    probability p, independently. The other values are unchanged, without rescaling. p = 0 returns `features`
+    itself.
+
+    Gradient flows to `features` at the locations that are not zeroed; the mask has none.
+    Random numbers come from the default generator of the device.
     """
     if p == 0:
         return features
@@ -112,24 +120,26 @@ def attentive_dropout(features: Tensor, gamma: float, p: float) -> Tensor:
 
 
 def consistency_loss(features: Tensor, features_dropped: Tensor) -> Tensor:
-    """L_drop = mean |f - f_dropped| over all elements of the last feature map of the two passes: a scalar, >= 0.
+    """L_drop = mean |f - f_dropped|: consistency with attentive dropout (main-text section 3).
 
-    Gradient flows through both passes.
+    features, features_dropped: N x C x H x W, the last feature map of the clean and of the dropped pass -> a
+    scalar, >= 0. The mean is over all elements. Gradient flows through both passes.
     """
     return nnf.l1_loss(full_precision(features_dropped), full_precision(features))
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """float64 stays float64; every other type becomes float32. Shape unchanged, differentiable."""
+    """Converts to float32, except float64, which stays float64. Same shape, differentiable."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _divide(x: Tensor, norm: Tensor) -> Tensor:
+    """x / norm, and 0 without gradient where the norm is zero."""
     nonzero = norm > torch.finfo(norm.dtype).tiny ** 0.5
-    # `where` on the denominator too: a masked 0/0 would still send NaN backwards.
+    # The denominator needs `where`, too: the gradient of a masked 0/0 is still NaN.
     return torch.where(nonzero, x / torch.where(nonzero, norm, 1), 0)
 
 
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x over the locations of `mask`, 0 where it is empty: N x H x W, N x H x W -> N."""
+    """Mean of x over the locations in `mask`, 0 if there is none: N x H x W, N x H x W -> N."""
     return torch.where(mask, x, 0).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
