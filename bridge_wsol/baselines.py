@@ -1,18 +1,14 @@
-"""Training methods under one roof: each says how a batch becomes losses and how features become a map.
+"""The systems that the paper's method is compared with, a class each. The ninth, CAM, is in methods.py.
 
-train.py and evaluate.py know a method by its name in METHODS alone. A new one is a subclass with a name, anywhere:
+All use the same backbones, data pipeline, evaluation and learning rates. Sources of values in the docstrings:
 
-    class Mine(CAM, name="mine"):
-        def losses(self, model, images, labels, epoch): ...
+    authors       the released code of the method's authors
+    common code   the evaluation code of Choe et al. (CVPR 2020)
+    search        tuned values for CUB in public scripts: (VGG16), (ResNet50)
+    our choice    no source states the value
 
-The paper's method is `Bridge`; the others are those it is compared with, all on one backbone, one data path, one evaluator and one set of
-learning rates. Where the literature leaves something unsaid, the docstring says "our choice". "The common code" is that of Choe et al.'s
-evaluation, "the search" what public scripts give as its tuned values for CUB: (VGG16), (ResNet50).
-
-Losses and maps are computed in float32 under autocast too, those of a float64 network in float64.
-
-    python -m bridge_wsol.baselines --seeds 0 1 2                          every method on the demo, one table
-    python -m bridge_wsol.baselines --methods cam adl+ivr bridge bridge:lambda_sim=0 --dataset CUB --arch vgg16
+methods.py explains what a method is. Other files import METHODS from here, because this import registers all
+methods.
 """
 
 from __future__ import annotations
@@ -28,40 +24,44 @@ from torch import Tensor, nn
 
 from .cam import class_activation_map, resize
 from .losses import full_precision, minmax
-
-# Whoever needs the registry with every method in it imports it from here.
-from .methods import CAM, Bridge, Losses
+from .methods import CAM, Losses
 from .methods import METHODS as METHODS
 from .models import VGG16GAP, GAPNetwork, Output
 from .optim import OURS, image_size
 from .utils import InputError
 
-# Sources of the methods' own values.
+# Sources of hyperparameters, for config.json.
 AUTHORS = "its authors' code"
 COMMON_CODE = "the common code's default"
 
 
-# ---------------------------------------------------------------------------------------------------- erasing and mixing
+# ---- Erasing and mixing
 
 
 class ACoL(CAM, name="acol"):
-    """Adversarial complementary learning (Zhang et al., CVPR 2018), as in the common code.
+    """ACoL, adversarial complementary learning (Zhang et al., CVPR 2018), as in the common code.
 
-    Two heads A and B of unshared convolutions replace conv6, GAP and fc; B sees the features X with zeros where A's map of the label, min-max
-    normalized, is at least acol_delta. L = CE(GAP S_A, y) + CE(GAP S_B, y). No gradient passes through the mask; X is not detached, so both
-    heads train the backbone. The map is the element-wise maximum of the two, each min-max normalized; the prediction is A's.
-    VGG16 pools 3 x 3 with padding 1, and X is conv5_3 after a max- and a mean-pool, both 3 x 3 at stride 1; ResNet50's X is layer4's output.
-    acol_delta: the authors' 0.6, the common code's 0.7, the search's (0.89), (0.57).
-    The heads' initialization is the common code's: Xavier's uniform one, biases 0.
+    Two heads A and B with separate convolutions replace conv6, GAP and fc. B sees the features X with zeros
+    where the min-max normalized map of A for the label is at least acol_delta.
+    L = CE(GAP S_A, y) + CE(GAP S_B, y). The mask carries no gradient; both heads train the backbone.
+    The map is the element-wise maximum of the maps of A and B, each min-max normalized. The logits are A's.
+
+    VGG16: all pools are 3 x 3 with padding 1. X is conv5_3 after a max pool and an average pool, both 3 x 3
+    with stride 1. ResNet50: X is the output of layer4.
+    New convolutions start from Xavier's uniform distribution and biases 0 (common code).
+
+    acol_delta: 0.7 (common code, the default), 0.6 (authors), (0.89), (0.57) (search)
     """
 
     allowed = {"acol_delta": (0, 1)}
 
     @classmethod
     def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
+        """Adds acol_delta."""
         return super().preset(dataset, arch) | {"acol_delta": (0.7, COMMON_CODE)}
 
     def network(self, num_classes: int) -> GAPNetwork:
+        """The CAM baseline's network with heads A and B in place of conv6, GAP and fc."""
         model = super().network(num_classes)
         channels, hidden = take_head_off(model)
         model.pool = nn.Identity()
@@ -78,44 +78,44 @@ class ACoL(CAM, name="acol"):
     def branches(
         self, model: nn.Module, images: Tensor, labels: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(S_A, S_B, each N x K x H x W; the labels by which X was erased for B).
+        """(S_A and S_B, each N x K x H x W; labels N, which select the map of A that masks X for B).
 
-        Without labels they are A's first predictions.
+        labels None: the top-1 predictions of A.
         """
         x = model.pool(model(images).features)
         s_a = full_precision(model.head_a(x))
         labels = s_a.mean((2, 3)).argmax(1) if labels is None else labels
-        erased = minmax(of_class(s_a, labels)) >= self.c.acol_delta
+        erased = minmax(of_class(s_a, labels)) >= self.config.acol_delta
         return s_a, full_precision(model.head_b(x.masked_fill(erased[:, None], 0))), labels
 
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
+        """Cross-entropy of each head. The logits are those of A."""
         logits_a, logits_b = (s.mean((2, 3)) for s in self.branches(model, images, labels)[:2])
-        return Losses(
-            {
-                "l_a": (1.0, nnf.cross_entropy(logits_a, labels)),
-                "l_b": (1.0, nnf.cross_entropy(logits_b, labels)),
-            },
-            logits_a,
-        )
+        loss_a, loss_b = (nnf.cross_entropy(logits, labels) for logits in (logits_a, logits_b))
+        return Losses({"l_a": (1.0, loss_a), "l_b": (1.0, loss_b)}, logits_a)
 
     def predict(
         self, model: nn.Module, images: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """Logits of A; maps: the element-wise maximum of both heads, in [0, 1]."""
         s_a, s_b, labels = self.branches(model, images, labels)
         return s_a.mean((2, 3)), torch.maximum(minmax(of_class(s_a, labels)), minmax(of_class(s_b, labels)))
 
 
 class ADL(CAM, name="adl"):
-    """Attention-based dropout layer (Choe & Shim, CVPR 2019): cross-entropy through `attention_based_dropout` at three places; nothing at test.
+    """ADL, attention-based dropout layer (Choe & Shim, CVPR 2019): `attention_based_dropout` at three places.
 
-    adl_position "common": the common code's places, VGG16's second before pool4; "authors": it is after pool4. ResNet50's are the same.
-    The search: adl_gamma (0.72), (0.76), adl_rate (0.33), (0.24).
+    The loss is cross-entropy. In eval mode the layers do nothing.
+
+    adl_gamma, adl_rate: (0.72), (0.76) and (0.33), (0.24) (search)
+    adl_position: the second place in VGG16, "common" (before pool4, common code) or "authors" (after pool4)
     """
 
     allowed = {"adl_gamma": (0, 1), "adl_rate": (0, 1), "adl_position": ("common", "authors")}
 
     @classmethod
     def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
+        """Adds adl_gamma, adl_rate and adl_position."""
         own = {
             "adl_gamma": (0.8 if arch == "vgg16" else 0.9, AUTHORS),
             "adl_rate": (0.75, AUTHORS),
@@ -124,29 +124,32 @@ class ADL(CAM, name="adl"):
         return super().preset(dataset, arch) | own
 
     def network(self, num_classes: int) -> GAPNetwork:
+        """The CAM baseline's network with a dropout hook at each of the three places."""
         model = super().network(num_classes)
         layers, place = backbone(model)
-        second = "conv4_3" if self.c.adl_position == "common" else "pool4"
-        # Hooks rather than layers: a layer more would shift the names of those behind it.
-        for name in (
-            ("pool3", second, "conv5_3")
-            if isinstance(model, VGG16GAP)
-            else ("layer3.0", "layer4.0", "layer4.2")
-        ):
+        second = "conv4_3" if self.config.adl_position == "common" else "pool4"
+        vgg = isinstance(model, VGG16GAP)
+        # Hooks, not layers: an inserted layer would rename the parameters of all layers after it.
+        for name in ("pool3", second, "conv5_3") if vgg else ("layer3.0", "layer4.0", "layer4.2"):
             layers[place[name] - 1].register_forward_hook(self.drop)
         return model
 
     def drop(self, layer: nn.Module, _: Any, output: Tensor) -> Tensor:
-        return (
-            attention_based_dropout(output, self.c.adl_gamma, self.c.adl_rate) if layer.training else output
-        )
+        """Forward hook: `attention_based_dropout` of the layer's output, in training mode only."""
+        if not layer.training:
+            return output
+        return attention_based_dropout(output, self.config.adl_gamma, self.config.adl_rate)
 
 
 def attention_based_dropout(z: Tensor, gamma: float, rate: float) -> Tensor:
-    """ADL's layer in training, N x C x H x W -> the same. a = the mean over channels; the drop mask is 1 where a < gamma * max a (per image),
-    the importance map sigmoid(a). One draw for the whole batch: z times the mask with probability `rate`, else z times the map; no rescaling.
+    """The layer of ADL in training mode (Choe & Shim): z N x C x H x W -> the same shape.
 
-    Gradient flows to z through the product and the importance map, not through the mask. The draw: torch's default generator.
+    a is the mean over channels. The drop mask is 1 where a < gamma * max a (per image), else 0. The
+    importance map is sigmoid(a). One draw per call, for the whole batch: the result is z times the mask with
+    probability `rate`, else z times the importance map. Nothing is rescaled. gamma and rate in [0, 1].
+
+    Gradient flows to z through the product and the importance map; the mask has none. Random numbers come
+    from torch's default generator.
     """
     a = full_precision(z).mean(1, keepdim=True)  # N x 1 x H x W
     if torch.rand(()) < rate:
@@ -155,40 +158,43 @@ def attention_based_dropout(z: Tensor, gamma: float, rate: float) -> Tensor:
 
 
 class EIL(CAM, name="eil"):
-    """Erasing integrated learning (Mai et al., CVPR 2020), its single module as released: L = CE(u, y) + eil_lambda CE(e, y).
+    """EIL, erasing integrated learning (Mai et al., CVPR 2020): L = CE(u, y) + eil_lambda CE(e, y).
 
-    u: the logits; e: those of a second pass through the same layers behind the split, its input zero where its channel mean is at least
-    eil_gamma of the image's maximum. Both passes train all layers; the mask has no gradient. The map is the unerased pass's CAM.
-    VGG16 splits behind pool4. Our choice: ResNet50 splits behind layer3 (not released), and where there is batch norm, the erased pass is
-    normalized by its own batch and leaves the running statistics alone: they are the unerased pass's, as the test needs them.
-    The best eil_lambda is not published; 1 is the released code's. MEIL's wiring of several modules is not, and not here.
+    u are the logits. e are the logits of a second pass through the layers after the split. Its input is zero
+    where the channel mean is at least eil_gamma times the image's maximum. Both passes train all layers. The
+    mask has no gradient. The map is the CAM of the first pass.
+
+    VGG16 splits after pool4 (authors). Our choice: ResNet50 splits after layer3 (no released code), and batch
+    norm uses the batch statistics of the erased pass without updating the running statistics.
+    There is one module, as in the released code; MEIL, with several modules, is not implemented.
+
+    eil_lambda: 1 (authors); the best value is not published
     """
 
     allowed = {"eil_gamma": (0, 1), "eil_lambda": (0, float("inf"))}
 
     @classmethod
     def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
+        """Adds eil_gamma and eil_lambda."""
         return super().preset(dataset, arch) | {"eil_gamma": (0.7, AUTHORS), "eil_lambda": (1.0, AUTHORS)}
 
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
+        """Cross-entropy of the unerased and of the erased pass. The logits are those of the unerased pass."""
         layers, place = backbone(model)
         split = place["pool4" if isinstance(model, VGG16GAP) else "layer3"]
         z = layers[:split](images)
         u = model.fc(layers[split:](z).mean((2, 3)))
         a = full_precision(z).mean(1, keepdim=True)  # N x 1 x H x W
+        strong = a >= self.config.eil_gamma * a.amax((2, 3), keepdim=True)
         with kept_statistics(model):
-            e = model.fc(
-                layers[split:](z.masked_fill(a >= self.c.eil_gamma * a.amax((2, 3), keepdim=True), 0)).mean(
-                    (2, 3)
-                )
-            )
+            e = model.fc(layers[split:](z.masked_fill(strong, 0)).mean((2, 3)))
         kept, erased = (nnf.cross_entropy(full_precision(logits), labels) for logits in (u, e))
-        return Losses({"l_ce": (1.0, kept), "l_erased": (self.c.eil_lambda, erased)}, u)
+        return Losses({"l_ce": (1.0, kept), "l_erased": (self.config.eil_lambda, erased)}, u)
 
 
 @contextmanager
 def kept_statistics(model: nn.Module) -> Iterator[None]:
-    """In the block, batch norm in training mode normalizes as ever but does not move its running statistics."""
+    """Within the block, batch norm in training mode does not update its running statistics (for EIL)."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.track_running_stats = False
@@ -200,38 +206,42 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
 
 
 class CutMix(CAM, name="cutmix"):
-    """CutMix (Yun et al., ICCV 2019): `mix` with probability cutmix_p a batch, then lambda L(y) + (1 - lambda) L(y of what was pasted).
+    """CutMix (Yun et al., ICCV 2019): pastes a rectangle of another image into each image (see `mix`).
 
-    L is whatever losses the class behind it in the method's order has, cross-entropy here; one forward pass serves both labels.
-    The search: cutmix_beta (0.85), (1.35), cutmix_p (0.79), (0.24 or 0.34: its sources disagree).
+    With probability cutmix_p per batch, L = lambda L(y) + (1 - lambda) L(y of the pasted image); one forward
+    pass serves both labels. L is each loss term of the next class in the method resolution order:
+    cross-entropy here, other losses for a class that also inherits from another method.
+
+    cutmix_beta: (0.85), (1.35); cutmix_p: (0.79), (0.24 or 0.34: two sources disagree) (search)
     """
 
     allowed = {"cutmix_beta": (0.01, 100), "cutmix_p": (0, 1)}
 
     @classmethod
     def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
+        """Adds cutmix_beta and cutmix_p."""
         return super().preset(dataset, arch) | {"cutmix_beta": (1.0, AUTHORS), "cutmix_p": (1.0, AUTHORS)}
 
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
-        if torch.rand(()) >= self.c.cutmix_p:
+        """Each loss term of the mixed images, weighted over the two labels by lambda."""
+        if torch.rand(()) >= self.config.cutmix_p:
             return super().losses(model, images, labels, epoch)
-        images, other, lam = mix(images, self.c.cutmix_beta)
+        images, other, lam = mix(images, self.config.cutmix_beta)
         output = self.forward(model, images)
         own, pasted = (self.terms(model, output, y, epoch) for y in (labels, labels[other]))
-        return Losses(
-            {
-                name: (weight, lam * value + (1 - lam) * pasted[name][1])
-                for name, (weight, value) in own.items()
-            },
-            output.logits,
-        )
+        terms = {
+            name: (weight, lam * value + (1 - lam) * pasted[name][1]) for name, (weight, value) in own.items()
+        }
+        return Losses(terms, output.logits)
 
 
 def mix(images: Tensor, beta: float) -> tuple[Tensor, Tensor, float]:
-    """(images N x C x H x W, each with a rectangle of another pasted in; the others' indices N; lambda, the share of its own pixels).
+    """CutMix of a batch: images N x C x H x W -> (mixed images, indices N of the pasted images, lambda).
 
-    lambda ~ Beta(beta, beta); the rectangle, floor(sqrt(1 - lambda)) of width and height about a uniform centre, is clipped to the image and
-    lambda computed anew; one rectangle and one permutation for the batch. Random numbers: torch's default generator.
+    lambda, in [0, 1], is the share of pixels that an image keeps. First lambda ~ Beta(beta, beta). The
+    rectangle has sqrt(1 - lambda) of height and width, rounded down, and a uniformly drawn centre. It is
+    clipped to the image, and lambda is recomputed from its area. One rectangle and one permutation per batch.
+    Random numbers come from torch's default generator.
     """
     height, width = images.shape[2:]
     side = (1 - float(torch.distributions.Beta(beta, beta).sample())) ** 0.5
@@ -246,42 +256,44 @@ def mix(images: Tensor, beta: float) -> tuple[Tensor, Tensor, float]:
     return mixed, other, 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
 
 
-class BridgeCutMix(CutMix, Bridge, name="bridge+cutmix"):
-    """Both: CutMix's images, and each of the bridging losses weighted over the two labels (our choice: neither paper has it)."""
-
-
 class HaS(CAM, name="has"):
-    """Hide-and-seek (Singh & Lee, ICCV 2017): cross-entropy on images with hidden cells (`hide`), the plain CAM at test.
+    """HaS, hide-and-seek (Singh & Lee, ICCV 2017): cross-entropy on images with hidden cells (see `hide`).
 
-    has_cells: sides in pixels, comma-separated, of which each image draws one; 0 hides nothing. The authors' are of 224-pixel images and
-    scale with the images' size here (our choice). The common code has one for all, 4 by default; the search: (65), (120), has_p (0.47), (0.66).
+    has_cells: cell sides in pixels, comma-separated. Each image draws one; 0 hides nothing. The authors'
+    sides are for 224-pixel images; the default scales them to the image size of the data set (our choice).
+    The common code has one side for all images, by default 4. Search: (65), (120)
+    has_p: (0.47), (0.66) (search)
     """
 
     allowed = {"has_p": (0, 1)}
 
     @classmethod
     def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
+        """Adds has_cells and has_p."""
         cells = ",".join(str(round(side * image_size(dataset) / 224)) for side in (0, 16, 32, 44, 56))
         return super().preset(dataset, arch) | {"has_cells": (cells, AUTHORS), "has_p": (0.5, AUTHORS)}
 
-    def __init__(self, c: SimpleNamespace):
-        super().__init__(c)
+    def __init__(self, config: SimpleNamespace):
+        super().__init__(config)
         try:
-            self.sides = [int(side) for side in c.has_cells.split(",")]
+            self.sides = [int(side) for side in config.has_cells.split(",")]
         except ValueError:
             self.sides = []
         if not self.sides or min(self.sides) < 0:
-            raise InputError(
-                f"--has-cells {c.has_cells}: must be sides in pixels, comma-separated, each at least 0"
-            )
+            rule = "must be sides in pixels, comma-separated, each at least 0"
+            raise InputError(f"--has-cells {config.has_cells}: {rule}")
 
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
-        return super().losses(model, hide(images, self.sides, self.c.has_p), labels, epoch)
+        """The losses of the images with hidden cells."""
+        return super().losses(model, hide(images, self.sides, self.config.has_p), labels, epoch)
 
 
 def hide(images: Tensor, sides: list[int], p: float) -> Tensor:
-    """Each image (N x C x H x W, normalized) in square cells of a side drawn from `sides`, the last ones cut off by the border; each cell
-    becomes zero, the mean colour, with probability p. Random numbers: torch's default generator.
+    """HaS of a batch: images N x C x H x W, normalized -> the same shape with hidden cells.
+
+    Each image draws a side in pixels from `sides` and is divided into square cells, cut off at the image
+    border. Each cell becomes zero, the mean colour, with probability p. Random numbers come from torch's
+    default generator.
     """
     height, width = images.shape[2:]
     hidden = torch.zeros(len(images), height, width, dtype=torch.bool)
@@ -293,44 +305,47 @@ def hide(images: Tensor, sides: list[int], p: float) -> Tensor:
     return images.masked_fill(hidden[:, None].to(images.device), 0)
 
 
-# ------------------------------------------------------------------------------------------------ pooling and distributions
+# ---- Pooling and distributions
 
 
 class PaS(CAM, name="pas"):
-    """Rethinking class activation mapping (Bae et al., ECCV 2020): three parts, each with its switch.
+    """PaS, rethinking class activation mapping (Bae et al., ECCV 2020). Its three parts are separate options.
 
-    Thresholded average pooling (`thresholded_average`) instead of GAP, in training and prediction: pas_theta; below 0 every location is kept,
-    which is GAP, while 0 is the mean over the positive ones. Negative weights clamped to 0 in the map, not in the prediction: pas_nwc on, off.
-    Percentile as a standard for thresholding: `evaluate.py --normalize pas` (train.py's own evaluation is the protocol's min-max).
-    Our choice: pas_theta on ResNet50, where nothing was released, is VGG16's, on layer4's output.
+    pas_theta: `thresholded_average` in place of GAP, in training and prediction. A negative value is GAP; 0 is
+    the mean over positive locations. The default for ResNet50 is that of VGG16 (our choice).
+    pas_nwc: "on" clamps negative class weights to 0 in the map. The logits use all weights.
+    The third part, a percentile as threshold, is `evaluate.py --normalize pas`. train.py evaluates with
+    min-max.
     """
 
     allowed = {"pas_theta": (-1, 1), "pas_nwc": ("on", "off")}
 
     @classmethod
     def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
+        """Adds pas_theta and pas_nwc."""
         own = {"pas_theta": (0.1, AUTHORS if arch == "vgg16" else OURS), "pas_nwc": ("on", AUTHORS)}
         return super().preset(dataset, arch) | own
 
     def forward(self, model: nn.Module, images: Tensor) -> Output:
+        """The forward pass, with logits from thresholded average pooling."""
         output = super().forward(model, images)
-        return output._replace(logits=model.fc(thresholded_average(output.features, self.c.pas_theta)))
+        return output._replace(logits=model.fc(thresholded_average(output.features, self.config.pas_theta)))
 
     def predict(
         self, model: nn.Module, images: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """Logits of `forward`; maps: CAM, with non-negative class weights if pas_nwc is "on"."""
         output = self.forward(model, images)
         labels = output.logits.argmax(1) if labels is None else labels
-        weight = model.fc.weight.clamp(min=0) if self.c.pas_nwc == "on" else model.fc.weight
+        weight = model.fc.weight.clamp(min=0) if self.config.pas_nwc == "on" else model.fc.weight
         return output.logits, class_activation_map(output.features, weight, labels)
 
 
 def thresholded_average(features: Tensor, theta: float) -> Tensor:
-    """Of each channel the mean over the locations above theta * its maximum, 0 where there is none.
+    """Thresholded average pooling of PaS: features N x C x H x W, >= 0 -> N x C.
 
-    features N x C x H x W, >= 0 -> N x C.
-
-    Gradient flows to the kept values; threshold and count are constants for it.
+    The mean of a channel over the locations above theta times its maximum; 0 if there is none. theta is in
+    [-1, 1]. Gradient flows to these locations; threshold and count are constants for the gradient.
     """
     features = full_precision(features)
     keep = features > theta * features.amax((2, 3), keepdim=True)
@@ -338,16 +353,22 @@ def thresholded_average(features: Tensor, theta: float) -> Tensor:
 
 
 class CALM(CAM, name="calm"):
-    """Class activation latent mapping (Kim et al., ICCV 2021): the location z of the cue is a latent variable.
+    """CALM, class activation latent mapping (Kim et al., ICCV 2021): the location z is a latent variable.
 
-    p(y|x,z): the softmax over classes of the linear layer at each location; p(z|x): softplus of a 1 x 1 convolution over its sum.
-    p(y|x) sums the joint p(y|x,z) p(z|x) over z; its log serves as logits, the joint of the label as map.
-    calm_loss "ml": -log p(y|x). "em": the responsibilities p(z|x,y), detached, weigh -log of the joint. (The authors classify better with
-    em on CUB, alike elsewhere.)
-    calm_normalizer "detached": the sum under p(z|x) is a constant for the gradient, as in the released code, so nothing pulls the location head
-    down. Our choice is "exact": detached, the features of the demo's VGG16 (no batch norm) grew 25-fold in four epochs and classified no longer.
-    Our choice too: softplus, where code (ReLU, which can be 0/0) and paper differ; the joint among the maps the code offers: the paper's localization
-    was not released. The joint is heavy-tailed, and even levels of it miss the object's extent: `evaluate.py --normalize log` has the code's log-spaced ones. Bilinear upsampling is the released code's.
+    p(y|x,z) is the softmax over classes of the linear layer at a location. p(z|x) is the softplus of a 1 x 1
+    convolution, divided by its sum over locations. The joint is p(y,z|x) = p(y|x,z) p(z|x). The logits are
+    the log of its sum over z. The map is the joint of the label.
+
+    calm_loss: "ml" is -log p(y|x). "em" (default, our choice) is -log of the joint, weighted by the detached
+    responsibilities p(z|x,y). On CUB the authors report a higher accuracy with em.
+    calm_normalizer: "detached" makes the sum under p(z|x) a constant for the gradient (authors). "exact" is
+    the default (our choice): with "detached", the features of the demo's VGG16 grew 25-fold in four epochs
+    and its classification failed.
+
+    Our choice, too: softplus (the authors' code has ReLU, which can give 0/0), and the joint as the map
+    (their localization code is not released). Upsampling is bilinear (authors). The joint has a heavy tail:
+    evenly spaced thresholds miss the extent of an object. `evaluate.py --normalize log` spaces them by the
+    logarithm (authors).
     """
 
     upsampling = "bilinear"
@@ -355,9 +376,11 @@ class CALM(CAM, name="calm"):
 
     @classmethod
     def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
+        """Adds calm_loss and calm_normalizer."""
         return super().preset(dataset, arch) | {"calm_loss": ("em", OURS), "calm_normalizer": ("exact", OURS)}
 
     def network(self, num_classes: int) -> GAPNetwork:
+        """The CAM baseline's network with a 1 x 1 convolution, the location head."""
         model = super().network(num_classes)
         model.location = nn.Conv2d(model.fc.in_features, 1, 1)
         nn.init.normal_(model.location.weight, std=0.01)
@@ -370,50 +393,59 @@ class CALM(CAM, name="calm"):
         classes = nnf.conv2d(features, model.fc.weight[:, :, None, None], model.fc.bias)
         s = nnf.softplus(full_precision(model.location(features)))  # N x 1 x H x W
         total = s.sum((2, 3), keepdim=True)
-        p_z = s / (total.detach() if self.c.calm_normalizer == "detached" else total)
+        p_z = s / (total.detach() if self.config.calm_normalizer == "detached" else total)
         return full_precision(classes).log_softmax(1) + torch.where(p_z < 1e-8, p_z + 1e-8, p_z).log()
 
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
+        """The loss that calm_loss selects. The logits are log p(y|x)."""
         log_joint = self.log_joint(model, images)
         of_label = of_class(log_joint, labels)
-        if self.c.calm_loss == "ml":
+        if self.config.calm_loss == "ml":
             loss = -of_label.logsumexp((1, 2)).mean()
         else:
             joint = of_label.detach().exp()
             responsibilities = joint / (joint.sum((1, 2), keepdim=True) + 1e-10)
             loss = -(responsibilities * of_label).sum((1, 2)).mean()
-        return Losses({f"l_{self.c.calm_loss}": (1.0, loss)}, log_joint.logsumexp((2, 3)))
+        return Losses({f"l_{self.config.calm_loss}": (1.0, loss)}, log_joint.logsumexp((2, 3)))
 
     def predict(
         self, model: nn.Module, images: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """Logits: log p(y|x). Maps: the joint p(y,z|x), in [0, 1]."""
         log_joint = self.log_joint(model, images)
         logits = log_joint.logsumexp((2, 3))
         return logits, of_class(log_joint, logits.argmax(1) if labels is None else labels).exp()
 
 
 class SPG(CAM, name="spg"):
-    """Self-produced guidance (Zhang et al., ECCV 2018), as in the common code: L = CE + three binary cross-entropies with `seeds`.
+    """SPG, self-produced guidance (Zhang et al., ECCV 2018), as in the common code.
 
-    The classifier's map S (VGG16: two 3 x 3 convolutions and a 1 x 1 in place of conv6 and fc; ResNet50: a 1 x 1 on layer4) is averaged to
-    logits, and is the map. Single-channel branches, all upsampled bilinearly to the image: B1 on pool4 /
-    layer3's first block, B2 on conv5_3 / layer3, C on the layer before S.
-    B2 learns from seeds of minmax(S_y) by (spg_h1, spg_l1), B1 from those of sigmoid(B2) by (h2, l2),
-    C from those of the mean of sigmoid(B1) and sigmoid(B2) by (h3, l3); seeds are detached, pixels that are none do not count.
-    VGG16's pool4, and no other, is 3 x 3 with padding 1. The new convolutions' initialization is the common
-    code's: Xavier's uniform one, biases 0.
-    The search: (.29,.23)(.03,.02)(.82,.59), (.41,.35)(.24,.21)(.12,.08); the authors' first pair is (.7,.05).
+    S has K channels: the map. Its spatial mean is the logits. VGG16: two 3 x 3 convolutions and a 1 x 1
+    convolution replace conv6 and fc. ResNet50: a 1 x 1 convolution on layer4. Three branches of one channel,
+    upsampled bilinearly to the image size, learn from detached `seeds`:
+
+        B2  on conv5_3 / layer3               from minmax(S_y)                     thresholds spg_h1, spg_l1
+        B1  on pool4 / first block of layer3  from sigmoid(B2)                     thresholds spg_h2, spg_l2
+        C   on the input of S's last layer    from mean(sigmoid(B1), sigmoid(B2))  thresholds spg_h3, spg_l3
+
+    L = L_CE + L_B1 + L_B2 + L_C, where the last three are `seed_loss`. VGG16's pool4 is 3 x 3 with padding 1.
+    New convolutions start from Xavier's uniform distribution and biases 0 (common code).
+
+    Pairs (h, l): (.29,.23)(.03,.02)(.82,.59) and (.41,.35)(.24,.21)(.12,.08) (search).
+    First pair: (.7,.05) (authors).
     """
 
     allowed = {f"spg_{end}{i}": (0, 1) for i in (1, 2, 3) for end in "hl"}
 
     @classmethod
     def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
+        """Adds spg_h1, spg_l1, ... spg_l3."""
         pairs = enumerate(((0.7, 0.01), (0.5, 0.05), (0.7, 0.1)), 1)
         own = {f"spg_{end}{i}": (value, COMMON_CODE) for i, pair in pairs for end, value in zip("hl", pair)}
         return super().preset(dataset, arch) | own
 
     def network(self, num_classes: int) -> GAPNetwork:
+        """The CAM baseline's network with the branches in place of conv6, GAP and fc."""
         model = super().network(num_classes)
         vgg = isinstance(model, VGG16GAP)
         channels, _ = take_head_off(model)
@@ -428,7 +460,8 @@ class SPG(CAM, name="spg"):
         return model
 
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
-        c, (layers, place) = self.c, backbone(model)
+        """Cross-entropy of the logits, and of B1, B2 and C with their seeds."""
+        config, (layers, place) = self.config, backbone(model)
         names = ("pool4", "conv5_3") if isinstance(model, VGG16GAP) else ("layer3.0", "layer3")
         first, second = (place[name] for name in names)
         a1 = layers[:first](images)
@@ -440,49 +473,57 @@ class SPG(CAM, name="spg"):
         def full(x: Tensor) -> Tensor:
             return resize(x, images.shape[-1], "bilinear")
 
-        s_y, b1, b2, of_c = (
-            full(of_class(s, labels)),
-            *(full(x[:, 0]) for x in (model.b(model.b1(a1)), model.b(model.b2(a2)), model.c(a3))),
-        )
+        branches = (model.b(model.b1(a1)), model.b(model.b2(a2)), model.c(a3))
+        b1, b2, of_c = (full(x[:, 0]) for x in branches)
+        s_y = full(of_class(s, labels))
         terms = {
             "l_ce": nnf.cross_entropy(logits, labels),
-            "l_b2": seed_loss(b2, seeds(minmax(s_y), c.spg_h1, c.spg_l1)),
-            "l_b1": seed_loss(b1, seeds(b2.sigmoid(), c.spg_h2, c.spg_l2)),
-            "l_c": seed_loss(of_c, seeds((b1.sigmoid() + b2.sigmoid()) / 2, c.spg_h3, c.spg_l3)),
+            "l_b2": seed_loss(b2, seeds(minmax(s_y), config.spg_h1, config.spg_l1)),
+            "l_b1": seed_loss(b1, seeds(b2.sigmoid(), config.spg_h2, config.spg_l2)),
+            "l_c": seed_loss(of_c, seeds((b1.sigmoid() + b2.sigmoid()) / 2, config.spg_h3, config.spg_l3)),
         }
         return Losses({name: (1.0, value) for name, value in terms.items()}, logits)
 
     def predict(
         self, model: nn.Module, images: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """Logits and maps from S."""
         s = full_precision(model.a4(model.a3(model(images).features)))
         logits = s.mean((2, 3))
         return logits, of_class(s, logits.argmax(1) if labels is None else labels)
 
 
 def seeds(maps: Tensor, high: float, low: float) -> Tensor:
-    """SPG's pixels to learn from, maps N x H x W in [0, 1] -> the same, without gradient: 1 object, 0 background, -1 neither.
+    """Seeds of SPG: maps N x H x W in [0, 1] -> the same shape: 1 object, 0 background, -1 ignored.
 
-    Object is what is above `high`, or above 0.7 of the image's maximum where fewer than 30 pixels are; background what is below `low`, in any case.
+    Object: above `high`, or above 0.7 times the image's maximum if fewer than 30 pixels are above `high`.
+    Background: below `low`; it takes precedence. The result has no gradient.
     """
     few = (maps > high).sum((1, 2)) < 30
     high = torch.where(few, 0.7 * maps.amax((1, 2)), high)[:, None, None]
-    # In the maps' type: PyTorch computes a binary cross-entropy in its target's.
+    # In the type of the maps: PyTorch computes a binary cross-entropy in the type of its target.
     return torch.where(maps < low, 0.0, torch.where(maps > high, 1.0, -1.0)).to(maps.dtype)
 
 
 def seed_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy of N x H x W logits, a mean over the pixels whose target is not -1; 0 where there is none."""
+    """Binary cross-entropy of SPG: logits N x H x W, target from `seeds` -> scalar, the mean over all seeds.
+
+    0 if there is no seed (target >= 0). Gradient flows to the logits.
+    """
     count = target >= 0
     losses = nnf.binary_cross_entropy_with_logits(logits, target.clamp(min=0), reduction="none")
     return torch.where(count, losses, 0).sum() / count.sum().clamp(min=1)
 
 
-# --------------------------------------------------------------------------------------------------------- their networks
+# ---- Networks
 
 
 def backbone(model: GAPNetwork) -> tuple[nn.Sequential, dict[str, int]]:
-    """(the layers that make the last feature map, in order: the model's own; how many of them come before each named place)."""
+    """(layers, place): the layers up to the last feature map, in order, and the end of each place in them.
+
+    The layers are the model's own, not copies. A place names a pool, convolution or block (`pool4`,
+    `layer3.0`); `layers[: place[name]]` ends with it.
+    """
     if isinstance(model, VGG16GAP):
         layers, pool4 = [*model.features, model.conv6], model.dropout_at
         pool3 = max(i for i in range(pool4) if isinstance(layers[i], nn.MaxPool2d))
@@ -501,21 +542,19 @@ def backbone(model: GAPNetwork) -> tuple[nn.Sequential, dict[str, int]]:
 
 
 def take_head_off(model: GAPNetwork) -> tuple[int, int]:
-    """Leaves the pretrained layers and no conv6 or fc; returns their channels and those of a convolution with 1024 at full width."""
-    vgg = isinstance(model, VGG16GAP)
-    channels = (
-        (model.conv6[0].in_channels, model.conv6[0].out_channels) if vgg else (model.fc.in_features, 1024)
-    )
-    model.fc = nn.Identity()
-    if vgg:
-        model.conv6 = nn.Identity()
-    return channels
+    """Removes conv6 and fc. Returns (channels of the last layer that remains, 1024 scaled by the width)."""
+    fc, model.fc = model.fc, nn.Identity()
+    if not isinstance(model, VGG16GAP):
+        return fc.in_features, 1024
+    conv6, model.conv6 = model.conv6[0], nn.Identity()
+    return conv6.in_channels, conv6.out_channels
 
 
 def head(channels: int, hidden: list[int], out: int | None = None) -> nn.Sequential:
-    """A 3 x 3 convolution and ReLU for each of `hidden`, and a 1 x 1 to `out` channels.
+    """A 3 x 3 convolution and ReLU for each entry of `hidden`, then a 1 x 1 convolution to `out` channels.
 
-    Xavier's uniform initialization, biases 0: the common code's for ACoL and SPG.
+    out None: no 1 x 1 convolution. Initialization: Xavier's uniform distribution, biases 0, as in the common
+    code for ACoL and SPG.
     """
     layers: list[nn.Module] = []
     for c in hidden:
@@ -530,5 +569,5 @@ def head(channels: int, hidden: list[int], out: int | None = None) -> nn.Sequent
 
 
 def of_class(maps: Tensor, labels: Tensor) -> Tensor:
-    """N x K x H x W, N -> N x H x W: each image's map of its label."""
+    """The map of each image's label: maps N x K x H x W, labels N -> N x H x W."""
     return maps[torch.arange(len(maps), device=maps.device), labels]

@@ -1,4 +1,4 @@
-"""What a method is: the registry METHODS, the CAM baseline, and Bridge, the paper's method with its total loss.
+"""What a method is: the registry METHODS, the CAM baseline, and Bridge, the total loss of the paper.
 
 A new method is a subclass of CAM (or of another method) with a name, in any file that is imported before
 train.main() runs. Change as little as you need:
