@@ -311,8 +311,8 @@ def hide(images: Tensor, sides: list[int], p: float) -> Tensor:
 class PaS(CAM, name="pas"):
     """PaS, rethinking class activation mapping (Bae et al., ECCV 2020). Its three parts are separate options.
 
-    pas_theta: `thresholded_average` in place of GAP, in training and prediction. A negative value is GAP; 0 is
-    the mean over positive locations. The default for ResNet50 is that of VGG16 (our choice).
+    pas_theta: `thresholded_average` in place of GAP, in training and prediction. A negative value is GAP; 0
+    is the mean over positive locations. The default for ResNet50 is that of VGG16 (our choice).
     pas_nwc: "on" clamps negative class weights to 0 in the map. The logits use all weights.
     The third part, a percentile as threshold, is `evaluate.py --normalize pas`. train.py evaluates with
     min-max.

@@ -1,7 +1,8 @@
-"""The field's metrics (Choe et al., CVPR 2020): box accuracies over all thresholds, PxAP. Results in percent.
+"""Metrics of the protocol (Choe et al., CVPR 2020): MaxBoxAcc, MaxBoxAccV2, GT-known and Top-k Loc, PxAP.
 
-One IoU per image and level is all the box metrics need: acc_delta(level) is the share of images whose IoU at that level
-is at least delta, and a threshold is chosen once for the whole set, never per image.
+All results are in percent. The box metrics need one IoU per image and level: acc_delta(level) is the share of
+images whose IoU at this level is at least delta. One threshold is chosen for the whole set, not per image.
+Level t is the threshold t / 255 on the quantized map (see boxes.py).
 """
 
 from __future__ import annotations
@@ -13,20 +14,24 @@ import numpy as np
 
 from .boxes import LEVELS, iou_matrix, level_boxes
 
-DELTAS = (30, 50, 70)  # IoU thresholds of MaxBoxAccV2, percent
+DELTAS = (30, 50, 70)  # IoU thresholds of MaxBoxAccV2, in percent
 
 
 class Localization(NamedTuple):
-    """What one image's map says at every level."""
+    """Boxes of one image at every level, compared with the ground truth."""
 
-    ious: (
-        np.ndarray
-    )  # 2 x 255 float64, best IoU with any ground-truth box: row 0 over all contours, row 1 the largest one's
-    largest: np.ndarray  # 255 x 4 int64, the largest contour's box
+    # 2 x 255 float64 in [0, 1], best IoU with any ground-truth box. Row 0: all contours; row 1: the largest
+    # one.
+    ious: np.ndarray
+    largest: np.ndarray  # 255 x 4 int64, box of the largest contour, in pixels of the map
 
 
 def localize(score_map: np.ndarray, boxes: np.ndarray) -> Localization:
-    """Boxes of every level against the ground truth: score_map H x W in [0, 1]; boxes G x 4 in the map's pixels, G >= 1."""
+    """IoU of the boxes of every level with the ground truth.
+
+    score_map H x W in [0, 1]; boxes G x 4 (x0, y0, x1, y1, corners included) in pixels of the map, G >= 1.
+    Raises ValueError as `boxes.level_boxes` does.
+    """
     found = level_boxes(score_map)
     ious = np.zeros((2, LEVELS))
     np.maximum.at(ious[0], found.levels, iou_matrix(found.boxes, boxes).max(1))
@@ -35,10 +40,11 @@ def localize(score_map: np.ndarray, boxes: np.ndarray) -> Localization:
 
 
 def label_ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Rank of each true class among the predictions, 0 the best: logits N x K, labels N -> N int64.
+    """Rank of each image's label among its predictions, 0 for the best: logits N x K, labels N -> N int64.
 
-    Of equal logits the lower class comes first (as argmax has it), and an image with a logit that is NaN ranks last: a network that
-    says nothing is not right.
+    Of equal logits, the lower class ranks first, as in argmax. An image with a NaN logit has rank K, after
+    all
+    classes: it is never Top-1. With K < 5, all ranks are below 5, so that Top-5 includes every image.
     """
     own = np.take_along_axis(logits, labels[:, None], 1)
     before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < labels[:, None]))
@@ -46,44 +52,52 @@ def label_ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def top_k_accuracy(ranks: Sequence[int], k: int) -> float:
-    """Percent of images whose true class is among the k first predictions."""
+    """Percent of images whose label is among the top k predictions (`label_ranks`)."""
     return percent(np.asarray(ranks) < k)
 
 
 def percent(hits: np.ndarray) -> float:
-    """Share of True in percent, from exact counts."""
+    """Share of True values in percent, from integer counts: hits N bool, N >= 1."""
     return 100 * int(hits.sum()) / len(hits)
 
 
 class BoxAccuracy:
-    """MaxBoxAcc, MaxBoxAccV2, GT-known, Top-1 and Top-5 Loc of a set of images.
+    """MaxBoxAcc, MaxBoxAccV2, GT-known, Top-1 and Top-5 Loc of a set of images (Choe et al.).
 
-    Images are kept by their index in the split: results do not depend on the order of updates, and merging the parts of several
-    processes is exact. An image that comes twice is an error, not a second vote.
+    Images are stored by their index in the split. The results do not depend on the order of updates, and
+    merging the parts of several processes is exact. An image that is added twice raises an error.
     """
 
     def __init__(self) -> None:
         self.ious: dict[int, np.ndarray] = {}  # index -> 2 x 255
-        self.ranks: dict[int, int] = {}  # index -> rank of the true class; absent when there are no logits
+        self.ranks: dict[int, int] = {}  # index -> rank of the label; empty without logits
 
     def update(self, index: int, ious: np.ndarray, rank: int | None = None) -> None:
-        """One image: its index in the split, the `ious` of its `localize`, and its `label_ranks` where there is a classifier."""
+        """Adds one image.
+
+        index: its index in the split; ious: from `localize`; rank: from `label_ranks`, None without a
+        classifier. Raises ValueError if this index was added before.
+        """
         if index in self.ious:
-            raise ValueError(f"image {index} was counted before")
+            raise ValueError(f"image {index} was added before")
         self.ious[index] = ious
         if rank is not None:
             self.ranks[index] = int(rank)
 
     def merge(self, other: BoxAccuracy) -> None:
-        """Adds the images another process saw. Raises ValueError where both saw the same one."""
+        """Adds the images of another process. Raises ValueError if an image is in both."""
         for index, ious in other.ious.items():
             self.update(index, ious, other.ranks.get(index))
 
     def compute(self, val_levels: dict[str, int] | None = None) -> dict[str, Any]:
-        """{"metrics", "levels", "curves"} as in results_*.json; levels are the chosen ones, the lowest of equals.
+        """{"metrics", "levels", "curves"} as in results_*.json, in percent.
 
-        val_levels: the `levels` chosen on another split (train-fullsup), for the accuracy at thresholds that never saw these images.
-        Raises ValueError when there are no images.
+        levels: the best level per IoU ("30", "50", "70") for all contours, and "largest" for the largest
+        contour at IoU 50. Of equally good levels, the lowest. curves: the accuracy at each of the 255 levels,
+        likewise.
+        val_levels: the `levels` of another split (train-fullsup). They give the accuracy at thresholds that
+        were not chosen on these images; without them it is None. Top-k Loc is None without ranks.
+        Raises ValueError if there are no images.
         """
         if not self.ious:
             raise ValueError("no images to evaluate")
@@ -115,10 +129,11 @@ class BoxAccuracy:
         return {"metrics": metrics, "levels": levels, "curves": curves}
 
     def at_fixed_levels(self, levels: dict[int, int]) -> dict[str, float | None]:
-        """GT-known, Top-1 and Top-5 Loc of the largest contour where no threshold is searched: the rule of the papers since CAM (CVPR 2016).
+        """GT-known, Top-1 and Top-5 Loc at a fixed threshold, in percent (the rule of CAM, CVPR 2016).
 
-        levels: index -> the image's own level (`boxes.fixed_level`). Percent; Top-k is None without logits.
-        Raises ValueError when there are no images.
+        levels: {index: the level of this image}, from `boxes.fixed_level`. The box is the one of the largest
+        contour. No threshold is searched. Top-k is None without ranks. Raises ValueError if there are no
+        images.
         """
         if not self.ious:
             raise ValueError("no images to evaluate")
@@ -132,36 +147,44 @@ class BoxAccuracy:
 
 
 def _with_mean(accuracies: dict[str, float]) -> dict[str, float]:
+    """The accuracies at the three IoU thresholds and their mean, which is MaxBoxAccV2."""
     of_deltas = {str(delta): accuracies[str(delta)] for delta in DELTAS}
     return of_deltas | {"mean": sum(of_deltas.values()) / len(DELTAS)}
 
 
 class PixelAveragePrecision:
-    """PxAP: area under the pixel precision-recall curve of all images together, for data with masks (OpenImages30k).
+    """PxAP (Choe et al.): area under the pixel precision-recall curve of all images, for data with masks.
 
-    Scores are histogrammed at the field's edges, 0, 0.001, ..., 0.999, 1, 2, 3, so memory does not grow with the number of images and
-    merging is exact.
+    Scores are counted in bins with the edges of the protocol: 0, 0.001, ..., 0.999, 1, 2, 3. Memory does not
+    grow with the number of images, and merging is exact.
     """
 
     EDGES = np.append(np.arange(0, 1, 0.001), [1.0, 2.0, 3.0])
 
     def __init__(self) -> None:
-        self.positive = np.zeros(len(self.EDGES) - 1, dtype=np.int64)  # pixels of objects by score
+        self.positive = np.zeros(len(self.EDGES) - 1, dtype=np.int64)  # object pixels per score bin
         self.negative = np.zeros_like(self.positive)
 
     def update(self, score_map: np.ndarray, mask: np.ndarray, ignore: np.ndarray | None = None) -> None:
-        """One image: score_map H x W in [0, 1]; mask and ignore H x W bool. Ignored pixels outside the mask do not count."""
+        """Adds one image: score_map H x W in [0, 1]; mask and ignore H x W bool.
+
+        Pixels in `ignore` do not count, unless they are in `mask`.
+        """
         bins = np.searchsorted(self.EDGES, score_map, side="right") - 1
         outside = ~mask if ignore is None else ~mask & ~ignore
         self.positive += np.bincount(bins[mask], minlength=len(self.positive))
         self.negative += np.bincount(bins[outside], minlength=len(self.negative))
 
     def merge(self, other: PixelAveragePrecision) -> None:
+        """Adds the pixels of another process."""
         self.positive += other.positive
         self.negative += other.negative
 
     def compute(self) -> float | None:
-        """PxAP = sum of precision * (step in recall), thresholds descending, in percent; None without any object pixel."""
+        """PxAP = sum of precision * (increase in recall) over descending thresholds, in percent.
+
+        None without object pixels.
+        """
         true_positive, false_positive = self.positive[::-1].cumsum(), self.negative[::-1].cumsum()
         if not true_positive[-1]:
             return None

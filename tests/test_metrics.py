@@ -114,7 +114,7 @@ def test_merging_in_any_order_gives_the_same_and_no_image_twice():
     parts[2].merge(parts[0])
     parts[2].merge(parts[1])
     assert parts[2].compute() == whole.compute()
-    with pytest.raises(ValueError, match="image 0 was counted before"):
+    with pytest.raises(ValueError, match="image 0 was added before"):
         parts[2].merge(parts[0])
     with pytest.raises(ValueError, match="no images"):
         BoxAccuracy().compute()
