@@ -1,10 +1,15 @@
-"""VGG16-GAP and ResNet50 on torchvision's layers, each with the place where attentive dropout sits.
+"""VGG16-GAP and ResNet50 with attentive dropout (main-text section 3), their weights and checkpoint files.
 
-A forward pass gives the logits and the last feature map f at once; the map of class y is w_y . f_u (`cam.py`), so
-evaluation never runs a network twice. Parameters carry torchvision's names: its files load as they are.
+A forward pass returns the logits and the last feature map f. The CAM of class y is w_y . f_u (cam.py).
 
-    vgg16     features (13 convolutions, no last pool) - conv6 3x3 -> 1024 + ReLU - GAP - fc      dropout: after conv4_3's ReLU
-    resnet50  conv1 ... layer4, strides cut for a large map - GAP - fc                            dropout: after layer4[0]
+    arch      layers                                                                   dropout after
+    vgg16     features (13 convolutions, no last pool), conv6 3 x 3 + ReLU, GAP, fc    conv4_3 + ReLU
+    resnet50  conv1 ... layer4 with smaller strides, GAP, fc                           layer4[0]
+
+Parameters have torchvision's names, so its weights files load directly. This command writes the pretrained
+layers of a VGG16 checkpoint as a weights file:
+
+    python -m bridge_wsol.models CHECKPOINT OUT
 """
 
 from __future__ import annotations
@@ -24,31 +29,36 @@ from .utils import InputError, atomic_write, first_line, one_line_errors
 
 ARCHS = ("vgg16", "resnet50")
 
-# The original ImageNet-1K weights, those of the literature: ResNet50's V2 recipe came later.
+# The original ImageNet-1K weights, as in the literature. The V2 weights of ResNet50 are newer.
 IMAGENET_WEIGHTS = {"vgg16": VGG16_Weights.IMAGENET1K_V1, "resnet50": ResNet50_Weights.IMAGENET1K_V1}
 
 
 class Output(NamedTuple):
+    """Result of a forward pass."""
+
     logits: Tensor  # N x K
-    features: Tensor  # N x C x H x W, f: after the last ReLU
-    features_dropped: (
-        Tensor | None
-    )  # the same of the dropped pass; None in eval mode and without attentive dropout
+    features: Tensor  # N x C x H x W: f, after the last ReLU
+    features_dropped: Tensor | None  # f of the dropped pass; None in eval mode and without attentive dropout
 
 
 class GAPNetwork(nn.Module):
-    """Shared forward pass. Subclasses define `before_dropout`, `after_dropout`, the linear layer `fc`, and `backbone_state_dict`: the
-    parameters and buffers that a pretrained file must have, by torchvision's names.
+    """Base class with the forward pass, which includes attentive dropout (main-text section 3).
 
-    gamma, p: attentive dropout's threshold and probability; None, None: no dropped pass (the vanilla CAM network).
+    Subclasses have `before_dropout`, `after_dropout`, the linear layer `fc`, and `backbone_state_dict`.
+    gamma, p: threshold and probability of `losses.attentive_dropout`. None: no dropped pass, as in the CAM
+    baseline.
     """
 
     gamma: float | None = None
     p: float | None = None
 
     def forward(self, images: Tensor) -> Output:
-        """images N x 3 x H x W, normalized -> Output. The dropped pass shares the layers before the dropout with the
-        clean one and touches neither the logits nor the map; batch norm sees the clean pass first, then the dropped."""
+        """images N x 3 x H x W, normalized -> Output.
+
+        In training mode with attentive dropout, features_dropped comes from a second pass that starts at the
+        dropout. It is for L_drop only: logits and CAM come from the clean pass. Batch norm after the dropout
+        gets the clean pass first, then the dropped pass; both update its running statistics.
+        """
         shared = self.before_dropout(images)
         features = self.after_dropout(shared)
         logits = self.fc(features.mean((2, 3)))
@@ -59,9 +69,11 @@ class GAPNetwork(nn.Module):
 
 
 class VGG16GAP(GAPNetwork):
-    """stride 16: four pools, 224 -> 14 x 14. stride 8 leaves out the fourth pool. `width` scales every channel count.
+    """VGG16-GAP (Zhou et al., CVPR 2016). stride 16: four pools, 224 -> 14 x 14.
 
-    batch_norm: torchvision's vgg16_bn, for pretraining from scratch; the paper's network has none.
+    stride 8: without the fourth pool, 224 -> 28 x 28.
+    width scales the number of channels. batch_norm: the layers of torchvision's vgg16_bn, for pretraining
+    from scratch; the paper's network has no batch norm.
     """
 
     CHANNELS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
@@ -80,7 +92,7 @@ class VGG16GAP(GAPNetwork):
             else:
                 layers += convolution(channels, round(c * width))
                 channels = round(c * width)
-        # The dropout sits between conv4_3's ReLU, features[22] without batch norm, and the fourth pool, features[23].
+        # Index of the fourth pool, which follows the ReLU of conv4_3: the dropout is between the two.
         self.dropout_at = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)][3]
         if stride == 8:
             layers[self.dropout_at] = nn.Identity()
@@ -95,17 +107,23 @@ class VGG16GAP(GAPNetwork):
         nn.init.zeros_(self.fc.bias)
 
     def before_dropout(self, images: Tensor) -> Tensor:
+        """The layers up to the ReLU of conv4_3: N x 3 x H x W -> N x 512 x H/8 x W/8 at full width."""
         return self.features[: self.dropout_at](images)
 
     def after_dropout(self, shared: Tensor) -> Tensor:
+        """The fourth pool, block 5 and conv6: the last feature map, N x 1024 x h x w at full width."""
         return self.conv6(self.features[self.dropout_at :](shared))
 
     def backbone_state_dict(self) -> dict[str, Tensor]:
+        """The pretrained layers (`features`) by torchvision's names: current values, not copies."""
         return {k: v for k, v in self.state_dict().items() if k.startswith("features.")}
 
 
 class ResNet50GAP(GAPNetwork, ResNet):
-    """stride 8: layer3 and layer4 do not downsample, 224 -> 28 x 28; stride 16: layer4 does not, 14 x 14."""
+    """ResNet50 with GAP. stride 8: no downsampling in layer3 and layer4, 224 -> 28 x 28.
+
+    stride 16: no downsampling in layer4, 224 -> 14 x 14.
+    """
 
     def __init__(self, num_classes: int, stride: int = 8):
         ResNet.__init__(self, Bottleneck, [3, 4, 6, 3], num_classes=num_classes)
@@ -113,14 +131,17 @@ class ResNet50GAP(GAPNetwork, ResNet):
             layer[0].conv2.stride = layer[0].downsample[0].stride = (1, 1)
 
     def before_dropout(self, images: Tensor) -> Tensor:
+        """The layers up to layer4[0]: N x 3 x H x W -> N x 2048 x h x w."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         return self.layer4[0](self.layer3(self.layer2(self.layer1(x))))
 
     def after_dropout(self, shared: Tensor) -> Tensor:
+        """The other blocks of layer4: the last feature map, N x 2048 x h x w."""
         return self.layer4[1:](shared)
 
     def backbone_state_dict(self) -> dict[str, Tensor]:
-        # Files older than PyTorch 0.4.1 have no num_batches_tracked; it is used by no forward pass here.
+        """The pretrained layers (all but fc) by torchvision's names: current values, not copies."""
+        # Files from before PyTorch 0.4.1 do not have num_batches_tracked, which no forward pass here uses.
         own = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")
         return {
             k: v
@@ -139,9 +160,10 @@ def build_model(
     gamma: float | None = None,
     p: float | None = None,
 ) -> GAPNetwork:
-    """A network with fresh weights (torch's default generator). stride: input pixels per location of the map, 8 or 16.
+    """A network with initial weights, drawn from torch's default generator.
 
-    Raises InputError for an unknown `arch`, another stride, or a `width` other than 1 or `batch_norm` with resnet50.
+    stride: image pixels per location of the map, 8 or 16. width, batch_norm: see `VGG16GAP`. gamma, p: see
+    `GAPNetwork`. Raises InputError for another `arch` or stride, and for resnet50 with width or batch_norm.
     """
     if arch not in ARCHS:
         raise InputError(f"unknown architecture {arch!r}: choose {' or '.join(ARCHS)}")
@@ -152,18 +174,19 @@ def build_model(
     elif width == 1 and not batch_norm:
         model = ResNet50GAP(num_classes, stride)
     else:
-        raise InputError("width and batch_norm are vgg16's: resnet50 has neither option")
+        raise InputError("resnet50 has no width and no batch_norm option: use them with vgg16")
     model.gamma, model.p = gamma, p
     return model
 
 
 def load_pretrained(model: GAPNetwork, arch: str, weights: str, load_fc: bool = False) -> None:
-    """Loads pretrained layers in place. weights: "none", "imagenet" (torchvision downloads and checks it) or a file.
+    """Loads pretrained weights into the model.
 
-    A file holds tensors by torchvision's names, or is a checkpoint of this program. VGG16's fully connected layers are
-    left out, and vgg16_bn's batch norm is folded into the convolutions of a network without; ResNet50's linear layer is loaded with
-    `load_fc` only (ImageNet-1K, whose classes it tells apart).
-    Raises InputError when the download fails, and for a wrong file, naming what is missing or of another shape.
+    weights: "none", "imagenet" (torchvision's file, downloaded and checked), or a file: tensors by
+    torchvision's names, or a checkpoint of train.py. The fully connected layers of VGG16 are not loaded.
+    Batch norm of vgg16_bn is folded into the convolutions if the model has none (`fold_batch_norm`). The
+    linear layer of ResNet50 is loaded only with load_fc, for ImageNet-1K: the file has the same classes.
+    Raises InputError if the download fails, and for a wrong file; it names missing tensors and wrong shapes.
     """
     if weights == "none":
         return
@@ -173,38 +196,24 @@ def load_pretrained(model: GAPNetwork, arch: str, weights: str, load_fc: bool = 
         source, state = weights, load_tensors(Path(weights))
         state = state["model"] if isinstance(state.get("model"), dict) else state
     wanted = model.backbone_state_dict()
-    if (
-        arch == "vgg16"
-        and any(k.endswith("running_mean") for k in state)
-        and not any(k.endswith("running_mean") for k in wanted)
-    ):
+    if arch == "vgg16" and _has_batch_norm(state) and not _has_batch_norm(wanted):
         try:
             state = fold_batch_norm(state)
         except (AttributeError, IndexError, KeyError, RuntimeError, ValueError) as error:
-            raise InputError(f"{source}: batch norm that is not vgg16_bn's ({error})") from error
+            raise InputError(f"{source}: batch norm does not match vgg16_bn ({error})") from error
     if load_fc and arch == "resnet50":
         wanted |= {k: v for k, v in model.state_dict().items() if k[:3] == "fc."}
-
-    missing = [k for k in wanted if not isinstance(state.get(k), Tensor)]
-    misshapen = [
-        f"{k} ({_shape(state[k])} in the file, {_shape(v)} in the model)"
-        for k, v in wanted.items()
-        if k not in missing and state[k].shape != v.shape
-    ]
-    problems = [
-        f"{what}: {_shorten(keys)}"
-        for what, keys in (("missing", missing), ("wrong shape", misshapen))
-        if keys
-    ]
+    problems = _differences(state, wanted)
     if problems:
-        raise InputError(f"{source}: not weights of this {arch}; {'; '.join(problems)}")
+        raise InputError(f"{source}: weights do not fit this {arch}; {problems}")
     model.load_state_dict({k: state[k] for k in wanted}, strict=False)
 
 
 def fold_batch_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The `features` of torchvision's vgg16_bn as those of vgg16: the same function in eval mode, without the batch norm.
+    """Converts the `features` of torchvision's vgg16_bn to those of vgg16: the same function in eval mode.
 
     BN(w * x + b) = (w k) * x + (b - mean) k + beta with k = gamma / sqrt(var + eps).
+    state: tensors by torchvision's names. Raises KeyError if one is missing.
     """
     numbers = sorted(
         int(name.split(".")[1])
@@ -221,34 +230,58 @@ def fold_batch_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
         old, norm = f"features.{number}", f"features.{number + 1}"
         k = state[f"{norm}.weight"] / torch.sqrt(state[f"{norm}.running_var"] + nn.BatchNorm2d(1).eps)
         folded[f"{new}.weight"] = state[f"{old}.weight"] * k[:, None, None, None]
-        folded[f"{new}.bias"] = (state[f"{old}.bias"] - state[f"{norm}.running_mean"]) * k + state[
-            f"{norm}.bias"
-        ]
+        centred = state[f"{old}.bias"] - state[f"{norm}.running_mean"]
+        folded[f"{new}.bias"] = centred * k + state[f"{norm}.bias"]
     return folded
 
 
 def export_backbone(checkpoint: Path, out: Path) -> None:
-    """Writes the pretrained layers of a VGG16 checkpoint of train.py as a weights file in half precision, batch norm folded."""
-    model_state = load_tensors(checkpoint).get("model")
-    if not isinstance(model_state, dict):
+    """Writes the pretrained layers of a VGG16 checkpoint in half precision to `out`, with batch norm folded.
+
+    Raises InputError if `checkpoint` is no checkpoint of train.py.
+    """
+    state = load_tensors(checkpoint).get("model")
+    if not isinstance(state, dict):
         raise InputError(f"{checkpoint}: not a checkpoint of train.py")
-    folded = (
-        fold_batch_norm(model_state) if any(k.endswith("running_mean") for k in model_state) else model_state
-    )
-    save_checkpoint(out, {k: v.half().contiguous() for k, v in folded.items() if k.startswith("features.")})
+    if _has_batch_norm(state):
+        state = fold_batch_norm(state)
+    save_checkpoint(out, {k: v.half().contiguous() for k, v in state.items() if k.startswith("features.")})
+
+
+def _has_batch_norm(state: dict[str, Tensor]) -> bool:
+    return any(name.endswith("running_mean") for name in state)
+
+
+def _differences(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
+    """What `state` lacks to be loaded as `wanted`, for a message; empty if it fits."""
+    missing = [name for name in wanted if not isinstance(state.get(name), Tensor)]
+    misshapen = [
+        f"{name} ({_shape(state[name])} in the file, {_shape(value)} in the model)"
+        for name, value in wanted.items()
+        if name not in missing and state[name].shape != value.shape
+    ]
+    kinds = {"missing": missing, "wrong shape": misshapen}
+    return "; ".join(f"{kind}: {_shorten(names)}" for kind, names in kinds.items() if names)
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Tensors, numbers, strings, lists and dicts only: what `load_tensors` reads without executing anything."""
+    """Writes tensors, numbers, strings, lists and dicts to `path`, for `load_tensors`.
+
+    Equal contents give equal bytes. Raises InputError if the file cannot be written; an existing file then
+    stays unchanged.
+    """
     with atomic_write(path, one_writer=True) as part, part.open("wb") as file:
         try:
-            torch.save(_canonical(checkpoint), file)  # given a path, it would write that name into the file
-        except RuntimeError as error:  # torch's zip writer reports a full disk so
+            torch.save(_canonical(checkpoint), file)  # with a path, torch would store the file name
+        except RuntimeError as error:  # torch's error for a full disk
             raise OSError(str(error).splitlines()[0]) from error
 
 
 def _canonical(value: Any) -> Any:
-    """Equal contents, equal bytes: pickle writes an object that is met twice once, and a resumed run shares other strings and lists."""
+    """A copy that pickles to the same bytes in a resumed run as in an uninterrupted one.
+
+    pickle writes a repeated object only once, and a resumed run shares other strings and lists.
+    """
     if isinstance(value, str):
         return sys.intern(value)
     if isinstance(value, dict):
@@ -257,11 +290,13 @@ def _canonical(value: Any) -> Any:
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """Reads a file of torch.save onto the CPU, executing nothing in it. Raises InputError when absent or damaged."""
+    """Reads a file of `save_checkpoint` or torch.save onto the CPU, without executing code in it.
+
+    Raises InputError if it is missing, damaged, or contains other objects.
+    """
     try:
-        if zipfile.is_zipfile(
-            path
-        ):  # torch does not compare the checksums that it writes: flipped bits would become weights
+        if zipfile.is_zipfile(path):
+            # torch writes checksums but does not verify them.
             with zipfile.ZipFile(path) as records:
                 damaged = records.testzip()
             if damaged is not None:
@@ -269,25 +304,28 @@ def load_tensors(path: Path) -> dict[str, Any]:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except Exception as error:  # damaged zip, truncated pickle, foreign objects: torch raises a dozen types
+    except Exception as error:  # torch raises many types
         raise InputError(f"{path}: damaged, or not a file of tensors ({first_line(error)})") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}, not a dictionary of tensors")
+        raise InputError(f"{path}: contains a {type(value).__name__}, not a dictionary of tensors")
     return value
 
 
 def restore_weights(model: GAPNetwork, state: dict[str, Tensor], path: Path) -> None:
-    """Loads all of a checkpoint's weights in place. Raises InputError where they are another architecture's or another number of classes'."""
+    """Loads all weights of a checkpoint into the model. path: for the message.
+
+    Raises InputError if they belong to another architecture or another number of classes.
+    """
     own = model.state_dict()
     if state.keys() != own.keys():
-        odd = sorted(state.keys() ^ own.keys())[0]
-        raise InputError(f"{path}: weights of another architecture (its {odd} does not match)")
+        name = sorted(state.keys() ^ own.keys())[0]
+        where = "not in the model" if name in state else "not in the file"
+        raise InputError(f"{path}: weights of another architecture ({name} is {where})")
     for name, value in own.items():
         if state[name].shape != value.shape:
             what = "of another number of classes" if name.startswith("fc.") else "of another architecture"
-            raise InputError(
-                f"{path}: weights {what} ({name} is {_shape(state[name])} in the file, {_shape(value)} in the model)"
-            )
+            shapes = f"{_shape(state[name])} in the file, {_shape(value)} in the model"
+            raise InputError(f"{path}: weights {what} ({name} is {shapes})")
     model.load_state_dict(state)
 
 
@@ -295,11 +333,11 @@ def _download(arch: str) -> dict[str, Tensor]:
     weights = IMAGENET_WEIGHTS[arch]
     try:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:  # no network, no space, or a file whose checksum differs
+    except (OSError, RuntimeError) as error:  # no network, a full disk, or a wrong checksum
         cache = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
         raise InputError(
-            f"could not download {weights.url} ({error}): fetch it elsewhere and put it at {cache} "
-            "or pass --weights FILE, or train from scratch with --weights none"
+            f"could not download {weights.url} ({error}): download it elsewhere and put it at {cache}, "
+            "pass --weights FILE, or train from scratch with --weights none"
         ) from error
 
 

@@ -203,8 +203,8 @@ def test_incomplete_batch_norm_is_described(tmp_path):
     torch.save(state, tmp_path / "bn.pth")
     torch.save({"a.running_mean": 3, "model": 4}, tmp_path / "numbers.pth")
     for name, words in (
-        ("bn.pth", "batch norm that is not vgg16_bn's .*running_var"),
-        ("numbers.pth", "not weights of this vgg16"),
+        ("bn.pth", "batch norm does not match vgg16_bn .*running_var"),
+        ("numbers.pth", "weights do not fit this vgg16"),
     ):
         with pytest.raises(InputError, match=f"{name}: {words}"):
             load_pretrained(build_model("vgg16", 2, stride=16, width=1 / 16), "vgg16", str(tmp_path / name))
