@@ -1,8 +1,8 @@
 """From a score map to boxes: all thresholds at once, exactly (protocol: Choe et al., CVPR 2020).
 
-The map is quantized to v = floor(255 * map). At level t the mask is v > t. Every threshold in [0, 1), as a
-fraction of the quantized maximum, is one of the levels 0 ... 254. A sweep over these levels is therefore
-exact.
+The map is quantized to v = floor(255 * map). At level t, which is the threshold t / 255, the mask is v > t.
+The protocol's mask at a threshold in [0, 1) is the mask of one of the levels 0 ... 254. A sweep over these
+levels is therefore exact.
 
 The sweep does not label each mask. It builds a merge tree, whose branches are the components of all masks,
 from one pass over the pixels and one pass over the basins.
@@ -78,8 +78,8 @@ def level_boxes(score_map: np.ndarray) -> LevelBoxes:
 
     filled = mask
     if len(holes):
-        # A pixel is filled at the levels at which the background connects it to the border no longer. An
-        # uphill path stays in the filled mask, too, so the basins are the same.
+        # At a level, a pixel is filled if the background no longer connects it to the border. An uphill path
+        # stays in the filled mask, too, so the basins are the same.
         way_out = dark.way_out()[dark.basins.labels].reshape(background.shape)
         filled = _Components(basins, 255 - np.minimum(background >> 8, way_out)[1:-1, 1:-1])
     largest = np.zeros((LEVELS, 4), dtype=np.int64)
@@ -104,8 +104,8 @@ def _largest(mask: _Components, filled: _Components, first_pixel: np.ndarray) ->
         within = filled.node[mask.branch, mask.level + 1]  # the filled component around each component
         first = np.full(len(filled.branch), pixels)
         np.minimum.at(first, within, first_pixel)
-    # Of equal areas, the last first pixel. That of a filled component is from the component around all others
-    # in it.
+    # Of equal areas, the component whose first pixel comes last. The first pixel of a filled component is in
+    # the component around all others in it.
     rank = filled.double_areas() * pixels + first
     highest = np.full(LEVELS, -1)
     np.maximum.at(highest, filled.level, rank)

@@ -1,4 +1,4 @@
-"""my_method.py: label smoothing, and Grad-CAM's map, which for a network that ends in GAP and a linear layer is the positive part of CAM."""
+"""my_method.py: label smoothing, and Grad-CAM's map, the positive part of CAM in a network with GAP."""
 
 import torch.nn.functional as nnf
 
@@ -15,9 +15,8 @@ class GradCAM(CAM, name="gradcam"):
         return super().preset(dataset, arch) | {"smoothing": (0.1, "our choice")}
 
     def terms(self, model, output, labels, epoch):  # name: (weight, value)
-        return {
-            "l_ce": (1.0, nnf.cross_entropy(output.logits.float(), labels, label_smoothing=self.c.smoothing))
-        }
+        smoothing, logits = self.config.smoothing, output.logits.float()
+        return {"l_ce": (1.0, nnf.cross_entropy(logits, labels, label_smoothing=smoothing))}
 
     def predict(self, model, images, labels=None):
         logits, maps = super().predict(model, images, labels)

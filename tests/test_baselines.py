@@ -1,4 +1,4 @@
-"""The compared methods, each by its defining property: worked by hand, or against plain code of the test's own."""
+"""The compared methods: the defining property of each, computed by hand or with plain code of the test."""
 
 import functools
 import itertools
@@ -23,20 +23,31 @@ from torch import nn
 import evaluate
 import train
 from bridge_wsol import baselines, demo, evaluation, experiments, optim
-from bridge_wsol.baselines import attention_based_dropout, hide, mix, seed_loss, seeds, thresholded_average
+from bridge_wsol.baselines import (
+    CutMix,
+    attention_based_dropout,
+    hide,
+    mix,
+    seed_loss,
+    seeds,
+    thresholded_average,
+)
 from bridge_wsol.cam import normalize
 from bridge_wsol.data import Split
 from bridge_wsol.losses import alignment_losses, consistency_loss
-from bridge_wsol.methods import METHODS
+from bridge_wsol.methods import METHODS, Bridge
 from bridge_wsol.models import load_pretrained, restore_weights
 from bridge_wsol.utils import alone
 
-COMPARED = ("acol", "adl", "eil", "cutmix", "pas", "calm", "has", "spg", "bridge+cutmix")
+COMPARED = ("acol", "adl", "eil", "cutmix", "pas", "calm", "has", "spg")
 LABELS = torch.tensor([2, 0])
 
 
-# Networks and images are float64 unless a test says otherwise: a value rounded to float32 on the way is not
-# that close.
+class BridgeCutMix(CutMix, Bridge):
+    """Two methods combined by inheritance; without a name, it is not in METHODS."""
+
+
+# Networks and images are float64 unless a test states another type. The tolerance detects float32.
 close = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 
 
@@ -45,16 +56,17 @@ def images(n=2, side=64, seed=0, dtype=torch.float64):
 
 
 def make(name, arch="vgg16", num_classes=3, dtype=torch.float64, **values):
-    """(method, network with weights of seed 0) at the CUB preset's values, VGG16 at a sixteenth of its width."""
-    preset = optim.preset("CUB", arch) | METHODS[name].preset("CUB", arch)
-    c = SimpleNamespace(arch=arch, **{key: value for key, (value, _) in preset.items()})
+    """(method, network of seed 0) with the CUB preset, VGG16 at 1/16 width. name: in METHODS, or a class."""
+    cls = METHODS.get(name, name)
+    preset = optim.preset("CUB", arch) | cls.preset("CUB", arch)
+    config = SimpleNamespace(arch=arch, **{key: value for key, (value, _) in preset.items()})
     if arch == "vgg16":
-        c.width = 1 / 16
+        config.width = 1 / 16
     for key, value in values.items():
-        assert hasattr(c, key)
-        setattr(c, key, value)
+        assert hasattr(config, key)
+        setattr(config, key, value)
     torch.manual_seed(0)
-    method = METHODS[name](c)
+    method = cls(config)
     return method, method.network(num_classes).to(dtype)
 
 
@@ -66,6 +78,12 @@ def gradients(loss, model):
     return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, retain_graph=True)
 
 
+def reached(loss, model):
+    """The top-level modules that get a gradient from the loss."""
+    named = zip(model.named_parameters(), gradients(loss, model))
+    return {name.split(".")[0] for (name, _), gradient in named if gradient is not None}
+
+
 def same_gradients(loss, expected, model):
     for (name, _), a, b in zip(model.named_parameters(), gradients(loss, model), gradients(expected, model)):
         assert (a is None) == (b is None), name
@@ -73,31 +91,29 @@ def same_gradients(loss, expected, model):
             close(a, b, msg=name)
 
 
-# ------------------------------------------------------------------------------------------------------------- all of them
+# ---- All methods
 
 
 @functools.cache
-def layers_of_the_vanilla_network(arch):
+def layers_of_the_cam_baseline(arch):
     _, model = make("cam", arch)
     return model.backbone_state_dict().keys(), [p.shape for p in optim.parameter_groups(model, arch)[0]]
 
 
 @pytest.mark.parametrize("arch", ["vgg16", "resnet50"])
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("name", (*COMPARED, BridgeCutMix))
 def test_forward_backward_and_pretrained_layers(name, arch):
     method, model = make(name, arch)
     old, new = optim.parameter_groups(model, arch)
-    assert (model.backbone_state_dict().keys(), [p.shape for p in old]) == layers_of_the_vanilla_network(
-        arch
-    ) and new
+    found = model.backbone_state_dict().keys(), [p.shape for p in old]
+    assert found == layers_of_the_cam_baseline(arch) and new
 
     losses = method.losses(model.train(), images(), LABELS, epoch=70)
     assert {value.dtype for _, value in losses.terms.values()} == {losses.logits.dtype} == {torch.float64}
     total(losses).backward()
     for parameter_name, parameter in model.named_parameters():
-        assert (
-            parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0
-        ), parameter_name
+        gradient = parameter.grad
+        assert gradient is not None and gradient.isfinite().all() and gradient.abs().sum() > 0, parameter_name
 
     with torch.inference_mode():
         logits, maps = method.predict(model.eval(), images())
@@ -107,8 +123,8 @@ def test_forward_backward_and_pretrained_layers(name, arch):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", COMPARED)
-def test_maps_without_labels_are_the_first_predictions_and_checkpoints_come_back(name):
+@pytest.mark.parametrize("name", (*COMPARED, BridgeCutMix))
+def test_maps_without_labels_are_those_of_the_predictions_and_checkpoints_load(name):
     method, model = make(name)
     for parameter in model.parameters():
         parameter.add_(0.05 * torch.randn_like(parameter))
@@ -121,31 +137,28 @@ def test_maps_without_labels_are_the_first_predictions_and_checkpoints_come_back
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", COMPARED)
-def test_pretrained_layers_load_and_the_precision_of_autocast_stays_out_of_maps(name, tmp_path):
-    _, vanilla = make("cam", dtype=torch.float32)
-    for parameter in vanilla.parameters():
+@pytest.mark.parametrize("name", (*COMPARED, BridgeCutMix))
+def test_pretrained_layers_load_and_losses_and_maps_are_float32_under_autocast(name, tmp_path):
+    _, baseline = make("cam", dtype=torch.float32)
+    for parameter in baseline.parameters():
         nn.init.normal_(parameter, std=0.02)
-    torch.save(vanilla.state_dict(), tmp_path / "weights.pth")
+    torch.save(baseline.state_dict(), tmp_path / "weights.pth")
     method, model = make(name, dtype=torch.float32)
     load_pretrained(model, "vgg16", str(tmp_path / "weights.pth"))
-    assert all(
-        torch.equal(model.state_dict()[key], value) for key, value in vanilla.backbone_state_dict().items()
-    )
+    for key, value in baseline.backbone_state_dict().items():
+        assert torch.equal(model.state_dict()[key], value)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = method.losses(model.train(), images(dtype=torch.float32), LABELS, epoch=70)
         with torch.no_grad():
             maps = method.predict(model.eval(), images(dtype=torch.float32))[1]
-    assert maps.dtype == torch.float32 and {value.dtype for _, value in losses.terms.values()} == {
-        torch.float32
-    }
+    assert {maps.dtype, *(value.dtype for _, value in losses.terms.values())} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", (*METHODS, BridgeCutMix))
 def test_float32_gives_what_float64_gives(name):
     found = []
     for dtype in (torch.float64, torch.float32):
-        method, model = make(name, dtype=dtype, p=1.0)  # the dropout draws other numbers in the other type
+        method, model = make(name, dtype=dtype, p=1.0)  # p = 1: the dropout draws other numbers in float32
         torch.manual_seed(0)
         losses = method.losses(model.train(), images(dtype=dtype), LABELS, epoch=70)
         with torch.no_grad():
@@ -158,7 +171,7 @@ def test_float32_gives_what_float64_gives(name):
 
 def test_cam_and_bridge_by_the_formulas():
     method, model = make("bridge", p=1.0)
-    losses, c = method.losses(model.train(), images(), LABELS, epoch=70), method.c
+    losses, c = method.losses(model.train(), images(), LABELS, epoch=70), method.config
     with torch.no_grad():
         shared = model.features[:23](images())
         strong = shared.mean(1, keepdim=True)
@@ -182,19 +195,16 @@ def test_cam_and_bridge_by_the_formulas():
 def test_a_run_evaluates_to_the_same_table(name, tiny, tmp_path, capsys):
     run = tmp_path / "run"
     train.main([*tiny, "--method", name, "--out", str(run)])
-    before = {
-        which: json.loads((run / f"results_{which}_test.json").read_text()) for which in ("best", "last")
-    }
+    results = {which: run / f"results_{which}_test.json" for which in ("best", "last")}
+    before = {which: json.loads(path.read_text()) for which, path in results.items()}
     table = capsys.readouterr().out
+    flags = "--device cpu --workers 0 --batch-size 8 --checkpoint".split()
     for which in ("best", "last"):
-        evaluate.main(
-            [str(run), "--checkpoint", which, "--device", "cpu", "--workers", "0", "--batch-size", "8"]
-        )
-        assert json.loads((run / f"results_{which}_test.json").read_text()) == before[which]
+        evaluate.main([str(run), *flags, which])
+        assert json.loads(results[which].read_text()) == before[which]
         assert capsys.readouterr().out.rsplit("written", 1)[0].split("\n", 1)[1] in table
-    assert (
-        before["last"]["method"] == name and before["last"]["metrics"]["max_box_acc_v2"]["mean"] is not None
-    )
+    assert before["last"]["method"] == name
+    assert before["last"]["metrics"]["max_box_acc_v2"]["mean"] is not None
     own = {key for key in METHODS[name].preset("tiny", "vgg16") if key in optim.method_values(METHODS)}
     assert own <= json.loads((run / "config.json").read_text())["config"].keys()
 
@@ -203,48 +213,18 @@ def test_a_run_evaluates_to_the_same_table(name, tiny, tmp_path, capsys):
 @pytest.mark.parametrize("name", METHODS)
 def test_ten_classes_of_cub(name, real_data, tiny_preset, tmp_path):
     data = ["--data-root", real_data, "--splits", tmp_path / "splits"]
-    flags = [
-        "--dataset",
-        "CUB",
-        "--method",
-        name,
-        *data,
-        "--weights",
-        "none",
-        "--epochs",
-        2,
-        "--warm-epochs",
-        1,
-        "--device",
-        "cpu",
-    ]
-    twice_the_same_table([*flags, "--out", tmp_path / "run"], name, images=243, batch_size=8)
+    flags = "--dataset CUB --weights none --epochs 2 --warm-epochs 1 --device cpu --method".split()
+    twice_the_same_table([*flags, name, *data, "--out", tmp_path / "run"], name, images=243, batch_size=8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_the_demo(name, monkeypatch, tmp_path):
-    """Its own preset and backbone, on fewer birds."""
+    """The demo's preset and backbone, with fewer images."""
     monkeypatch.setattr(demo, "DEMO_COUNTS", {"train": 64, "val": 16, "test": 32})
     data = ["--data-root", tmp_path / "data", "--splits", tmp_path / "splits"]
-    twice_the_same_table(
-        [
-            "--method",
-            name,
-            *data,
-            "--epochs",
-            2,
-            "--device",
-            "cpu",
-            "--amp",
-            "off",
-            "--out",
-            tmp_path / "run",
-        ],
-        name,
-        images=32,
-        batch_size=32,
-    )
+    flags = "--epochs 2 --device cpu --amp off --method".split()
+    twice_the_same_table([*flags, name, *data, "--out", tmp_path / "run"], name, images=32, batch_size=32)
 
 
 def twice_the_same_table(flags, name, images, batch_size):
@@ -264,7 +244,7 @@ def test_values_out_of_range_are_named(tiny, fails, tmp_path):
         ("adl", "--adl-position", "here"),
         ("eil", "--eil-lambda", "nan"),
         ("cutmix", "--cutmix-beta", 0),
-        ("bridge+cutmix", "--cutmix-p", 2),
+        ("cutmix", "--cutmix-p", 2),
         ("pas", "--pas-theta", 1.5),
         ("pas", "--pas-nwc", "maybe"),
         ("calm", "--calm-loss", "mle"),
@@ -274,16 +254,12 @@ def test_values_out_of_range_are_named(tiny, fails, tmp_path):
         ("spg", "--spg-h2", 7),
     ):
         fails(train.main, [*tiny, *out, "--method", name, flag, value], flag, str(value), "must be")
-    fails(
-        train.main,
-        [*tiny, *out, "--method", "cam", "--adl-rate", 0.5],
-        "--adl-rate",
-        "not a value of --method cam",
-    )
+    flags = ["--method", "cam", "--adl-rate", 0.5]
+    fails(train.main, [*tiny, *out, *flags], "--adl-rate", "not a value of --method cam")
     assert not (tmp_path / "run").exists()
 
 
-# -------------------------------------------------------------------------------------------------------------------- ACoL
+# ---- ACoL
 
 
 @pytest.mark.parametrize("arch, delta", [("vgg16", 0.6), ("vgg16", 1.0), ("resnet50", 0.6)])
@@ -293,8 +269,8 @@ def test_acol_erases_for_b_and_fuses_by_the_maximum(arch, delta):
     model.head_a.register_forward_hook(lambda _, inputs, output: seen.update(x=inputs[0], s_a=output))
     model.register_forward_hook(lambda _, inputs, output: seen.update(features=output.features))
     model.head_b.register_forward_hook(lambda _, inputs, output: seen.update(erased=inputs[0], s_b=output))
-    pictures = images(side=64 if arch == "vgg16" else 32)
-    losses = method.losses(model.train(), pictures, LABELS, epoch=1)
+    side = 64 if arch == "vgg16" else 32
+    losses = method.losses(model.train(), images(side=side), LABELS, epoch=1)
     assert arch == "vgg16" or torch.equal(seen["x"], seen["features"])
     zeros = 0
     for n, label in enumerate(LABELS):
@@ -302,30 +278,19 @@ def test_acol_erases_for_b_and_fuses_by_the_maximum(arch, delta):
         attention = (s - s.min()) / (s.max() - s.min())
         for i in range(len(s)):
             for j in range(len(s)):
-                column = (
-                    torch.zeros_like(seen["x"][n, :, i, j])
-                    if attention[i, j] >= delta
-                    else seen["x"][n, :, i, j]
-                )
-                zeros += int(attention[i, j] >= delta)
-                assert torch.equal(seen["erased"][n, :, i, j], column)
-    assert (
-        zeros == 2 if delta == 1 else 2 < zeros < 2 * len(s) ** 2
-    )  # at 1 the maximum itself, of each of the two
+                is_erased = bool(attention[i, j] >= delta)
+                zeros += is_erased
+                expected = seen["x"][n, :, i, j] * (not is_erased)
+                assert torch.equal(seen["erased"][n, :, i, j], expected)
+    # With delta 1, the maximum of each of the two images.
+    assert zeros == 2 if delta == 1 else 2 < zeros < 2 * len(s) ** 2
     for term, s in (("l_a", seen["s_a"]), ("l_b", seen["s_b"])):
         close(losses.terms[term], (1.0, nnf.cross_entropy(s.mean((2, 3)), LABELS)))
     assert torch.equal(losses.logits, seen["s_a"].mean((2, 3)))
 
-    # B's loss trains the layers that both share, and A's head not at all: the mask carries nothing.
-    reached = {
-        name
-        for (name, _), grad in zip(model.named_parameters(), gradients(losses.terms["l_b"][1], model))
-        if grad is not None
-    }
-    assert {name.split(".")[0] for name in reached} & {"head_a", "head_b", "features", "conv1"} == {
-        "head_b",
-        "features" if arch == "vgg16" else "conv1",
-    }
+    # The loss of B trains head B and the backbone, but not head A: the mask has no gradient.
+    backbone = "features" if arch == "vgg16" else "conv1"
+    assert reached(losses.terms["l_b"][1], model) & {"head_a", "head_b", backbone} == {"head_b", backbone}
 
     if arch == "resnet50":
         return
@@ -340,27 +305,24 @@ def test_acol_erases_for_b_and_fuses_by_the_maximum(arch, delta):
 @pytest.mark.parametrize("stride", [8, 16])
 def test_acol_s_vgg16_pools_and_its_heads(stride):
     _, model = make("acol", stride=stride)
-    _, vanilla = make("cam", stride=stride)
+    _, baseline = make("cam", stride=stride)
     x = images(side=32)
     plain = x
-    for layer in vanilla.features:
+    for layer in baseline.features:
         plain = nnf.max_pool2d(plain, 3, 2, 1) if isinstance(layer, nn.MaxPool2d) else layer(plain)
-    model.features.load_state_dict(vanilla.features.state_dict())
+    model.features.load_state_dict(baseline.features.state_dict())
     close(model.pool(model(x).features), nnf.avg_pool2d(nnf.max_pool2d(plain, 3, 1, 1), 3, 1, 1))
-    assert [layer.weight.shape for layer in model.head_a if isinstance(layer, nn.Conv2d)] == [
-        (64, 32, 3, 3),
-        (64, 64, 3, 3),
-        (3, 64, 1, 1),
-    ]
+    shapes = [layer.weight.shape for layer in model.head_a if isinstance(layer, nn.Conv2d)]
+    assert shapes == [(64, 32, 3, 3), (64, 64, 3, 3), (3, 64, 1, 1)]
 
 
-# --------------------------------------------------------------------------------------------------------------------- ADL
+# ---- ADL
 
 
-def test_attention_dropout_by_hand():
+def test_attention_based_dropout_by_hand():
     z = torch.tensor([[[1.0, 2.0], [0.0, 4.0]], [[1.0, 2.0], [2.0, 4.0]]], dtype=torch.float64)
     z = z.expand(3, 2, 2, 2).clone().requires_grad_()
-    # Channel means 1, 2, 1, 4; with gamma = 0.5 the threshold is 2, and what equals it is dropped.
+    # Channel means 1, 2, 1, 4. With gamma = 0.5 the threshold is 2; a value equal to it is dropped.
     dropped = attention_based_dropout(z, gamma=0.5, rate=1.0)
     close(dropped[0], torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [2.0, 0.0]]], dtype=torch.float64))
     dropped.sum().backward()
@@ -385,7 +347,7 @@ def test_adl_draws_once_for_the_whole_batch():
     assert 0.68 < masks / 400 < 0.82
 
 
-# Where torchvision has them: pool3, conv4_3's ReLU, pool4, conv5_3's ReLU.
+# Indices in torchvision, without and with batch norm: pool3, ReLU of conv4_3, pool4, ReLU of conv5_3.
 PLACES = {False: (16, 22, 23, 29), True: (23, 32, 33, 42)}
 
 
@@ -393,7 +355,7 @@ PLACES = {False: (16, 22, 23, 29), True: (23, 32, 33, 42)}
 @pytest.mark.parametrize("stride", [8, 16])
 @pytest.mark.parametrize("position", ["common", "authors"])
 @pytest.mark.parametrize("rate", [0.0, 1.0])
-def test_adl_sits_where_it_should_in_vgg16_and_is_nothing_at_test(batch_norm, stride, position, rate):
+def test_places_of_adl_in_vgg16_and_identity_in_eval_mode(batch_norm, stride, position, rate):
     method, model = make("adl", stride=stride, batch_norm=batch_norm, adl_position=position, adl_rate=rate)
     pool3, conv4_3, pool4, conv5_3 = PLACES[batch_norm]
     places = {pool3, conv4_3 if position == "common" else pool4, conv5_3}
@@ -408,7 +370,7 @@ def test_adl_sits_where_it_should_in_vgg16_and_is_nothing_at_test(batch_norm, st
         close(model.train(training)(images()).logits, expected)
 
 
-def test_adl_sits_where_it_should_in_resnet50():
+def test_places_of_adl_in_resnet50():
     method, model = make("adl", "resnet50", adl_rate=1.0)
     _, plain = make("cam", "resnet50")
     places = {plain.layer3[0], plain.layer4[0], plain.layer4[2]}
@@ -422,7 +384,7 @@ def test_adl_sits_where_it_should_in_resnet50():
         close(model(images()).logits, plain.fc(x.mean((2, 3))))
 
 
-# --------------------------------------------------------------------------------------------------------------------- EIL
+# ---- EIL
 
 
 @pytest.mark.parametrize("stride", [8, 16])
@@ -432,13 +394,8 @@ def test_eil_s_two_passes_share_weights_and_its_mask_has_no_gradient(stride):
     for name, layer in model.named_modules():
         layer.register_forward_hook(lambda *_, name=name: counts.update({name: counts.get(name, 0) + 1}))
     losses = method.losses(model.train(), images(), LABELS, epoch=1)
-    assert [counts[name] for name in ("features.22", "features.23", "features.24", "conv6", "fc")] == [
-        1,
-        1,
-        2,
-        2,
-        2,
-    ]
+    names = ("features.22", "features.23", "features.24", "conv6", "fc")
+    assert [counts[name] for name in names] == [1, 1, 2, 2, 2]
 
     z = images()
     for layer in model.features[:24]:
@@ -453,7 +410,7 @@ def test_eil_s_two_passes_share_weights_and_its_mask_has_no_gradient(stride):
     close(losses.logits, rest(z))
 
 
-def test_eil_in_resnet50_splits_behind_layer3_and_keeps_the_unerased_statistics():
+def test_eil_in_resnet50_splits_after_layer3_and_keeps_the_statistics_of_the_unerased_pass():
     method, model = make("eil", "resnet50")
     _, plain = make("cam", "resnet50")
     plain.train()(images())
@@ -466,58 +423,50 @@ def test_eil_in_resnet50_splits_behind_layer3_and_keeps_the_unerased_statistics(
         close(ours, theirs, msg=name)
 
 
-# ------------------------------------------------------------------------------------------------------------------ CutMix
+# ---- CutMix
 
 
-def test_cutmix_s_lambda_is_the_area_that_stays(monkeypatch):
-    pictures = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 20, 30).contiguous()
-    before, areas, corners = pictures.clone(), set(), torch.zeros(20, 30)
+def test_cutmix_s_lambda_is_the_share_of_kept_pixels(monkeypatch):
+    inputs = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 20, 30).contiguous()
+    before, areas, corners = inputs.clone(), set(), torch.zeros(20, 30)
     torch.manual_seed(0)
     for _ in range(300):
-        mixed, other, lam = mix(pictures, beta=1.0)
-        assert torch.equal(pictures, before) and sorted(other.tolist()) == list(range(6))
+        mixed, other, lam = mix(inputs, beta=1.0)
+        assert torch.equal(inputs, before) and sorted(other.tolist()) == list(range(6))
         foreign = mixed != before
         for n in range(6):
             if other[n] != n:
-                assert (
-                    foreign[n].float().mean() == pytest.approx(1 - lam)
-                    and (mixed[n][foreign[n]] == other[n]).all()
-                )
+                assert foreign[n].float().mean() == pytest.approx(1 - lam)
+                assert (mixed[n][foreign[n]] == other[n]).all()
                 assert torch.equal(foreign[n], foreign[(other != torch.arange(6)).nonzero()[0, 0]])
                 corners += foreign[n, 0] / 300
         areas.add(round(lam, 4))
-    assert len(areas) > 100 and (corners > 0).all()  # every pixel, the corners too, is pasted over at times
+    assert len(areas) > 100 and (corners > 0).all()  # every pixel is replaced at times, in the corners, too
 
     monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self: torch.tensor(0.75))
-    kept = [mix(pictures, beta=1.0)[2] for _ in range(100)]
-    assert (
-        min(kept) == 1 - 10 * 15 / 600 and max(kept) <= 1 - 5 * 7 / 600
-    )  # half of each side; at most half of that is clipped
+    kept = [mix(inputs, beta=1.0)[2] for _ in range(100)]
+    # The rectangle has half of each side; at most half of that is clipped.
+    assert min(kept) == 1 - 10 * 15 / 600 and max(kept) <= 1 - 5 * 7 / 600
 
 
-@pytest.mark.parametrize("name", ["cutmix", "bridge+cutmix"])
-def test_cutmix_weighs_each_loss_over_both_labels_in_one_pass(name):
+@pytest.mark.parametrize("name", ["cutmix", BridgeCutMix])
+def test_cutmix_weights_each_loss_over_both_labels_in_one_pass(name):
     method, model = make(name)
     passes = []
     model.register_forward_hook(lambda *call: passes.append(call[-1]))
-    pictures, labels = images(4), torch.tensor([0, 1, 2, 1])
+    inputs, labels = images(4), torch.tensor([0, 1, 2, 1])
     torch.manual_seed(2)
-    losses = method.losses(model.train(), pictures, labels, epoch=70)
+    losses = method.losses(model.train(), inputs, labels, epoch=70)
     assert len(passes) == 1
     torch.manual_seed(2)
-    torch.rand(())  # whether to mix at all
-    mixed, other, lam = mix(pictures, 1.0)
+    torch.rand(())  # the draw that decides whether to mix
+    mixed, other, lam = mix(inputs, 1.0)
     assert 0.1 < lam < 0.9 and (labels[other] != labels).any()
-    output, c = passes[0], method.c
+    output, c = passes[0], method.config
     close(output.logits, model(mixed).logits)
-    expected = {
-        "l_ce": (
-            1.0,
-            lam * nnf.cross_entropy(output.logits, labels)
-            + (1 - lam) * nnf.cross_entropy(output.logits, labels[other]),
-        )
-    }
-    if name == "bridge+cutmix":
+    own, pasted = (nnf.cross_entropy(output.logits, y) for y in (labels, labels[other]))
+    expected = {"l_ce": (1.0, lam * own + (1 - lam) * pasted)}
+    if name is BridgeCutMix:
         own, pasted = (
             alignment_losses(output.features, model.fc.weight, y, c.tau_fg, c.tau_bg, c.norm_class)
             for y in (labels, labels[other])
@@ -527,10 +476,8 @@ def test_cutmix_weighs_each_loss_over_both_labels_in_one_pass(name):
             "l_sim": (c.lambda_sim, lam * own[0] + (1 - lam) * pasted[0]),
             "l_norm": (c.lambda_norm, lam * own[1] + (1 - lam) * pasted[1]),
         }
-        assert list(method.losses(model, pictures, labels, epoch=1).terms) == [
-            "l_ce",
-            "l_drop",
-        ]  # the warm stage
+        warm_stage = method.losses(model, inputs, labels, epoch=1)
+        assert list(warm_stage.terms) == ["l_ce", "l_drop"]
         assert not torch.allclose(own[0], pasted[0])
     assert losses.terms.keys() == expected.keys()
     for key, value in expected.items():
@@ -544,18 +491,17 @@ def test_cutmix_with_probability():
     with torch.no_grad():
         for _ in range(150):
             mixed += not torch.equal(method.losses(model, images(), LABELS, 1).logits, expected)
-    assert (
-        0.12 < mixed / 150 < 0.42
-    )  # the identity is half of the permutations of two: 0.3 of the batches, less what nobody sees
+    # Half of the permutations of two images is the identity: of 0.3 of the batches, some stay as they were.
+    assert 0.12 < mixed / 150 < 0.42
 
 
-# --------------------------------------------------------------------------------------------------------------------- HaS
+# ---- HaS
 
 
 def test_hidden_cells():
     torch.manual_seed(0)
-    pictures = torch.rand(200, 3, 10, 14) + 1
-    hidden = hide(pictures, [4], p=0.3) == 0
+    inputs = torch.rand(200, 3, 10, 14) + 1
+    hidden = hide(inputs, [4], p=0.3) == 0
     count = 0
     for rows in (slice(0, 4), slice(4, 8), slice(8, 10)):
         for columns in (slice(0, 4), slice(4, 8), slice(8, 12), slice(12, 14)):
@@ -563,13 +509,13 @@ def test_hidden_cells():
             assert (cell.all(1) | ~cell.any(1)).all()
             count += int(cell.all(1).sum())
     assert 0.27 < count / (200 * 12) < 0.33
-    assert torch.equal(hide(pictures, [4], 0.0), pictures) and torch.equal(hide(pictures, [0], 1.0), pictures)
-    assert (hide(pictures, [4], 1.0) == 0).all()
-    whole = (hide(pictures, [0, 14], 1.0) == 0).flatten(1)  # each image draws its own side
+    assert torch.equal(hide(inputs, [4], 0.0), inputs) and torch.equal(hide(inputs, [0], 1.0), inputs)
+    assert (hide(inputs, [4], 1.0) == 0).all()
+    whole = (hide(inputs, [0, 14], 1.0) == 0).flatten(1)  # each image draws its own side
     assert (whole.all(1) | ~whole.any(1)).all() and 60 < whole.all(1).sum() < 140
 
 
-def test_has_trains_on_what_is_left_and_its_cells_scale_with_the_images():
+def test_has_trains_on_images_with_hidden_cells_that_scale_with_the_image_size():
     method, model = make("has", has_cells="8", has_p=0.5)
     seen = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -581,15 +527,14 @@ def test_has_trains_on_what_is_left_and_its_cells_scale_with_the_images():
     assert METHODS["has"].preset("demo", "vgg16")["has_cells"][0] == "0,8,16,22,28"
 
 
-# --------------------------------------------------------------------------------------------------------------------- PaS
+# ---- PaS
 
 
 def test_thresholded_average_by_hand():
     channels = [[1.0, 2.0, 10.0, 0.0], [4.0, 4.0, 4.0, 4.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 3.0, 0.0]]
     features = torch.tensor(channels).view(1, 4, 2, 2).requires_grad_()
-    pooled = thresholded_average(
-        features, 0.1
-    )  # thresholds 1, 0.4, 0, 0.3; the 1 of the first is not above it
+    # Thresholds 1, 0.4, 0, 0.3; the value 1 of the first channel is not above its threshold.
+    pooled = thresholded_average(features, 0.1)
     torch.testing.assert_close(pooled, torch.tensor([[6.0, 4.0, 0.0, 3.0]]))
     pooled.sum().backward()
     torch.testing.assert_close(
@@ -600,17 +545,13 @@ def test_thresholded_average_by_hand():
 
 
 @pytest.mark.parametrize("arch", ["vgg16", "resnet50"])
-def test_pas_pools_for_the_logits_and_clamps_weights_for_the_map_alone(arch):
+def test_pas_pools_for_the_logits_and_clamps_weights_for_the_map_only(arch):
     method, model = make("pas", arch)
     with torch.inference_mode():
         output = model.eval()(images())
         features, weight = output.features, model.fc.weight
-        pooled = torch.stack(
-            [
-                torch.stack([m[m > 0.1 * m.max()].mean() if m.max() > 0 else m.max() for m in f])
-                for f in features
-            ]
-        )
+        means = [[m[m > 0.1 * m.max()].mean() if m.max() > 0 else m.max() for m in f] for f in features]
+        pooled = torch.tensor(means, dtype=torch.float64)
         logits, maps = method.predict(model, images(), LABELS)
         expected = pooled @ weight.T + model.fc.bias
         close(logits, expected)
@@ -620,26 +561,22 @@ def test_pas_pools_for_the_logits_and_clamps_weights_for_the_map_alone(arch):
             positive = weight[label].clone()
             positive[positive < 0] = 0
             close(maps[n], (positive[:, None, None] * features[n]).sum(0))
-        method.c.pas_nwc, method.c.pas_theta = "off", -1.0  # each switched off: the vanilla classifier
-        vanilla = METHODS["cam"](method.c).predict(model, images(), LABELS)
-        for ours, theirs in zip(method.predict(model, images(), LABELS), vanilla):
-            close(ours, theirs)
+        method.config.pas_nwc, method.config.pas_theta = "off", -1.0  # without both, the CAM baseline
+        baseline = METHODS["cam"](method.config).predict(model, images(), LABELS)
+        for found, expected in zip(method.predict(model, images(), LABELS), baseline):
+            close(found, expected)
 
 
-# -------------------------------------------------------------------------------------------------------------------- CALM
+# ---- CALM
 
 
-def calm_factors(model, pictures, detached=False):
-    """(p(y|x,z), p(z|x)) as written in the paper; detached: the sum that normalizes the second is a constant for the gradient."""
-    features = model(pictures).features
+def calm_factors(model, inputs, detached=False):
+    """(p(y|x,z), p(z|x)) by the paper's formulas; detached: without gradient through the sum under p(z|x)."""
+    features = model(inputs).features
     scores = torch.einsum("kc,nchw->nkhw", model.fc.weight, features) + model.fc.bias[:, None, None]
     classes = scores.exp() / scores.exp().sum(1, keepdim=True)
-    s = (
-        1
-        + (
-            torch.einsum("c,nchw->nhw", model.location.weight[0, :, 0, 0], features) + model.location.bias
-        ).exp()
-    ).log()
+    location = torch.einsum("c,nchw->nhw", model.location.weight[0, :, 0, 0], features) + model.location.bias
+    s = (1 + location.exp()).log()
     total = s.sum((1, 2), keepdim=True)
     return classes, s / (total.detach() if detached else total)
 
@@ -660,7 +597,7 @@ def test_calm_s_joint_is_a_distribution_over_classes_and_locations(arch):
 
 @pytest.mark.parametrize("loss", ["em", "ml"])
 @pytest.mark.parametrize("normalizer", ["exact", "detached"])
-def test_calm_s_losses_and_what_is_detached_in_them(loss, normalizer):
+def test_calm_s_losses_and_their_detached_parts(loss, normalizer):
     method, model = make("calm", calm_loss=loss, calm_normalizer=normalizer)
     nn.init.normal_(model.location.weight, std=0.3)
     nn.init.normal_(model.fc.weight, std=0.3)
@@ -691,17 +628,16 @@ def test_calm_is_finite_where_a_location_has_no_probability():
 
 def test_log_spaced_thresholds_of_a_probability():
     maps = torch.tensor([[[1e-7, 10**-3.5, 1.0], [0.0, 0.1, 1e-9]], [[0.2, 0.2, 0.2], [0.2, 0.2, 0.2]]])
-    expected = torch.tensor(
-        [[[0.0, 0.5, 1.0], [0.0, 6 / 7, 0.0]], [[0.0] * 3, [0.0] * 3]]
-    )  # a constant map is zeros, as ever
+    constant = [[0.0] * 3] * 2  # a constant map becomes zeros
+    expected = torch.tensor([[[0.0, 0.5, 1.0], [0.0, 6 / 7, 0.0]], constant])
     torch.testing.assert_close(normalize(maps, "log"), expected)
 
 
-# --------------------------------------------------------------------------------------------------------------------- SPG
+# ---- SPG
 
 
 def test_spg_s_vgg16_without_pool4():
-    """Stride 8: B1 sees conv4_3, and the map is as large as the vanilla one."""
+    """Stride 8: the input of B1 is conv4_3, and the map is as large as that of the CAM baseline."""
     method, model = make("spg", stride=8)
     seen = []
     model.b1.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape))
@@ -729,21 +665,19 @@ def test_seeds_by_hand():
     found = seeds(values.view(1, 101, 1), high=0.655, low=0.105)[0, :, 0]
     assert [int((found == value).sum()) for value in (0, -1, 1)] == [11, 55, 35]
     assert found[10] == 0 and found[11] == -1 and found[65] == -1 and found[66] == 1
-    # Above 0.755 there are 25 pixels, fewer than 30: 0.7 of the maximum, 0.7, is the bound.
+    # Above 0.755 there are 25 pixels, fewer than 30: the threshold is 0.7 times the maximum.
     found = seeds((values * 1.0).view(1, 101, 1), high=0.755, low=0.105)[0, :, 0]
     assert (found == 1).sum() == (values > 0.7 * values.max()).sum() and found[72] == 1 and found[69] == -1
-    # Each image for itself; the background has the last word.
+    # Per image; the background takes precedence.
     pair = torch.stack([values.view(101, 1), values.view(101, 1) / 10])
     found = seeds(pair, high=0.6, low=0.2)
     assert (found[0] == 1).sum() >= 30 and (found[1] == 0).all()
     assert not seeds(torch.rand(1, 3, 3, requires_grad=True), 0.5, 0.1).requires_grad
 
 
-def test_seed_loss_counts_seeds_only():
-    logits, target = (
-        torch.tensor([[[0.5, -1.0], [2.0, 3.0]]], requires_grad=True),
-        torch.tensor([[[1.0, 0.0], [-1.0, -1.0]]]),
-    )
+def test_seed_loss_is_a_mean_over_seeds_only():
+    logits = torch.tensor([[[0.5, -1.0], [2.0, 3.0]]], requires_grad=True)
+    target = torch.tensor([[[1.0, 0.0], [-1.0, -1.0]]])
     expected = ((1 + (-torch.tensor(0.5)).exp()).log() + (1 + torch.tensor(-1.0).exp()).log()) / 2
     loss = seed_loss(logits, target)
     torch.testing.assert_close(loss, expected)
@@ -757,11 +691,11 @@ def test_spg_s_three_guidances(arch):
     method, model = make("spg", arch, spg_l1=0.3, spg_h2=0.52, spg_l2=0.49, spg_h3=0.51, spg_l3=0.5)
     again = make("spg", arch)[1].train()
     for network in (model, again):
-        for name in ("a4", "b", "c"):  # fresh, they say next to nothing, and every cross-entropy is log 2
+        for name in ("a4", "b", "c"):  # with initial weights, every cross-entropy is about log 2
             getattr(network, name)[-1].weight.data *= 100
     losses = method.losses(model.train(), images(), LABELS, 1)
     if arch == "vgg16":
-        a1 = nnf.max_pool2d(again.features[:23](images()), 3, 2, 1)  # pool4 alone is 3 x 3
+        a1 = nnf.max_pool2d(again.features[:23](images()), 3, 2, 1)  # only pool4 is 3 x 3
         a2 = again.features[24:](a1)
         a3 = again.a3(a2)
     else:
@@ -773,30 +707,25 @@ def test_spg_s_three_guidances(arch):
     s = again.a4(a3)
     b1, b2, c = up(again.b(again.b1(a1))), up(again.b(again.b2(a2))), up(again.c(a3))
     s_y = up(torch.stack([s[n, y] for n, y in enumerate(LABELS)])[:, None])
-    low, high = s_y.amin((2, 3), keepdim=True), s_y.amax((2, 3), keepdim=True)
+    lowest, highest = s_y.amin((2, 3), keepdim=True), s_y.amax((2, 3), keepdim=True)
     close(losses.logits, s.mean((2, 3)))
-    for term, branch, guide, h, l in (
-        ("l_b2", b2, (s_y - low) / (high - low), 0.7, 0.3),
+    for term, branch, guide, high, low in (
+        ("l_b2", b2, (s_y - lowest) / (highest - lowest), 0.7, 0.3),
         ("l_b1", b1, b2.sigmoid(), 0.52, 0.49),
         ("l_c", c, (b1.sigmoid() + b2.sigmoid()) / 2, 0.51, 0.5),
     ):
-        target = seeds(guide[:, 0], h, l)
+        target = seeds(guide[:, 0], high, low)
         x, t = branch[:, 0][target >= 0], target[target >= 0]
         expected = (nnf.softplus(x) - t * x).mean()
         close(losses.terms[term][1], expected, rtol=1e-10)  # batch norm of two images amplifies rounding
         assert (expected - math.log(2)).abs() > 0.01
 
-    # A guide learns nothing from those it guides.
+    # The branch that gives the seeds gets no gradient from the branch that learns from them.
     heads = {"l_ce": {"a3", "a4"}, "l_b2": {"b2", "b"}, "l_b1": {"b1", "b"}, "l_c": {"c", "a3"}}
+    without = {"a3"} if arch == "resnet50" else set()
     for term, (_, value) in losses.terms.items():
-        reached = {
-            name.split(".")[0]
-            for (name, _), grad in zip(model.named_parameters(), gradients(value, model))
-            if grad is not None
-        }
-        assert reached & {"a3", "a4", "b", "b1", "b2", "c"} == heads[term] - (
-            {"a3"} if arch == "resnet50" else set()
-        ), term
+        found = reached(value, model) & {"a3", "a4", "b", "b1", "b2", "c"}
+        assert found == heads[term] - without, term
 
     if arch == "vgg16":
         with torch.inference_mode():
@@ -804,9 +733,9 @@ def test_spg_s_three_guidances(arch):
         close(maps, torch.stack([s[n, y] for n, y in enumerate(LABELS)]))
 
 
-# --------------------------------------------------------------------- against numbers of other people's code
+# ---- Numbers of other implementations
 
-# Each file holds numbers that the other code gave in float64, and nothing of that code.
+# Each file has results of another implementation in float64, and none of its code.
 AUTHORS_TRAINING = json.loads(Path(__file__).with_name("authors_training.json").read_text())
 COMMON_CODE_LOSSES = json.loads(Path(__file__).with_name("common_code_losses.json").read_text())
 
@@ -817,10 +746,10 @@ def weighted_layers(model):
 
 @pytest.mark.slow
 def test_twenty_steps_of_the_authors_training():
-    """Loss, terms, final weights and maps of their released code on drawn numbers; five steps are warm."""
+    """Loss, terms, final weights and maps of the authors' code on random images. Five steps are warm."""
     values = {"lr": 0.001, "lr_new": 0.005, "p": 1.0, "warm_epochs": 5, "width": 1.0}
     method, model = make("bridge", num_classes=10, **values)
-    c, rng = method.c, np.random.RandomState(7)
+    c, rng = method.config, np.random.RandomState(7)
     *convolutions, fc = weighted_layers(model)
     with torch.no_grad():
         for layer in convolutions:
@@ -828,13 +757,13 @@ def test_twenty_steps_of_the_authors_training():
             layer.weight.copy_(torch.from_numpy(rng.randn(o, i, 3, 3) * np.sqrt(2 / (9 * i))))
             layer.bias.zero_()
         fc.weight.copy_(torch.from_numpy(rng.randn(10, 1024) * 0.01))
-    pictures, labels = torch.from_numpy(rng.randn(80, 3, 64, 64)), torch.from_numpy(rng.randint(0, 10, 80))
+    inputs, labels = torch.from_numpy(rng.randn(80, 3, 64, 64)), torch.from_numpy(rng.randint(0, 10, 80))
 
     keys = ("lr", "lr_new", "momentum", "nesterov", "weight_decay")
     optimizer = optim.build_optimizer(model.train(), "vgg16", **{key: getattr(c, key) for key in keys})
     for step, expected in enumerate(AUTHORS_TRAINING["steps"]):
         batch = slice(4 * step, 4 * step + 4)
-        losses = method.losses(model, pictures[batch], labels[batch], epoch=step + 1)
+        losses = method.losses(model, inputs[batch], labels[batch], epoch=step + 1)
         loss = total(losses)
         optimizer.zero_grad()
         loss.backward()
@@ -846,7 +775,7 @@ def test_twenty_steps_of_the_authors_training():
     norms = [layer.weight.norm().item() for layer in (*convolutions, fc)]
     assert norms == pytest.approx(AUTHORS_TRAINING["norms"], rel=1e-9)
     with torch.inference_mode():
-        _, maps = method.predict(model.eval(), pictures[:4], labels[:4])
+        _, maps = method.predict(model.eval(), inputs[:4], labels[:4])
     assert normalize(maps).mean((1, 2)).tolist() == pytest.approx(AUTHORS_TRAINING["cam"], rel=1e-9)
 
 
@@ -868,8 +797,8 @@ def test_losses_and_gradients_of_the_common_code(name, values, n, side):
             fan_in = layer.weight[0].numel()
             layer.weight.copy_(torch.from_numpy(rng.randn(*layer.weight.shape) * np.sqrt(2 / fan_in)))
             layer.bias.copy_(torch.from_numpy(rng.randn(len(layer.bias)) * 0.01))
-    pictures, labels = torch.from_numpy(rng.randn(n, 3, side, side)), torch.from_numpy(rng.randint(0, 10, n))
-    loss = total(method.losses(model.train(), pictures, labels, epoch=1))
+    inputs, labels = torch.from_numpy(rng.randn(n, 3, side, side)), torch.from_numpy(rng.randint(0, 10, n))
+    loss = total(method.losses(model.train(), inputs, labels, epoch=1))
     loss.backward()
     expected = COMMON_CODE_LOSSES[name]
     assert loss.item() == pytest.approx(expected["loss"], rel=1e-9)
@@ -877,12 +806,12 @@ def test_losses_and_gradients_of_the_common_code(name, values, n, side):
     assert norms == pytest.approx(expected["gradient_norms"], rel=1e-9)
 
 
-# ------------------------------------------------------------------------------------------------- percentiles of evaluate
+# ---- Percentiles of evaluate.py
 
 
 @pytest.mark.parametrize("dtype, rank", [(torch.float64, 1), (torch.bfloat16, 0)])
 def test_classes_are_ranked_in_the_logits_own_precision(dtype, rank):
-    """The first two are equal in float32 and bf16; of equal ones the lower class, the label, comes first."""
+    """The first two are equal in float32 and bf16. Of equal logits, the lower class ranks first."""
     logits = torch.tensor([[1.0, 1 + 1e-12, 0.5]], dtype=torch.float64).to(dtype)
     method = SimpleNamespace(predict=lambda *_: (logits, torch.zeros(1, 4, 4)), upsampling="bilinear")
     loader = [(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([0]), torch.tensor([0]))]
@@ -901,15 +830,9 @@ def test_ivr_s_percentile_is_chosen_on_val(trained, capsys):
     assert [float(key) for key in scores] == [round(0.05 * i, 2) for i in range(1, 15)]
     for key in ("0.05", "0.45", str(q)):
         evaluate.main([*flags, key, "--split", "val"])
-        assert (
-            json.loads((run / f"results_best_val_ivr_{key}.json").read_text())["metrics"]["max_box_acc_v2"][
-                "mean"
-            ]
-            == scores[key]
-        )
-    assert scores[str(q)] == max(scores.values()) and q == min(
-        float(key) for key in scores if scores[key] == max(scores.values())
-    )
+        on_val = json.loads((run / f"results_best_val_ivr_{key}.json").read_text())
+        assert on_val["metrics"]["max_box_acc_v2"]["mean"] == scores[key]
+    assert q == min(float(key) for key in scores if scores[key] == max(scores.values()))
     assert f"ivr at percentile {q:.2f}, chosen on val by MaxBoxAccV2 ({scores[str(q)]:.2f})" in printed
     evaluate.main([*flags, str(q)])
     given = json.loads((run / f"results_best_test_ivr_{q}.json").read_text())
@@ -917,7 +840,9 @@ def test_ivr_s_percentile_is_chosen_on_val(trained, capsys):
 
 
 def test_ivr_s_percentile_is_the_lowest_that_fits_all_maps():
-    """Worked by hand: one map needs its noise of 0.5 cut off, the other all of its object of 0.3, and no one threshold does both."""
+    """By hand: one map needs its noise of 0.5 removed, the other its object of 0.3 kept. No single threshold
+    does both.
+    """
     noisy, faint = np.zeros((2, 10, 10), dtype=np.float32)
     noisy.flat[34:] = 0.5  # the quantiles from 0.35 on are 0.5
     noisy[7:, 2:6] = 1  # the object: columns 2 to 5, rows 7 to 9
@@ -936,48 +861,22 @@ def test_a_percentile_reaches_the_maps(trained, tmp_path):
     saved = {}
     for how, q in (("ivr", None), ("ivr", "0.45"), ("ivr", "0.6"), ("pas", "0.5")):
         folder = tmp_path / f"{how}{q}"
-        evaluate.main(
-            [
-                str(run),
-                "--normalize",
-                how,
-                *(["--percentile", q] if q else []),
-                "--save-maps",
-                str(folder),
-                "--device",
-                "cpu",
-                "--workers",
-                "0",
-            ]
-        )
+        percentile = ["--percentile", q] if q else []
+        flags = ["--normalize", how, *percentile, "--save-maps", str(folder)]
+        evaluate.main([str(run), *flags, "--device", "cpu", "--workers", "0"])
         saved[how, q] = [path.read_bytes() for path in sorted(folder.rglob("*.npy"))]
-    assert (
-        saved["ivr", None] == saved["ivr", "0.45"] != saved["ivr", "0.6"] != saved["pas", "0.5"]
-        and len(saved["ivr", None]) == 9
-    )
+    assert len(saved["ivr", None]) == 9
+    assert saved["ivr", None] == saved["ivr", "0.45"] != saved["ivr", "0.6"] != saved["pas", "0.5"]
 
 
-def test_pxap_chooses_where_there_are_masks_only(trained, tmp_path):
+def test_pxap_chooses_the_percentile_where_only_masks_are_given(trained, tmp_path):
     _, run = trained
     for split in ("val", "test"):
         path = tmp_path / "splits" / "tiny" / split / "localization.txt"
-        path.write_text(
-            "".join(line for line in path.read_text().splitlines(keepends=True) if "masks" in line)
-        )
-    flags = [
-        run,
-        "--normalize",
-        "ivr",
-        "--percentile",
-        "val",
-        "--device",
-        "cpu",
-        "--workers",
-        "0",
-        "--splits",
-        tmp_path / "splits",
-    ]
-    evaluate.main([str(flag) for flag in flags])
+        masks = [line for line in path.read_text().splitlines(keepends=True) if "masks" in line]
+        path.write_text("".join(masks))
+    flags = "--normalize ivr --percentile val --device cpu --workers 0 --splits".split()
+    evaluate.main([str(run), *flags, str(tmp_path / "splits")])
     assert json.loads((run / "results_best_test_ivr_val.json").read_text())["percentile"]["by"] == "PxAP"
 
 
@@ -1129,30 +1028,26 @@ def test_a_script_that_fails_ends_the_comparison(fails, monkeypatch, tmp_path):
     )
 
 
-def test_the_readme_s_own_method(tiny, tmp_path, fails):
-    """tests/my_method.py is the README's example: one file, no edit elsewhere, and its value is a flag."""
-    text, readme = (REPOSITORY / "tests" / "my_method.py").read_text(), (REPOSITORY / "README.md").read_text()
-    assert len(text.splitlines()) <= 26 and ("my_method.py" not in readme or text in readme)
+def test_the_documented_method_of_one_s_own(tiny, tmp_path, fails):
+    """tests/my_method.py is the example of the docs: one file, no edit elsewhere, and its value is a flag."""
+    text = (REPOSITORY / "tests" / "my_method.py").read_text()
+    assert len([line for line in text.splitlines() if line]) <= 20
+    pages = [page for page in (REPOSITORY / "docs" / "methods.md", REPOSITORY / "README.md") if page.exists()]
+    assert text in pages[0].read_text()
     exec(compile(text, "my_method.py", "exec"), {"__name__": "my_method"})
     try:
         run = tmp_path / "run"
-        train.main([*tiny, "--method", "gradcam", "--out", str(run), "--smoothing", "0.3"])
-        fails(
-            train.main,
-            [*tiny, "--method", "gradcam", "--out", tmp_path / "other", "--smoothing", 2],
-            "--smoothing 2",
-            "[0, 1]",
-        )
+        flags = [*tiny, "--method", "gradcam", "--out"]
+        train.main([*flags, str(run), "--smoothing", "0.3"])
+        fails(train.main, [*flags, tmp_path / "other", "--smoothing", 2], "--smoothing 2", "[0, 1]")
         evaluate.main([str(run), "--device", "cpu", "--workers", "0"])
         model, method, _ = evaluation.load_run(run, "last", torch.device("cpu"))
-        pictures = images(dtype=torch.float32)
-        _, maps = method.predict(model.eval(), pictures, LABELS)
-        vanilla = METHODS["cam"].predict(method, model, pictures, LABELS)[1]
-        assert torch.equal(maps, vanilla.clamp(min=0)) and not torch.equal(maps, vanilla)
+        inputs = images(dtype=torch.float32)
+        _, maps = method.predict(model.eval(), inputs, LABELS)
+        cam = METHODS["cam"].predict(method, model, inputs, LABELS)[1]
+        assert torch.equal(maps, cam.clamp(min=0)) and not torch.equal(maps, cam)
     finally:
         del METHODS["gradcam"]
-    assert json.loads((run / "config.json").read_text())["config"]["smoothing"] == {
-        "value": 0.3,
-        "source": "flag",
-    }
+    config = json.loads((run / "config.json").read_text())["config"]
+    assert config["smoothing"] == {"value": 0.3, "source": "flag"}
     fails(evaluate.main, [run, "--device", "cpu"], run / "best.pt", "'gradcam'", "import")
