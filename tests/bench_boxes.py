@@ -1,10 +1,11 @@
-"""How long the boxes of every threshold take: the sweep of bridge_wsol/boxes.py, plain labeling, and a contour-tracer loop.
+"""Time to find the boxes of all thresholds: the sweep of boxes.py, plain labeling, and a contour-tracer loop.
 
     python tests/bench_boxes.py RUN [RUN ...] [--images 60]
 
-Real CAMs: the score maps of the first test images of each run that train.py wrote, at the run's image size. Each way does the same
-work an image: boxes of all contours and of the largest one at every threshold, IoU with the ground truth, best IoU at each threshold.
-One process, one thread; the ways take turns, ten maps each. The contour tracer needs `pip install opencv-python-headless`.
+The input is CAMs: score maps of test images of each run of train.py, at the image size of the run. Each
+program does the same work per image: boxes of all contours and of the largest one at every threshold, IoU
+with the ground truth, best IoU per threshold. One process, one thread; the programs alternate every ten maps.
+The contour tracer needs `pip install opencv-python-headless`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ import plain_boxes
 from bridge_wsol.boxes import iou_matrix, scale_boxes
 from bridge_wsol.data import test_loader
 from bridge_wsol.datasets import load_splits
+from bridge_wsol.evaluation import load_run, network_maps
 from bridge_wsol.metrics import localize
 from bridge_wsol.utils import ordered_map
-from evaluate import load_run, network_maps
 
 try:
     import cv2
@@ -37,6 +38,7 @@ except ImportError:
 
 
 def plain(score_map: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """The IoUs of `localize`, by labeling each mask."""
     found = plain_boxes.level_boxes(score_map)
     ious = np.zeros((2, 255))
     np.maximum.at(ious[0], found.levels, iou_matrix(found.boxes, truth).max(1))
@@ -45,7 +47,7 @@ def plain(score_map: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def contours(score_map: np.ndarray, truth: np.ndarray, thresholds: int) -> np.ndarray:
-    """The usual loop: at each of the thresholds, binarise, trace the contours, take their boxes."""
+    """The usual loop: at each threshold, binarize, trace the contours, take their boxes."""
     v = (score_map * 255).astype(np.uint8)
     height, width = v.shape
     boxes, starts, largest = [], [], []
@@ -68,38 +70,27 @@ def contours(score_map: np.ndarray, truth: np.ndarray, thresholds: int) -> np.nd
 
 
 def private_memory(job: tuple[np.ndarray, np.ndarray]) -> float:
-    """MB that a worker process has of its own, not shared with the process it was forked from, after a sweep (Linux)."""
+    """Private memory in MB of a worker process after a sweep, without pages shared with its parent (Linux)."""
     localize(*job)
     fields = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines())
     return sum(int(field[1]) for field in fields if field[0].startswith("Private")) / 1024
 
 
-def real_maps(run: Path, n: int) -> tuple[list[np.ndarray], list[np.ndarray], str]:
-    model, method, checkpoint = load_run(run, "best", torch.device("cpu"))
-    c = checkpoint["config"]
-    splits, _ = load_splits(
-        c["dataset"], Path(c["data_root"]), Path(c["splits"]), ("test",), c["val_per_class"]
-    )
-    split = splits["test"].take(range(0, len(splits["test"]), max(1, len(splits["test"]) // n)), "bench")
-    loader = test_loader(split, 8, image_size=c["image_size"], workers=0)
-    maps = []
-    for batch in network_maps(
-        model,
-        loader,
-        method=method,
-        device=torch.device("cpu"),
-        amp="off",
-        normalization="minmax",
-        image_size=c["image_size"],
-    ):
-        maps += list(batch.maps)
-    truths = [scale_boxes(split.boxes[i], tuple(split.sizes[i]), c["image_size"]) for i in range(len(split))]
-    side = c["image_size"] // c["stride"]
-    return (
-        maps,
-        truths,
-        f"{run.name}: {len(maps)} maps of {side} x {side} at {c['image_size']} x {c['image_size']}",
-    )
+def maps_of_run(run: Path, n: int) -> tuple[list[np.ndarray], list[np.ndarray], str]:
+    """(score maps, ground-truth boxes, title) of about n test images."""
+    device = torch.device("cpu")
+    model, method, checkpoint = load_run(run, "best", device)
+    config = checkpoint["config"]
+    size, folders = config["image_size"], (Path(config["data_root"]), Path(config["splits"]))
+    test = load_splits(config["dataset"], *folders, ("test",), config["val_per_class"])[0]["test"]
+    split = test.take(range(0, len(test), max(1, len(test) // n)), "bench")
+    loader = test_loader(split, 8, image_size=size, workers=0)
+    setting = {"device": device, "amp": "off", "normalization": "minmax", "image_size": size}
+    batches = network_maps(model, loader, method=method, **setting)
+    maps = [score_map for batch in batches for score_map in batch.maps]
+    truths = [scale_boxes(split.boxes[i], tuple(split.sizes[i]), size) for i in range(len(split))]
+    side = size // config["stride"]
+    return maps, truths, f"{run.name}: {len(maps)} maps of {side} x {side} at {size} x {size}"
 
 
 def main() -> None:
@@ -111,31 +102,29 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    ways = {"merge-tree sweep (exact)": lambda m, t: localize(m, t).ious, "plain labeling (exact)": plain}
+    sweep, labeling = "merge-tree sweep (exact)", "plain labeling (exact)"
+    programs = {sweep: lambda m, t: localize(m, t).ious, labeling: plain}
     if cv2 is not None:
-        ways["contour loop, 1,000 thresholds"] = lambda m, t: contours(m, t, 1000)
-        ways["contour loop, 200 thresholds"] = lambda m, t: contours(m, t, 200)
+        programs["contour loop, 1,000 thresholds"] = lambda m, t: contours(m, t, 1000)
+        programs["contour loop, 200 thresholds"] = lambda m, t: contours(m, t, 200)
     for run in args.runs:
-        maps, truths, title = real_maps(run, args.images)
+        maps, truths, title = maps_of_run(run, args.images)
         memory = max(ordered_map(private_memory, list(zip(maps, truths)), 1))
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for start in range(
-            0, len(maps), 10
-        ):  # in turns of ten maps: each way finds the caches as it leaves them
-            results: dict[str, list[np.ndarray]] = {name: [] for name in ways}
-            for name, way in ways.items():
+        seconds: dict[str, list[float]] = {name: [] for name in programs}
+        for start in range(0, len(maps), 10):  # alternate: every program leaves the caches in its own state
+            results: dict[str, list[np.ndarray]] = {name: [] for name in programs}
+            for name, program in programs.items():
                 for score_map, truth in zip(maps[start : start + 10], truths[start : start + 10]):
                     began = time.perf_counter()
-                    results[name].append(way(score_map, truth))
+                    results[name].append(program(score_map, truth))
                     seconds[name].append(time.perf_counter() - began)
-            np.testing.assert_array_equal(
-                results["merge-tree sweep (exact)"], results["plain labeling (exact)"]
-            )
-        ours = np.median(seconds["merge-tree sweep (exact)"])
-        print(f"{title}; median milliseconds an image, one core")
+            np.testing.assert_array_equal(results[sweep], results[labeling])
+        fastest = np.median(seconds[sweep])
+        print(f"{title}; median milliseconds per image, one core")
         for name, values in seconds.items():
-            print(f"  {name:<32}{1e3 * np.median(values):8.2f} ms   {np.median(values) / ours:6.1f} x ours")
-        print(f"  {memory:.0f} MB of its own in a worker process of evaluate.py that sweeps these maps")
+            median = np.median(values)
+            print(f"  {name:<32}{1e3 * median:8.2f} ms   {median / fastest:6.1f} x the sweep")
+        print(f"  {memory:.0f} MB of private memory in a worker process of evaluate.py for these maps")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The plain way to the boxes of every level, label each mask: the oracle of test_boxes.py and the yardstick of bench_boxes.py."""
+"""Boxes of every level by labeling each mask: the reference of test_boxes.py and bench_boxes.py."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from bridge_wsol.boxes import LEVELS, LevelBoxes
 EIGHT = np.ones((3, 3), dtype=bool)
 
 
-def quantise(score_map: np.ndarray) -> np.ndarray:
+def quantize(score_map: np.ndarray) -> np.ndarray:
     """floor(255 * map) as uint8."""
     return (np.asarray(score_map) * 255).astype(np.uint8)
 
 
 def level_boxes(score_map: np.ndarray) -> LevelBoxes:
-    """What `bridge_wsol.boxes.level_boxes` promises, level by level."""
-    v = quantise(score_map)
+    """The result of `bridge_wsol.boxes.level_boxes`, computed level by level."""
+    v = quantize(score_map)
     limit = np.array([v.shape[1] - 1, v.shape[0] - 1] * 2)
     boxes, levels, largest = [], [], np.zeros((LEVELS, 4), dtype=np.int64)
     for level in range(LEVELS):
@@ -37,8 +37,8 @@ def level_boxes(score_map: np.ndarray) -> LevelBoxes:
         boxes.append(at_level)
         levels.append(np.full(len(at_level), level))
         if n_filled:
-            # No contour is larger than the component around it, so the largest is among the components, holes filled.
-            # Labels are in reading order of the first pixel; of equal areas the tracer lists the last first.
+            # No contour is larger than the component around it: compare the components with filled holes.
+            # Labels are in reading order of the first pixel. Of equal areas, the last one is the largest.
             areas = double_areas(filled, n_filled)
             last = np.flatnonzero(areas == areas.max())[-1]
             largest[level] = np.minimum(extents(filled)[last] + [0, 0, 1, 1], limit)
@@ -51,11 +51,9 @@ def extents(labels: np.ndarray) -> np.ndarray:
 
 
 def double_areas(labels: np.ndarray, n: int) -> np.ndarray:
-    """Twice the polygon area of each component: a 2 x 2 block counts 2 where all four pixels are in, 1 where three are."""
+    """Twice the polygon area per component. A 2 x 2 block adds 2 with four pixels inside, 1 with three."""
     inside = (labels > 0).astype(np.uint8)
     count = inside[:-1, :-1] + inside[:-1, 1:] + inside[1:, :-1] + inside[1:, 1:]
     y, x = np.nonzero(count > 2)
-    owner = np.maximum(
-        labels[y, x], labels[y + 1, x + 1]
-    )  # of three pixels in, one at least is on this diagonal
+    owner = np.maximum(labels[y, x], labels[y + 1, x + 1])  # at least one of three pixels is on this diagonal
     return np.bincount(owner, count[y, x] - 2, minlength=n + 1)[1:]

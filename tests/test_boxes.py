@@ -1,16 +1,16 @@
-"""Boxes of every level: hand-worked masks, and the contour tracer of the field's evaluators where it can be imported."""
+"""Boxes of every level: masks by hand, plain labeling, and OpenCV's contour tracer if it is installed."""
 
 import numpy as np
 import plain_boxes
 import pytest
-from plain_boxes import quantise
+from plain_boxes import quantize
 
 from bridge_wsol import boxes
 from bridge_wsol.boxes import iou_matrix, level_boxes
 
 
 def drawn(*rows: str) -> np.ndarray:
-    """A map from digits: 0 ... 9 stand for 0, 1/9, ... 1."""
+    """A map from digits: 0 ... 9 are the values 0, 1/9, ... 1."""
     return np.array([[int(x) for x in row] for row in rows], dtype=np.float32) / 9
 
 
@@ -19,7 +19,8 @@ def at(found, level: int) -> list[tuple[int, ...]]:
 
 
 def test_iou_is_inclusive():
-    # 3 x 6 and 4 x 5 pixels sharing 2 x 4: 8 / (18 + 20 - 8); the same box; a box of one pixel; boxes that touch at no pixel.
+    # 3 x 6 and 4 x 5 pixels with 2 x 4 in common: 8 / (18 + 20 - 8); the same box; a box of one pixel; boxes
+    # without a common pixel.
     a = [[0, 0, 2, 5], [4, 4, 4, 4]]
     b = [[1, 2, 4, 6], [0, 0, 2, 5], [3, 0, 5, 5]]
     expected = [[8 / 30, 1, 0], [1 / 20, 0, 1 / 18]]
@@ -28,7 +29,7 @@ def test_iou_is_inclusive():
 
 def test_a_component_s_box_is_its_extent_plus_one_clipped():
     found = level_boxes(drawn("00000", "09900", "09900", "00009"))
-    # (4, 3) touches (2, 2) by no corner: two components; the second ends at the border.
+    # (4, 3) does not touch (2, 2): two components. The second is at the border, so its box is clipped.
     assert at(found, 0) == [(1, 1, 3, 3), (4, 3, 4, 3)]
     assert found.largest[0].tolist() == [1, 1, 3, 3]
 
@@ -36,7 +37,7 @@ def test_a_component_s_box_is_its_extent_plus_one_clipped():
 def test_components_are_connected_over_corners_and_holes_are_not():
     found = level_boxes(drawn("900000", "090000", "009000", "000000", "000000", "000000"))
     assert at(found, 0) == [(0, 0, 3, 3)]
-    # The two dark pixels inside touch by a corner only: two holes, each with the box of the ring around it.
+    # The two dark pixels inside touch at a corner only: two holes, each with the box of the ring around it.
     found = level_boxes(drawn("999990", "909990", "990990", "999990", "000000", "000000"))
     assert at(found, 0) == [(0, 0, 3, 3), (0, 0, 5, 4), (1, 1, 4, 4)]
 
@@ -46,7 +47,7 @@ def test_background_that_touches_the_border_is_no_hole():
         (0, 0, 4, 4),
         (2, 2, 3, 3),
     ]
-    # The same ring closed: its outside, the hole in it, the island in the hole.
+    # The same ring, closed: its component, its hole, the island in the hole.
     assert at(level_boxes(drawn("99999", "90009", "90909", "90009", "99999")), 0) == [
         (0, 0, 4, 4),
         (0, 0, 4, 4),
@@ -55,36 +56,35 @@ def test_background_that_touches_the_border_is_no_hole():
 
 
 def test_every_level_has_its_own_boxes():
-    # 3 / 9 and 6 / 9 are quantised to 85 and 170: the mask at a level holds what is strictly above it.
+    # 3 / 9 and 6 / 9 are quantized to 85 and 170. The mask at a level has the values strictly above it.
     found = level_boxes(drawn("000000", "033330", "036630", "033330", "000009", "000000"))
-    assert at(found, 84) == [(1, 1, 5, 5)]  # the pixel (5, 4) touches (4, 3) by the corner
+    assert at(found, 84) == [(1, 1, 5, 5)]  # the pixel (5, 4) touches (4, 3) at a corner
     assert at(found, 85) == [(2, 2, 4, 3), (5, 4, 5, 5)]
     assert at(found, 169) == at(found, 85)
     assert at(found, 170) == at(found, 254) == [(5, 4, 5, 5)]
 
 
-def test_largest_contour_is_by_polygon_area_with_holes_filled():
+def test_the_largest_contour_has_the_largest_polygon_area_with_holes_filled():
     # Left: 6 pixels in a row, polygon area 0. Right: 2 x 2 pixels, area 1.
-    assert level_boxes(drawn("99999900", "00000000", "00000990", "00000990", "00000000")).largest[
-        0
-    ].tolist() == [5, 2, 7, 4]
-    # A ring of 12 pixels around a 2 x 2 hole has area 9, more than a full square of 9 pixels (area 4).
+    found = level_boxes(drawn("99999900", "00000000", "00000990", "00000990", "00000000"))
+    assert found.largest[0].tolist() == [5, 2, 7, 4]
+    # A ring of 12 pixels around a 2 x 2 hole has area 9; a full square of 9 pixels has area 4.
     ring = drawn("999900000", "900900999", "900900999", "999900999", "000000000")
     assert level_boxes(ring).largest[0].tolist() == [0, 0, 4, 4]
 
 
-def test_equal_areas_go_to_the_last_in_reading_order():
+def test_of_equal_areas_the_last_in_reading_order_wins():
     def largest(*rows: str) -> list[int]:
         return level_boxes(drawn(*rows)).largest[0].tolist()
 
     assert largest("0000990", "0990990", "0990000", "0000000") == [1, 1, 3, 3]
-    # A block of area 2 beside a ring of area 2, whose hole has area 2 as well (the same four border pixels).
+    # A block of area 2 and a ring of area 2, whose hole also has area 2 (the same four border pixels).
     assert largest("00000900", "99909090", "99900900", "00000000") == [0, 1, 3, 3]
     assert largest("00900000", "09090999", "00900999", "00000000") == [5, 1, 7, 3]
     assert largest("99900900", "99909090", "00000900", "00000000") == [4, 0, 7, 3]
-    # The first pixel is in the topmost row, however far to the right.
+    # The first pixel is in the topmost row, at any x.
     assert largest("00000009", "00990090", "00000900") == [2, 1, 4, 2]
-    # Single pixels, area 0: at 0.6 of the maximum the contour tracer of the field's evaluator gives this box.
+    # Single pixels, area 0: at 0.6 of the maximum, the contour tracer of the protocol gives this box.
     single = [[0.4, 0, 0.2, 0.2, 0.2], [0.4, 0.4, 0, 0.4, 0], [0, 0, 0, 0.4, 0], [1, 0.6, 0.8, 0.2, 0.2]]
     assert level_boxes(np.array(single)).largest[int(0.6 * 255)].tolist() == [2, 3, 3, 3]
 
@@ -102,7 +102,7 @@ def test_one_pixel():
     assert at(found, 254) == [(0, 0, 0, 0)] and sorted(found.levels.tolist()) == list(range(255))
 
 
-def test_what_is_no_score_map_is_refused():
+def test_invalid_score_maps_raise():
     for wrong in (np.zeros(4), np.zeros((2, 2, 2)), np.zeros((0, 3))):
         with pytest.raises(ValueError, match="H x W"):
             level_boxes(wrong)
@@ -111,15 +111,15 @@ def test_what_is_no_score_map_is_refused():
             level_boxes(np.array([[0.5, value]]))
 
 
-def test_quantisation_is_the_floor():
-    assert quantise(np.array([[0.0, 0.9999 / 255, 1 / 255 + 1e-9, 0.5, 254.999 / 255, 1.0]])).tolist() == [
+def test_quantization_rounds_down():
+    assert quantize(np.array([[0.0, 0.9999 / 255, 1 / 255 + 1e-9, 0.5, 254.999 / 255, 1.0]])).tolist() == [
         [0, 0, 1, 127, 254, 255]
     ]
 
 
 def random_maps(count: int, largest: int):
     """Maps of many kinds: noise, smooth, plateaus, binary, blocks, rings, nested rings, cut by the border,
-    one row, constant, many contours of the same area.
+    one image row, constant, many contours of equal area.
     """
     rng = np.random.default_rng(0)
     kinds = "noise", "smooth", "plateaus", "binary", "blocks", "rings", "nested", "border", "constant", "ties"
@@ -135,16 +135,15 @@ def random_maps(count: int, largest: int):
         elif kind == "binary":
             noise = (noise < rng.random()).astype(float)
         elif kind == "blocks":
-            noise = np.kron(rng.integers(0, 6, (height // 3 + 1, width // 3 + 1)), np.ones((3, 3)))[
-                :height, :width
-            ]
+            coarse = rng.integers(0, 6, (height // 3 + 1, width // 3 + 1))
+            noise = np.kron(coarse, np.ones((3, 3)))[:height, :width]
         elif kind in ("rings", "nested"):
             r = np.hypot(y - rng.random() * height, x - rng.random() * width)
             noise = np.sin(r * rng.uniform(0.5, 2)) + (0.2 * noise if kind == "nested" else 0)
             noise = np.round(noise * 4) if rng.random() < 0.5 else noise
         elif kind == "border":
             noise = np.exp(-np.hypot(y, x - width) / 5) + 0.05 * noise
-        elif kind == "ties":  # single pixels, squares, rings with or without an island in them
+        elif kind == "ties":  # single pixels, squares, rings with and without an island
             noise = np.zeros((height, width))
             for _ in range(rng.integers(1, 9)):
                 side, value = rng.integers(1, 6), rng.integers(1, 4)
@@ -164,12 +163,11 @@ def random_maps(count: int, largest: int):
 def test_agrees_with_the_contour_tracer():
     cv2 = pytest.importorskip("cv2")
     for score_map in random_maps(50, 24):
-        found, v = level_boxes(score_map), quantise(score_map)
+        found, v = level_boxes(score_map), quantize(score_map)
         height, width = v.shape
         for level in range(255):
-            contours, _ = cv2.findContours(
-                (v > level).astype(np.uint8), cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE
-            )
+            mask = (v > level).astype(np.uint8)
+            contours, _ = cv2.findContours(mask, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
             traced, areas = [], []
             for contour in contours:
                 (x0, y0), (x1, y1) = contour.reshape(-1, 2).min(0), contour.reshape(-1, 2).max(0)
@@ -189,7 +187,7 @@ def table(found) -> np.ndarray:
     "count, largest, dense", [(170, 20, boxes.DENSE), (20, 64, boxes.DENSE), (60, 20, 0)]
 )
 def test_the_sweep_equals_plain_labeling_at_every_level(monkeypatch, count, largest, dense):
-    monkeypatch.setattr(boxes, "DENSE", dense)  # 0: saddles by sorting, as maps of very many basins have them
+    monkeypatch.setattr(boxes, "DENSE", dense)  # 0: saddles by sorting, as for very many basins
     for i, score_map in enumerate(random_maps(count, largest)):
         swept, labeled = level_boxes(score_map), plain_boxes.level_boxes(score_map)
         np.testing.assert_array_equal(table(swept), table(labeled), err_msg=f"map {i}")

@@ -1,4 +1,4 @@
-"""The decomposition, the resize against its published kernel, the normalizations on maps small enough to sort by hand."""
+"""The decomposition, the resize against its published kernel, the normalizations on maps sorted by hand."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_maps_are_float32_under_autocast():
 
 
 def test_float64_stays_float64():
-    """Map, factors, resize and normalizations against NumPy's."""
+    """Map, factors, resize and normalizations against NumPy."""
     rng = np.random.default_rng(0)
     features, weight, labels = np.abs(rng.normal(size=(2, 8, 14, 14))), rng.normal(size=(3, 8)), [2, 0]
     tensors = torch.tensor(features), torch.tensor(weight), torch.tensor(labels)
@@ -41,7 +41,7 @@ def test_float64_stays_float64():
     large = kernel @ expected @ kernel.T
     low, high = (f(large, axis=(1, 2), keepdims=True) for f in (np.min, np.max))
     at_90, at_45 = (np.sort(large.reshape(2, -1))[:, int(q * 56**2), None, None] for q in (0.9, 0.45))
-    for ours, theirs in (
+    for found, wanted in (
         (maps, expected),
         (factors.weight_norm, norm),
         (factors.F, F),
@@ -54,11 +54,11 @@ def test_float64_stays_float64():
         (normalize(resize(maps, 56), "ivr"), (large - at_45).clip(0) / (high - at_45)),
         (normalize(resize(maps, 56), "log"), 1 + np.log10(large.clip(1e-7, 1)) / 7),
     ):
-        torch.testing.assert_close(ours, torch.tensor(theirs), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-12, atol=1e-12)
 
 
 def bicubic_matrix(n, size):
-    """Rows of the 1-D bicubic resize n -> size: a = -0.75, half-pixel centres, borders repeated."""
+    """Matrix of the 1-D bicubic resize n -> size: a = -0.75, half-pixel centres, borders repeated."""
     a, matrix = -0.75, np.zeros((size, n))
     for i in range(size):
         x = (i + 0.5) * n / size - 0.5
@@ -69,7 +69,7 @@ def bicubic_matrix(n, size):
     return matrix
 
 
-def test_resize_is_the_protocol_s_bicubic():
+def test_resize_is_the_bicubic_one_of_the_protocol():
     small = np.random.default_rng(0).normal(size=(14, 14))
     kernel = bicubic_matrix(14, 224)
     got = resize(torch.tensor(small, dtype=torch.float32)[None], 224)[0].numpy()
@@ -84,7 +84,7 @@ def test_minmax_of_each_image():
     torch.testing.assert_close(normalize(maps), expected)
 
 
-# 1 ... 20 in disorder: the value at index int(0.9 * 20) = 18 of the sorted ones is 19, at int(0.45 * 20) = 9 it is 10.
+# 1 ... 20 in random order. In sorted order, 19 is at index int(0.9 * 20) = 18, and 10 at int(0.45 * 20) = 9.
 TWENTY = torch.randperm(20, generator=torch.Generator().manual_seed(0)).view(1, 4, 5) + 1.0
 
 
@@ -103,9 +103,8 @@ def test_percentile_normalizations_on_a_map_sorted_by_hand(how, percentile, expe
 
 
 def test_max_drops_negative_values():
-    torch.testing.assert_close(
-        normalize(torch.tensor([[[-2.0, 1.0], [4.0, 0.0]]]), "max"), torch.tensor([[[0.0, 0.25], [1.0, 0.0]]])
-    )
+    normalized = normalize(torch.tensor([[[-2.0, 1.0], [4.0, 0.0]]]), "max")
+    torch.testing.assert_close(normalized, torch.tensor([[[0.0, 0.25], [1.0, 0.0]]]))
 
 
 @pytest.mark.parametrize("how", ["minmax", "max", "pas", "ivr"])
@@ -117,7 +116,7 @@ def test_constant_and_non_finite_maps_become_zeros(how):
     assert (normalize(-torch.rand(1, 3, 3) - 1, "max") == 0).all()
 
 
-def test_unknown_normalizations_are_refused():
+def test_unknown_normalizations_raise():
     with pytest.raises(ValueError, match="minmax, max, pas, ivr"):
         normalize(TWENTY, "softmax")
     with pytest.raises(ValueError, match="percentile"):

@@ -1,6 +1,7 @@
-"""The losses against hand-worked maps, plain loops over the formulas, and finite differences."""
+"""The losses against maps computed by hand, loops over the formulas, and finite differences."""
 
 import ast
+import functools
 import math
 import shutil
 import subprocess
@@ -26,7 +27,8 @@ from bridge_wsol.losses import (
 def hand_worked():
     """Four locations with f = (3,4), (0,1), (0,0), (4,3); classes w_0 = (1,-1), w_1 = (0,1).
 
-    F = 5, 1, 0, 5 and F-hat = 1, 0.2, 0, 1. With r = 1 / (5 sqrt 2): S_0 = -r, -5r, 0, r and S_1 = 0.8, 1, 0, 0.6.
+    F = 5, 1, 0, 5 and F-hat = 1, 0.2, 0, 1.
+    With r = 1 / (5 sqrt 2): S_0 = -r, -5r, 0, r and S_1 = 0.8, 1, 0, 0.6.
     """
     features = torch.tensor([[[3.0, 0.0], [0.0, 4.0]], [[4.0, 1.0], [0.0, 3.0]]], dtype=torch.float64)[None]
     return features, torch.tensor([[1.0, -1.0], [0.0, 1.0]], dtype=torch.float64)
@@ -35,14 +37,11 @@ def hand_worked():
 def test_maps_of_the_hand_worked_case():
     features, weight = hand_worked()
     r = 1 / (5 * math.sqrt(2))
-    torch.testing.assert_close(
-        feature_norm(features), torch.tensor([[[5.0, 1.0], [0.0, 5.0]]], dtype=torch.float64)
-    )
-    torch.testing.assert_close(
-        minmax(feature_norm(features)), torch.tensor([[[1.0, 0.2], [0.0, 1.0]]], dtype=torch.float64)
-    )
-    expected = torch.tensor([[[-r, -5 * r], [0.0, r]], [[0.8, 1.0], [0.0, 0.6]]], dtype=torch.float64)[None]
-    torch.testing.assert_close(cosine_map(features, weight), expected)
+    F = torch.tensor([[[5.0, 1.0], [0.0, 5.0]]], dtype=torch.float64)
+    torch.testing.assert_close(feature_norm(features), F)
+    torch.testing.assert_close(minmax(feature_norm(features)), F / 5)
+    S = torch.tensor([[[-r, -5 * r], [0.0, r]], [[0.8, 1.0], [0.0, 0.6]]], dtype=torch.float64)[None]
+    torch.testing.assert_close(cosine_map(features, weight), S)
 
 
 def test_alignment_losses_of_the_hand_worked_case():
@@ -51,21 +50,21 @@ def test_alignment_losses_of_the_hand_worked_case():
     l_sim, l_norm = alignment_losses(features, weight, torch.tensor([0]), tau_fg=0.6, tau_bg=0.3)
     assert float(l_sim) == pytest.approx((-5 * r + 0) / 2 - (-r + r) / 2, abs=1e-12)
     assert float(l_norm) == pytest.approx((1 + 0.2) / 2 - 1, abs=1e-12)
-    # With the maximum over classes, S = 0.8, 1, 0, 0.6: nothing is negative, three locations are positive.
+    # With the maximum over classes, S = 0.8, 1, 0, 0.6: no location is negative, three are positive.
     same_l_sim, l_norm = alignment_losses(features, weight, torch.tensor([0]), 0.6, 0.3, norm_class="max")
     assert float(same_l_sim) == float(l_sim)
     assert float(l_norm) == pytest.approx(0 - (1 + 0.2 + 1) / 3, abs=1e-12)
 
 
-def test_thresholds_are_strict_and_leave_the_middle_out():
+def test_thresholds_are_strict_and_the_values_between_them_are_ignored():
     features, weight = hand_worked()
     r = 1 / (5 * math.sqrt(2))
-    # F-hat = 0.2 is neither above 0.2 nor below it: fg = the two ones, bg = the zero vector, whose S is 0.
+    # F-hat = 0.2 is not above or below 0.2. Foreground: the two ones; background: the zero vector (S = 0).
     l_sim, _ = alignment_losses(features, weight, torch.tensor([0]), tau_fg=0.2, tau_bg=0.2)
     assert float(l_sim) == pytest.approx(0 - (-r + r) / 2, abs=1e-12)
 
 
-def test_batch_is_averaged_and_an_image_without_any_set_adds_zero():
+def test_the_batch_is_averaged_and_an_image_with_empty_sets_adds_zero():
     features, weight = hand_worked()
     both = torch.cat([features, torch.zeros_like(features)])
     one = alignment_losses(features, weight, torch.tensor([0]), 0.6, 0.3)
@@ -78,36 +77,32 @@ def by_the_formulas(features, weight, labels, tau_fg, tau_bg, norm_class):
     """Loops over images and locations, in NumPy."""
     l_sim = l_norm = 0.0
     for f, y in zip(features, labels):
-        locations = [(i, j) for i in range(f.shape[1]) for j in range(f.shape[2])]
-        F = {u: math.sqrt(sum(x * x for x in f[:, u[0], u[1]])) for u in locations}
+        f = f.reshape(len(f), -1)
+        locations = range(f.shape[1])
+        F = {u: math.sqrt(sum(x * x for x in f[:, u])) for u in locations}
         low, high = min(F.values()), max(F.values())
         F_hat = {u: (F[u] - low) / (high - low) for u in locations}
 
-        def cosine(k, u):
-            return (
-                float(f[:, u[0], u[1]] @ weight[k]) / (F[u] * math.sqrt(float(weight[k] @ weight[k])))
-                if F[u]
-                else 0.0
-            )
+        S_y = {u: cosine(f[:, u], weight[y]) for u in locations}
+        S = S_y
+        if norm_class == "max":
+            S = {u: max(cosine(f[:, u], w) for w in weight) for u in locations}
 
-        S_y = {u: cosine(y, u) for u in locations}
-        S = (
-            S_y
-            if norm_class == "target"
-            else {u: max(cosine(k, u) for k in range(len(weight))) for u in locations}
-        )
-
-        def mean(values):
-            values = list(values)
-            return sum(values) / len(values) if values else 0.0
-
-        l_sim += mean(S_y[u] for u in locations if F_hat[u] < tau_bg) - mean(
-            S_y[u] for u in locations if F_hat[u] > tau_fg
-        )
-        l_norm += mean(F_hat[u] for u in locations if S[u] < 0) - mean(
-            F_hat[u] for u in locations if S[u] > 0
-        )
+        l_sim += mean(S_y[u] for u in locations if F_hat[u] < tau_bg)
+        l_sim -= mean(S_y[u] for u in locations if F_hat[u] > tau_fg)
+        l_norm += mean(F_hat[u] for u in locations if S[u] < 0)
+        l_norm -= mean(F_hat[u] for u in locations if S[u] > 0)
     return l_sim / len(features), l_norm / len(features)
+
+
+def cosine(f, w):
+    norms = math.sqrt(float(f @ f)) * math.sqrt(float(w @ w))
+    return float(f @ w) / norms if norms else 0.0
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
 
 
 @pytest.mark.parametrize("norm_class", ["target", "max"])
@@ -124,7 +119,7 @@ def test_alignment_losses_equal_the_formulas(norm_class, dtype, tolerance):
         assert [float(x) for x in got] == pytest.approx(expected, abs=tolerance)
 
 
-def test_float64_stays_and_less_than_float32_becomes_float32():
+def test_float64_stays_and_every_other_type_becomes_float32():
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         found = losses.full_precision(torch.tensor([1.5], dtype=dtype, requires_grad=True))
         assert found.dtype == (dtype if dtype == torch.float64 else torch.float32)
@@ -140,13 +135,14 @@ def test_gradients_equal_finite_differences():
     assert gradcheck(lambda f: minmax(feature_norm(f)), features)
     assert gradcheck(cosine_map, (features, weight))
     for norm_class in ("target", "max"):
-        assert gradcheck(
-            lambda f, w: alignment_losses(f, w, labels, 0.6, 0.3, norm_class), (features, weight)
+        losses_of = functools.partial(
+            alignment_losses, labels=labels, tau_fg=0.6, tau_bg=0.3, norm_class=norm_class
         )
+        assert gradcheck(losses_of, (features, weight))
     assert gradcheck(consistency_loss, (features, features.detach().flip(0).requires_grad_()))
 
 
-def test_own_rows_for_each_image_give_that_class_of_the_full_map():
+def test_weights_per_image_give_the_same_map_as_all_classes():
     features, weight, labels = torch.rand(3, 8, 4, 4), torch.randn(5, 8), torch.tensor([4, 0, 2])
     full = cosine_map(features, weight)
     torch.testing.assert_close(
@@ -159,7 +155,7 @@ def test_own_rows_for_each_image_give_that_class_of_the_full_map():
 @pytest.mark.parametrize(
     "case", ["zero vectors", "all zero", "constant", "nearly constant", "denormal", "zero weight"]
 )
-def test_gradients_stay_finite_where_the_formulas_are_not(case, dtype, norm_class):
+def test_gradients_are_finite_where_the_formulas_are_not(case, dtype, norm_class):
     features = torch.rand(2, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weight = torch.ones(2, 4, dtype=torch.float64) - 2 * torch.eye(2, 4, dtype=torch.float64)
     if case == "zero vectors":
@@ -185,7 +181,7 @@ def test_gradients_stay_finite_where_the_formulas_are_not(case, dtype, norm_clas
         assert gradient is None or (gradient.isfinite().all() and gradient.abs().max() < 1e8)
 
 
-def test_zero_vector_passes_no_gradient_and_constant_map_neither():
+def test_a_zero_vector_and_a_constant_map_pass_no_gradient():
     features = torch.rand(1, 4, 2, 2, dtype=torch.float64)
     features[:, :, 0, 0] = 0
     features.requires_grad_()
@@ -201,34 +197,31 @@ def test_zero_vector_passes_no_gradient_and_constant_map_neither():
 def test_masks_carry_no_gradient():
     features, weight = torch.rand(2, 4, 3, 3, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     l_sim, l_norm = alignment_losses(features, weight, torch.tensor([0, 3]), 0.6, 0.3, "max")
-    # L_norm depends on the weight through its sets alone; L_sim on the rows of the ground-truth classes alone.
+    # L_norm depends on the weight only through its sets; L_sim on the weights of ground-truth classes only.
     assert torch.autograd.grad(l_norm, weight, retain_graph=True, allow_unused=True)[0] is None
     (gradient,) = torch.autograd.grad(l_sim, weight)
     assert gradient.abs().sum(1).nonzero().flatten().tolist() == [0, 3]
 
 
-def test_autocast_does_not_change_a_value():
+def test_autocast_changes_no_value():
     features, weight, labels = torch.rand(2, 64, 7, 7), torch.randn(9, 64), torch.tensor([1, 2])
-    outside = (
-        alignment_losses(features, weight, labels, 0.6, 0.3, "max"),
-        feature_norm(features),
-        cosine_map(features, weight),
-    )
+
+    def values():
+        pair = alignment_losses(features, weight, labels, 0.6, 0.3, "max")
+        return *pair, feature_norm(features), cosine_map(features, weight)
+
+    outside = values()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = (
-            alignment_losses(features, weight, labels, 0.6, 0.3, "max"),
-            feature_norm(features),
-            cosine_map(features, weight),
-        )
+        inside = values()
     torch.testing.assert_close(inside, outside, rtol=0, atol=0)
 
 
-def test_attentive_dropout_zeroes_the_candidates_and_nothing_else():
-    # Channel means of image 0: 1.0, 0.81, 0.8, 0.1 -> candidates above 0.8 * 1.0 are the first two. Image 1 is ten times as strong.
+def test_attentive_dropout_zeroes_only_the_candidates():
+    # Channel means of image 0: 1.0, 0.81, 0.8, 0.1. The first two are above 0.8 * 1.0: the candidates.
+    # Image 1 has ten times larger values.
     means = torch.tensor([[1.0, 0.81], [0.8, 0.1]])
-    features = torch.stack(
-        [torch.stack([means * 1.5, means * 0.5]), torch.stack([means * 10, means * 10])]
-    ).requires_grad_()
+    first, second = torch.stack([means * 1.5, means * 0.5]), torch.stack([means * 10, means * 10])
+    features = torch.stack([first, second]).requires_grad_()
     dropped = attentive_dropout(features, gamma=0.8, p=1.0)
     keep = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
     torch.testing.assert_close(dropped, features * keep, rtol=0, atol=0)
@@ -236,23 +229,22 @@ def test_attentive_dropout_zeroes_the_candidates_and_nothing_else():
     torch.testing.assert_close(features.grad, keep.expand_as(features))
 
 
-def test_attentive_dropout_draws_each_candidate_by_itself():
+def test_attentive_dropout_draws_each_candidate_independently():
     features = torch.ones(200, 3, 10, 10)
     torch.manual_seed(0)
     zeroed = attentive_dropout(features, gamma=0.5, p=0.3) == 0
-    assert (zeroed.all(1) | ~zeroed.any(1)).all()  # all channels of a location or none
+    assert (zeroed.all(1) | ~zeroed.any(1)).all()  # all channels of a location, or none
     zeroed = zeroed[:, 0].double()
-    assert float(zeroed.mean()) == pytest.approx(0.3, abs=0.015)  # 20,000 draws: five deviations are 0.016
-    assert (
-        float(zeroed.mean((1, 2)).std()) < 0.1 and float(zeroed.mean(0).std()) < 0.06
-    )  # neither by image nor by location
+    # 20,000 draws: five standard deviations are 0.016. The share does not depend on the image or location.
+    assert float(zeroed.mean()) == pytest.approx(0.3, abs=0.015)
+    assert float(zeroed.mean((1, 2)).std()) < 0.1 and float(zeroed.mean(0).std()) < 0.06
 
 
 def test_attentive_dropout_without_probability_or_without_candidates_changes_nothing():
     features = torch.rand(2, 3, 4, 4)
     assert attentive_dropout(features, 0.8, 0.0) is features
     assert (attentive_dropout(torch.zeros(2, 3, 4, 4), 0.8, 1.0) == 0).all()
-    torch.testing.assert_close(attentive_dropout(features, 1.0, 1.0), features)  # nothing exceeds the maximum
+    torch.testing.assert_close(attentive_dropout(features, 1.0, 1.0), features)  # none above the maximum
 
 
 def test_consistency_loss_is_the_mean_absolute_difference_and_reaches_both_passes():
@@ -264,22 +256,22 @@ def test_consistency_loss_is_the_mean_absolute_difference_and_reaches_both_passe
     assert clean.grad.flatten().tolist() == [-0.5, 0.5] and dropped.grad.flatten().tolist() == [0.5, -0.5]
 
 
-def test_wrong_arguments_are_named():
+def test_errors_name_the_wrong_argument():
     with pytest.raises(ValueError, match="norm_class"):
         alignment_losses(*hand_worked(), torch.tensor([0]), 0.6, 0.3, norm_class="mean")
     with pytest.raises(ValueError, match="C = 2"):
         cosine_map(hand_worked()[0], torch.ones(3, 5))
 
 
-def test_losses_imports_torch_alone_and_works_in_an_empty_folder(tmp_path):
+def test_losses_imports_only_torch_and_works_in_an_empty_folder(tmp_path):
     tree = ast.parse(Path(losses.__file__).read_text())
     modules = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {module.split(".")[0] for module in modules} == {"torch", "__future__"}
 
     shutil.copy(losses.__file__, tmp_path)
-    code = "import torch, losses; print(losses.__file__, losses.minmax(torch.arange(4.).view(1, 2, 2)).max().item())"
-    printed = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    ).stdout
+    maximum = "losses.minmax(torch.arange(4.).view(1, 2, 2)).max().item()"
+    code = f"import torch, losses; print(losses.__file__, {maximum})"
+    command, options = [sys.executable, "-c", code], {"capture_output": True, "text": True, "check": True}
+    printed = subprocess.run(command, cwd=tmp_path, **options).stdout
     assert printed.split() == [str(tmp_path / "losses.py"), "1.0"]

@@ -1,4 +1,4 @@
-"""The networks against torchvision's own, which layers run once and which twice, and weights files."""
+"""The networks against torchvision, the layers of the clean and the dropped pass, and weights files."""
 
 from pathlib import Path
 from urllib.error import URLError
@@ -14,8 +14,8 @@ from bridge_wsol.models import build_model, export_backbone, load_pretrained
 from bridge_wsol.utils import InputError
 
 
-def counted(model, *modules):
-    """How often each module runs in one forward pass of `model` on a random image."""
+def calls_of(model, *modules):
+    """(number of calls of each module, output) of a forward pass on random images."""
     counts = [0] * len(modules)
     for i, module in enumerate(modules):
         module.register_forward_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
@@ -42,7 +42,7 @@ def test_one_forward_gives_logits_and_a_large_map(arch, stride, width, channels,
     torch.testing.assert_close(output.logits, expected)
 
 
-def test_full_width_has_the_paper_s_channels():
+def test_full_width_has_the_channels_of_the_paper():
     model = build_model("vgg16", 200, stride=16)
     assert model.conv6[0].weight.shape == (1024, 512, 3, 3) and model.fc.weight.shape == (200, 1024)
     assert [layer.out_channels for layer in model.features if isinstance(layer, nn.Conv2d)] == [
@@ -50,25 +50,25 @@ def test_full_width_has_the_paper_s_channels():
     ]
 
 
-def test_vgg16_layers_are_torchvision_s_without_the_last_pool():
-    theirs = make_layers([c if c == "M" else c // 16 for c in cfgs["D"]])[:-1].eval()
-    ours = build_model("vgg16", 3, stride=16, width=1 / 16).eval()
-    ours.features.load_state_dict(theirs.state_dict())
+def test_vgg16_has_the_layers_of_torchvision_without_the_last_pool():
+    reference = make_layers([c if c == "M" else c // 16 for c in cfgs["D"]])[:-1].eval()
+    model = build_model("vgg16", 3, stride=16, width=1 / 16).eval()
+    model.features.load_state_dict(reference.state_dict())
     images = torch.rand(2, 3, 64, 64)
     seen = []
-    ours.conv6.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    ours(images)
-    torch.testing.assert_close(seen[0], theirs(images))
+    model.conv6.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(images)
+    torch.testing.assert_close(seen[0], reference(images))
 
 
 def test_resnet50_loads_torchvision_s_weights_and_agrees_up_to_the_first_changed_stride():
-    theirs = torchvision.models.resnet50(weights=None).eval()
-    ours = build_model("resnet50", 1000, stride=16).eval()
-    ours.load_state_dict(theirs.state_dict())
+    reference = torchvision.models.resnet50(weights=None).eval()
+    model = build_model("resnet50", 1000, stride=16).eval()
+    model.load_state_dict(reference.state_dict())
     images, seen = torch.rand(1, 3, 64, 64), []
-    for model in (theirs, ours):
-        model.layer3.register_forward_hook(lambda *call: seen.append(call[-1]))
-        model(images)
+    for network in (reference, model):
+        network.layer3.register_forward_hook(lambda *call: seen.append(call[-1]))
+        network(images)
     torch.testing.assert_close(*seen)
 
 
@@ -83,16 +83,16 @@ def test_the_dropped_pass_shares_the_layers_before_the_dropout(arch, width, shar
     model = build_model(arch, 3, stride=16, width=width, gamma=0.5, p=0.9)
     layers = dict(model.named_modules())
     modules = [layers[shared], layers[repeated], model.fc]
-    counts, output = counted(model.train(), *modules)
-    assert counts == [1, 2, 1]  # the linear layer sees the clean pass alone
+    counts, output = calls_of(model.train(), *modules)
+    assert counts == [1, 2, 1]  # the linear layer runs in the clean pass only
     assert output.features_dropped.shape == output.features.shape
     assert not torch.equal(output.features_dropped, output.features)
 
-    counts, output = counted(model.eval(), *modules)
+    counts, output = calls_of(model.eval(), *modules)
     assert counts == [1, 1, 1] and output.features_dropped is None
 
 
-def test_vanilla_network_has_no_dropped_pass():
+def test_the_cam_baseline_has_no_dropped_pass():
     model = build_model("vgg16", 3, stride=16, width=1 / 16).train()
     assert model(torch.rand(1, 3, 64, 64)).features_dropped is None
 
@@ -107,17 +107,14 @@ def test_gradient_reaches_every_layer_through_both_passes():
     model = build_model("vgg16", 3, stride=16, width=1 / 16, gamma=0.5, p=0.9).train()
     output = model(torch.rand(2, 3, 64, 64))
     ((output.features - output.features_dropped).abs().mean() + output.logits.sum()).backward()
-    assert all(
-        parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters()
-    )
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
 def test_vgg16_loads_a_file_in_torchvision_s_format(tmp_path):
     features = make_layers(cfgs["D"])
-    state = {f"features.{k}": v for k, v in features.state_dict().items()} | {
-        "classifier.0.weight": torch.zeros(2, 2)
-    }
-    torch.save(state, tmp_path / "vgg16.pth")
+    state = {f"features.{k}": v for k, v in features.state_dict().items()}
+    torch.save(state | {"classifier.0.weight": torch.zeros(2, 2)}, tmp_path / "vgg16.pth")
     model = build_model("vgg16", 10, stride=16)
     new_layer = model.conv6[0].weight.clone()
     load_pretrained(model, "vgg16", str(tmp_path / "vgg16.pth"))
@@ -127,52 +124,48 @@ def test_vgg16_loads_a_file_in_torchvision_s_format(tmp_path):
 
 
 def test_batch_norm_of_vgg16_bn_is_folded_into_the_convolutions(tmp_path):
-    theirs = torchvision.models.VGG(
-        make_layers([c if c == "M" else c // 16 for c in cfgs["D"]], batch_norm=True), 2, init_weights=False
-    )
+    layers = make_layers([c if c == "M" else c // 16 for c in cfgs["D"]], batch_norm=True)
+    reference = torchvision.models.VGG(layers, 2, init_weights=False)
     torch.manual_seed(0)
-    for module in theirs.features:
-        if isinstance(module, nn.BatchNorm2d):  # statistics and affine parameters as after training
+    for module in reference.features:
+        if isinstance(module, nn.BatchNorm2d):  # values as after training
             for tensor in (module.weight.data, module.running_var):
                 tensor.uniform_(0.5, 1.5)
             for tensor in (module.bias.data, module.running_mean):
                 tensor.normal_(std=0.2)
-    torch.save(
-        {f"features.{k}": v for k, v in theirs.features.state_dict().items()}, tmp_path / "vgg16_bn.pth"
-    )
+    state = {f"features.{k}": v for k, v in reference.features.state_dict().items()}
+    torch.save(state, tmp_path / "vgg16_bn.pth")
     images = torch.rand(2, 3, 64, 64)
-    expected = theirs.features[:-1].eval()(images)
+    expected = reference.features[:-1].eval()(images)
     for batch_norm in (False, True):
-        ours = build_model("vgg16", 3, stride=16, width=1 / 16, batch_norm=batch_norm).eval()
-        load_pretrained(ours, "vgg16", str(tmp_path / "vgg16_bn.pth"))
-        torch.testing.assert_close(ours.features(images), expected, rtol=1e-4, atol=1e-5)
+        model = build_model("vgg16", 3, stride=16, width=1 / 16, batch_norm=batch_norm).eval()
+        load_pretrained(model, "vgg16", str(tmp_path / "vgg16_bn.pth"))
+        torch.testing.assert_close(model.features(images), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_backbone_is_exported_in_half_precision(tmp_path):
     trained = build_model("vgg16", 3, stride=8, width=1 / 16, batch_norm=True)
-    trained(torch.rand(4, 3, 64, 64))  # moves the running statistics
+    trained(torch.rand(4, 3, 64, 64))  # updates the running statistics
     torch.save({"model": trained.state_dict()}, tmp_path / "last.pt")
     export_backbone(tmp_path / "last.pt", tmp_path / "small.pth")
     state = torch.load(tmp_path / "small.pth", weights_only=True)
     assert {value.dtype for value in state.values()} == {torch.float16} and len(state) == 26
-    ours = build_model("vgg16", 9, stride=8, width=1 / 16).eval()
-    load_pretrained(ours, "vgg16", str(tmp_path / "small.pth"))
+    model = build_model("vgg16", 9, stride=8, width=1 / 16).eval()
+    load_pretrained(model, "vgg16", str(tmp_path / "small.pth"))
     images = torch.rand(2, 3, 64, 64)
-    torch.testing.assert_close(ours.features(images), trained.eval().features(images), rtol=0.02, atol=0.01)
+    torch.testing.assert_close(model.features(images), trained.eval().features(images), rtol=0.02, atol=0.01)
 
 
 @pytest.mark.parametrize("load_fc", [False, True])
-def test_resnet50_keeps_the_linear_layer_on_imagenet_only(tmp_path, load_fc):
-    theirs = torchvision.models.resnet50(weights=None)
-    torch.save(
-        {k: v for k, v in theirs.state_dict().items() if "num_batches_tracked" not in k},
-        tmp_path / "resnet50.pth",
-    )
+def test_resnet50_loads_the_linear_layer_only_with_load_fc(tmp_path, load_fc):
+    reference = torchvision.models.resnet50(weights=None)
+    state = {k: v for k, v in reference.state_dict().items() if "num_batches_tracked" not in k}
+    torch.save(state, tmp_path / "resnet50.pth")
     model = build_model("resnet50", 1000, stride=8)
     load_pretrained(model, "resnet50", str(tmp_path / "resnet50.pth"), load_fc=load_fc)
-    assert torch.equal(model.layer4[2].conv3.weight, theirs.layer4[2].conv3.weight)
-    assert torch.equal(model.bn1.running_var, theirs.bn1.running_var)
-    assert torch.equal(model.fc.weight, theirs.fc.weight) == load_fc
+    assert torch.equal(model.layer4[2].conv3.weight, reference.layer4[2].conv3.weight)
+    assert torch.equal(model.bn1.running_var, reference.bn1.running_var)
+    assert torch.equal(model.fc.weight, reference.fc.weight) == load_fc
 
 
 def test_a_wrong_weights_file_is_described(tmp_path):
@@ -181,15 +174,12 @@ def test_a_wrong_weights_file_is_described(tmp_path):
     del state["features.0.bias"]
     state["features.2.weight"] = torch.zeros(3, 3)
     torch.save(state, tmp_path / "odd.pth")
-    with pytest.raises(
-        InputError,
-        match=r"odd.pth.*missing: features.0.bias; wrong shape: features.2.weight \(3x3 in the file, 4x4x3x3",
-    ):
+    problems = r"missing: features.0.bias; wrong shape: features.2.weight \(3x3 in the file, 4x4x3x3"
+    with pytest.raises(InputError, match=f"odd.pth.*{problems}"):
         load_pretrained(model, "vgg16", str(tmp_path / "odd.pth"))
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
-    with pytest.raises(
-        InputError, match=r"missing: features.0.weight, features.0.bias, features.2.weight and 23 more"
-    ):
+    missing = "missing: features.0.weight, features.0.bias, features.2.weight and 23 more"
+    with pytest.raises(InputError, match=missing):
         load_pretrained(model, "vgg16", str(tmp_path / "resnet18.pth"))
     (tmp_path / "text.pth").write_text("not weights")
     for name, words in (("text.pth", "damaged"), ("absent.pth", "no such file")):
@@ -223,7 +213,7 @@ def test_a_weights_file_is_never_executed(tmp_path):
     assert not (tmp_path / "harmed").exists()
 
 
-def test_imagenet_weights_come_from_torchvision_checked_and_unexecuted(monkeypatch):
+def test_imagenet_weights_come_from_torchvision_with_checksum_and_weights_only(monkeypatch):
     features, calls = make_layers(cfgs["D"]), []
 
     def download(url, *args, **kwargs):
@@ -241,7 +231,7 @@ def test_imagenet_weights_come_from_torchvision_checked_and_unexecuted(monkeypat
 @pytest.mark.parametrize(
     "error", [URLError("no network"), RuntimeError("invalid hash value"), TimeoutError("timed out")]
 )
-def test_a_failed_download_says_how_to_go_on(monkeypatch, error):
+def test_the_message_of_a_failed_download_has_the_url_and_the_flags(monkeypatch, error):
     def download(*args, **kwargs):
         raise error
 
@@ -249,11 +239,12 @@ def test_a_failed_download_says_how_to_go_on(monkeypatch, error):
     with pytest.raises(InputError) as raised:
         load_pretrained(build_model("resnet50", 10, stride=8), "resnet50", "imagenet")
     message = str(raised.value)
-    assert "resnet50-0676ba61.pth" in message and "--weights FILE" in message and "--weights none" in message
+    for words in ("resnet50-0676ba61.pth", "--weights FILE", "--weights none"):
+        assert words in message
     assert "\n" not in message
 
 
-def test_unknown_networks_are_refused():
+def test_unknown_networks_raise():
     for arguments in (
         {"arch": "vgg19", "stride": 16},
         {"arch": "vgg16", "stride": 32},
@@ -263,8 +254,8 @@ def test_unknown_networks_are_refused():
             build_model(num_classes=3, **arguments)
 
 
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="a Linux machine says what its CPU can")
-def test_auto_is_bf16_where_the_processor_has_the_instructions(monkeypatch):
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs the CPU flags of Linux")
+def test_amp_auto_is_bf16_on_a_cpu_with_bf16_instructions(monkeypatch):
     cpu, flags = torch.device("cpu"), Path("/proc/cpuinfo").read_text()
     assert utils.has_bf16(cpu) == ("avx512_bf16" in flags or "amx_bf16" in flags)
 
@@ -273,6 +264,6 @@ def test_auto_is_bf16_where_the_processor_has_the_instructions(monkeypatch):
             return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
 
     for has in (True, False):
-        monkeypatch.setattr(utils, "has_bf16", lambda device: has)
+        monkeypatch.setattr(utils, "has_bf16", lambda device, has=has: has)
         assert product("auto") == (torch.bfloat16 if has else torch.float32)
         assert product("bf16") == torch.bfloat16 and product("off") == torch.float32
