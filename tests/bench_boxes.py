@@ -70,7 +70,7 @@ def contours(score_map: np.ndarray, truth: np.ndarray, thresholds: int) -> np.nd
 
 
 def private_memory(job: tuple[np.ndarray, np.ndarray]) -> float:
-    """Private memory in MB of a worker process after a sweep, without pages shared with its parent (Linux)."""
+    """Private memory of a worker process after a sweep, in MB, without pages of its parent (Linux)."""
     localize(*job)
     fields = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines())
     return sum(int(field[1]) for field in fields if field[0].startswith("Private")) / 1024
