@@ -1,6 +1,7 @@
-"""The systems that the paper's method is compared with, a class each. The ninth, CAM, is in methods.py.
+"""The systems that the paper's method is compared with, one class per system.
 
-All use the same backbones, data pipeline, evaluation and learning rates. Sources of values in the docstrings:
+The CAM baseline is in methods.py, the IVR normalization in cam.py. All use the same backbones, data pipeline,
+evaluation and learning rates. Sources of values in the docstrings:
 
     authors       the released code of the method's authors
     common code   the evaluation code of Choe et al. (CVPR 2020)
@@ -63,7 +64,7 @@ class ACoL(CAM, name="acol"):
     def network(self, num_classes: int) -> GAPNetwork:
         """The CAM baseline's network with heads A and B in place of conv6, GAP and fc."""
         model = super().network(num_classes)
-        channels, hidden = take_head_off(model)
+        channels, hidden = remove_head(model)
         model.pool = nn.Identity()
         if isinstance(model, VGG16GAP):
             for i, layer in enumerate(model.features):
@@ -186,14 +187,14 @@ class EIL(CAM, name="eil"):
         u = model.fc(layers[split:](z).mean((2, 3)))
         a = full_precision(z).mean(1, keepdim=True)  # N x 1 x H x W
         strong = a >= self.config.eil_gamma * a.amax((2, 3), keepdim=True)
-        with kept_statistics(model):
+        with frozen_statistics(model):
             e = model.fc(layers[split:](z.masked_fill(strong, 0)).mean((2, 3)))
         kept, erased = (nnf.cross_entropy(full_precision(logits), labels) for logits in (u, e))
         return Losses({"l_ce": (1.0, kept), "l_erased": (self.config.eil_lambda, erased)}, u)
 
 
 @contextmanager
-def kept_statistics(model: nn.Module) -> Iterator[None]:
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Within the block, batch norm in training mode does not update its running statistics (for EIL)."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
@@ -448,7 +449,7 @@ class SPG(CAM, name="spg"):
         """The CAM baseline's network with the branches in place of conv6, GAP and fc."""
         model = super().network(num_classes)
         vgg = isinstance(model, VGG16GAP)
-        channels, _ = take_head_off(model)
+        channels, _ = remove_head(model)
         if vgg and isinstance(model.features[model.dropout_at], nn.MaxPool2d):  # stride 8 has no pool4
             model.features[model.dropout_at] = nn.MaxPool2d(3, stride=2, padding=1)
         hidden, inner = (channels, channels) if vgg else (512, 1024)  # of the branches; in front of B1 and B2
@@ -541,7 +542,7 @@ def backbone(model: GAPNetwork) -> tuple[nn.Sequential, dict[str, int]]:
     return nn.Sequential(*layers), place
 
 
-def take_head_off(model: GAPNetwork) -> tuple[int, int]:
+def remove_head(model: GAPNetwork) -> tuple[int, int]:
     """Removes conv6 and fc. Returns (channels of the last layer that remains, 1024 scaled by the width)."""
     fc, model.fc = model.fc, nn.Identity()
     if not isinstance(model, VGG16GAP):

@@ -133,8 +133,8 @@ def test_maps_without_labels_are_those_of_the_predictions_and_checkpoints_load(n
     assert not torch.equal(maps, method.predict(model, images(), (logits.argmax(1) + 1) % 3)[1])
     _, again = make(name)
     restore_weights(again, model.state_dict(), "checkpoint")
-    for ours, theirs in zip(method.predict(again.eval(), images()), (logits, maps)):
-        assert torch.equal(ours, theirs)
+    for found, expected in zip(method.predict(again.eval(), images()), (logits, maps)):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", (*COMPARED, BridgeCutMix))
@@ -165,8 +165,8 @@ def test_float32_gives_what_float64_gives(name):
             logits, maps = method.predict(model.eval(), images(dtype=dtype), LABELS)
         values = [value for _, value in losses.terms.values()] + [losses.logits, logits, maps]
         found.append([value.double() for value in values])
-    for ours, theirs in zip(*found):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for double, single in zip(*found):
+        torch.testing.assert_close(single, double, rtol=1e-4, atol=1e-5)
 
 
 def test_cam_and_bridge_by_the_formulas():
@@ -419,8 +419,8 @@ def test_eil_in_resnet50_splits_after_layer3_and_keeps_the_statistics_of_the_une
         layer.register_forward_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
     losses = method.losses(model.train(), images(), LABELS, epoch=1)
     assert counts == [1, 2] and not torch.allclose(losses.terms["l_ce"][1], losses.terms["l_erased"][1])
-    for (name, ours), theirs in zip(model.named_buffers(), plain.buffers()):
-        close(ours, theirs, msg=name)
+    for (name, found), expected in zip(model.named_buffers(), plain.buffers()):
+        close(found, expected, msg=name)
 
 
 # ---- CutMix
