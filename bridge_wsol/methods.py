@@ -1,11 +1,12 @@
-"""What a method is: the registry METHODS, the CAM baseline, and Bridge, the total loss of the paper.
+"""What a method is: the registry METHODS, the CAM baseline, and Bridge, the paper's method.
 
 A new method is a subclass of CAM (or of another method) with a name, in any file that is imported before
 train.main() runs. Change as little as you need:
 
     preset    the method's hyperparameters; each becomes a flag of train.py. `allowed` gives their ranges.
     network   another network, for example with one more layer
-    terms     other losses, from the output of the same forward pass
+    forward   another forward pass, for `losses` and `predict`
+    terms     other losses, from the output of the forward pass
     losses    other images or labels, or more than one forward pass
     predict   another map or other logits
 
@@ -64,9 +65,8 @@ class CAM:
     @classmethod
     def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
         """{name: (value, source)}: the method's hyperparameters, and changes to the data set's preset."""
-        return {
-            name: (0.0, "not used by this method") for name in ("lambda_sim", "lambda_norm", "lambda_drop")
-        }
+        unused = ("lambda_sim", "lambda_norm", "lambda_drop")
+        return {name: (0.0, "not used by this method") for name in unused}
 
     def network(self, num_classes: int) -> GAPNetwork:
         """A network with initial weights, drawn from torch's default generator."""
