@@ -306,7 +306,7 @@ def resolve_config(
     """(all values of a run, {name: source}); a source is the preset's, "flag" or "default".
 
     args: of `parse_args`. interrupted: the checkpoint of the run to resume, whose values are kept.
-    methods: the registry. Raises InputError for a flag that contradicts the run to resume, and for a value out
+    methods: the registry. Raises InputError for a flag that contradicts that run, and for a value out
     of range.
     """
     flags = {name: value for name, value in vars(args).items() if name not in NOT_CONFIG}

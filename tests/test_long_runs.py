@@ -73,7 +73,7 @@ def test_two_processes_are_one_with_the_same_batches(trained, tmp_path):
             assert a[name] == pytest.approx(b[name], abs=1e-5), name
     assert both.stdout.count("epoch 1/2") == both.stdout.count("written to") == 1  # one of them speaks
 
-    # The same weights, evaluated by one process and by two: exactly the same results; 9 images are not divisible by 2.
+    # The same weights, evaluated by one process and by two, give the same results; 9 is not divisible by 2.
     shutil.copytree(tmp_path / "one", tmp_path / "again")
     for name in ("best", "last"):
         (tmp_path / "again" / f"results_{name}_test.json").unlink()
@@ -214,12 +214,13 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(trained, tmp_path, mon
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(trained, fails, tmp_path):
-    """A limit on the size of files stands in for a full disk: the write fails in the middle of the checkpoint."""
+    """A limit on the size of files stands in for a full disk: the checkpoint's write fails half-way."""
     flags, run = trained
     before = (run / "last.pt").read_bytes()
+    limit = len(before) // 2
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2}, {len(before) // 2})); sys.argv = sys.argv[1:];"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.argv = sys.argv[1:];"
         "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     done = subprocess.run(
@@ -356,7 +357,7 @@ print(min(faults() for _ in range(5)))  # the first times fill the heap
     assert after < before / 20, (before, after)
 
 
-# ------------------------------------------------------------------------------------------ several runs at the same time
+# ------------------------------------------------------------------------- several runs at the same time
 
 
 FORK = multiprocessing.get_context("fork")  # quicker than a new interpreter
@@ -428,7 +429,7 @@ def test_two_writers_of_a_file_do_not_meet_and_what_a_killed_one_left_is_removed
     ]
 
 
-# ------------------------------------------------------------------------------------------------- progress
+# ------------------------------------------------------------------------------------------ progress
 
 
 class Stderr(io.StringIO):
@@ -503,7 +504,7 @@ def test_training_and_evaluation_show_how_far_they_are(trained, tmp_path, monkey
     train.main([*flags, "--out", str(tmp_path / "shown")])
     shown = sys.stderr.getvalue()
     for pattern in (
-        r"\repoch 1/2: 1 of 5 steps, .*left  loss \d\.\d{4}  l_ce .*  l_drop .* images/s, .* left in the run\x1b",
+        r"\repoch 1/2: 1 of 5 steps, .*left  loss \d\.\d{4}  l_ce .*  l_drop .* images/s, .* in the run\x1b",
         r"\repoch 2/2: 3 of 3 steps, .*l_sim .*l_norm ",
         r"\rtiny val: 6 of 6 images",
         r"\rtiny test: 9 of 9 images",

@@ -1,4 +1,4 @@
-"""The two scripts end to end on the small data set: files, identities between runs, resume, and one line for every bad input."""
+"""The two scripts end to end on the small data set: files, identities, resume, one line for bad input."""
 
 import csv
 import json
@@ -255,7 +255,7 @@ def test_a_fixed_threshold_is_a_fraction_of_each_map_s_maximum(trained, tmp_path
 
 
 def test_a_fixed_threshold_for_score_maps(tiny, tmp_path, capsys):
-    """Each map is 0.6 in its image's box and 0.3 around it: a threshold between the two is right, one below both draws the whole image.
+    """Each map is 0.6 in its image's box and 0.3 around it: a threshold between the two is right.
 
     log leaves a maximum below 1 (0.6 -> 0.968, 0.3 -> 0.925), of which T is a fraction."""
     split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("test",))[0]["test"]
@@ -531,7 +531,7 @@ def test_other_normalizations_get_their_own_thresholds_and_file(trained):
     assert result["normalize"] == "ivr" and result["metrics"]["max_box_acc_v2_at_val_threshold"] is not None
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ------------------------------------------------------------------------------------------ bad input
 
 
 def test_bad_input_to_train(tiny, fails, tmp_path):
@@ -614,7 +614,12 @@ def test_a_run_whose_loss_is_not_finite_stops_and_keeps_its_checkpoint(trained, 
     checkpoint["model"]["fc.bias"][0] = float("nan")
     torch.save(checkpoint, run / "last.pt")
     before = (run / "last.pt").read_bytes()
-    fails(train.main, [*flags, "--out", run, "--resume", "--epochs", 3], "non-finite loss in epoch 3", "l_ce nan")
+    fails(
+        train.main,
+        [*flags, "--out", run, "--resume", "--epochs", 3],
+        "non-finite loss in epoch 3",
+        "l_ce nan",
+    )
     assert (run / "last.pt").read_bytes() == before
 
 
@@ -713,7 +718,7 @@ def test_the_scripts_themselves_end_with_one_line_and_exit_code_2(tmp_path):
         assert process.returncode == 2 and said.count("\n") == 1 and "nowhere" in said
 
 
-# ------------------------------------------------------------------------------------------------------------ real birds
+# ------------------------------------------------------------------------------------------ real birds
 
 
 @pytest.mark.parametrize("method", ["bridge", pytest.param("cam", marks=pytest.mark.slow)])
