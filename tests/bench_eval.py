@@ -23,11 +23,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bridge_wsol.data import Split, test_loader
+from bridge_wsol.evaluation import MapBatch, evaluate_maps, network_maps
 from bridge_wsol.methods import CAM
 from bridge_wsol.metrics import localize
 from bridge_wsol.models import ARCHS, build_model
 from bridge_wsol.utils import default_workers, resolve_device
-from bridge_wsol.evaluation import MapBatch, evaluate_maps, network_maps
 
 
 def drawn_split(folder: Path, n: int) -> Split:

@@ -4,8 +4,8 @@
 
 The plain step has the same mathematics with contiguous tensors, no autocast, cosine maps of all classes, and
 SGD parameter by parameter. Same weights and images, in turns, one process per mode. Printed: medians of
-images/s, the ratio to the plain step, peak memory (on the CPU of the whole process), the share of the throughput
-of matrix products of the same type; that the first losses are equal; images/s of the input, decoded and cached.
+images/s, the ratio to the plain step, peak memory (on the CPU of the whole process), the share of the
+throughput of matrix products of the same type; that the first losses are equal; images/s of the input.
 """
 
 from __future__ import annotations
