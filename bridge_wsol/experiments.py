@@ -1,13 +1,13 @@
-"""Many runs of train.py: the comparison of methods, the sweep over a hyperparameter (Fig. A5), and tables of results.
+"""Many runs of train.py: the comparison of methods, the sweep over a hyperparameter (Fig. A5), and tables.
 
-    python -m bridge_wsol.experiments compare --seeds 0 1 2                           every method on the demo
+    python -m bridge_wsol.experiments compare --seeds 0 1 2                         every method on the demo
     python -m bridge_wsol.experiments compare --methods cam cam+ivr bridge:lambda_norm=0 --dataset CUB
-    python -m bridge_wsol.experiments sweep --param lambda_sim --values 0 0.5 1       one run per value and seed
-    python -m bridge_wsol.experiments table RUN [RUN ...]                             tables of runs that exist
+    python -m bridge_wsol.experiments sweep --param lambda_sim --values 0 0.5 1     one run per value and seed
+    python -m bridge_wsol.experiments table RUN [RUN ...]                           tables of existing runs
 
-A row of a table is METHOD[:NAME=VALUE,...][+NORMALIZATION]: a method, values of its run, a normalization of its
-maps. Each row and seed has one run, in RUNS/<row>_seed<N>. Finished runs are skipped, interrupted runs are resumed.
-Flags that this program does not have are passed to train.py.
+A row of a table is METHOD[:NAME=VALUE,...][+NORMALIZATION]: a method, values of its run, a normalization of
+its maps. Each row and seed has one run, in RUNS/<row>_seed<N>. Finished runs are skipped, interrupted runs
+are resumed. Flags that this program does not have are passed to train.py.
 """
 
 from __future__ import annotations
@@ -39,24 +39,8 @@ from .evaluation import names_of, read_config, read_results
 from .optim import FREE_ON_RESUME, parse_args, resolve_config
 from .utils import InputError, Parser, Stopped, one_line_errors, write_json, write_text, writing
 
-# The default rows of the comparison: the systems of the paper and of the field, some with their own normalization.
-ROWS = (
-    "cam",
-    "cam+ivr",
-    "has",
-    "acol",
-    "spg",
-    "adl",
-    "adl+ivr",
-    "cutmix",
-    "eil",
-    "pas",
-    "pas+pas",
-    "calm",
-    "calm+log",
-    "bridge",
-    "bridge+ivr",
-)
+# The comparison's default rows: the paper's systems and the field's, some with their own normalization.
+ROWS = ("cam cam+ivr has acol spg adl adl+ivr cutmix eil pas pas+pas calm calm+log bridge bridge+ivr").split()
 
 # Key of a number of a run -> its heading in a table. All are percent except images/s.
 METRICS = {
@@ -86,7 +70,7 @@ FORMS = (
 )
 
 
-# ----------------------------------------------------------------------------------------------------------- rows and runs
+# ---------------------------------------------------------------------------------------------- rows and runs
 
 
 class Row(NamedTuple):
@@ -133,8 +117,8 @@ def run_folder(runs: Path, row: Row, seed: int) -> Path:
 def plan(rows: Iterable[Row], args: argparse.Namespace) -> list[Run]:
     """The runs of these rows with each of args.seeds, all rows of a seed before the next seed.
 
-    Checks flags, existing run folders and the lists of the data set, so that mistakes are reported before the first
-    run starts. Raises InputError.
+    Checks flags, existing run folders and the lists of the data set, so that mistakes are reported before the
+    first run starts. Raises InputError.
     """
     if len(set(args.seeds)) < len(args.seeds):
         raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: a seed is repeated: give each seed once")
@@ -167,7 +151,7 @@ def plan(rows: Iterable[Row], args: argparse.Namespace) -> list[Run]:
 
 
 def check_data(run: Run) -> None:
-    """Reads the lists of the run's data set, and draws or downloads the data set first where train.py would do so."""
+    """Reads the lists of the run's data set. Draws or downloads the data set first, as train.py would."""
     config = run.config
     if run.given.download and config.dataset == "CUB":
         download_cub(Path(config.data_root))
@@ -209,7 +193,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         ) from error
 
 
-# -------------------------------------------------------------------------------------------------------- train and evaluate
+# ----------------------------------------------------------------------------------------- train and evaluate
 
 
 class Slot(NamedTuple):
@@ -222,7 +206,7 @@ class Slot(NamedTuple):
 
 
 def slots(jobs: int, stop: threading.Event, one_device: bool) -> list[Slot]:
-    """A slot per job. Several jobs have a GPU each (one_device: no, --device was given), and share the CPU's cores."""
+    """A slot per job. Several jobs share the CPU's cores and have a GPU each, except with one_device."""
     if jobs == 1:
         return [Slot([], dict(os.environ), False, stop)]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
@@ -232,7 +216,7 @@ def slots(jobs: int, stop: threading.Event, one_device: bool) -> list[Slot]:
 
 
 def finish_all(runs: list[Run], args: argparse.Namespace) -> Iterator[list[int]]:
-    """Trains and evaluates what is missing, args.jobs runs at a time. Yields the seeds finished so far, after each seed.
+    """Trains and evaluates what is missing, args.jobs runs at a time. Yields the seeds that are finished.
 
     Raises the error of the first run that fails. The other runs are stopped then; train.py saves their state.
     """
@@ -246,9 +230,8 @@ def finish_all(runs: list[Run], args: argparse.Namespace) -> Iterator[list[int]]
         try:
             if not failures:
                 finish(run, args.checkpoint, slot)
-        except (
-            Stopped
-        ) as stopped:  # Ctrl-C reached every train.py: a second signal would end the others unsaved
+        except Stopped as stopped:
+            # Ctrl-C reaches every train.py. A second signal would end the others before they have saved.
             failures.append(stopped)
         except InputError as error:
             failures.append(error)
@@ -303,7 +286,7 @@ def script_path(script: str) -> Path:
 
 
 def run_script(script: str, arguments: list[str], folder: Path, slot: Slot) -> None:
-    """Runs train.py or evaluate.py for the run in `folder`, as a process. SIGTERM ends it where slot.stop is set.
+    """Runs train.py or evaluate.py for the run in `folder`, as a process. slot.stop ends it with SIGTERM.
 
     Raises InputError where the script fails, Stopped where it was interrupted.
     """
@@ -329,12 +312,12 @@ def run_script(script: str, arguments: list[str], folder: Path, slot: Slot) -> N
     if process.returncode:
         where = f"in {log}" if slot.log else "above"
         raise InputError(
-            f"{folder}: {script} ended with exit code {process.returncode}, its message is {where}: mend the cause "
-            f"and run the same command again to resume ({script} {' '.join(arguments)})"
+            f"{folder}: {script} ended with exit code {process.returncode}, its message is {where}: fix the "
+            f"cause and run the same command again to resume ({script} {' '.join(arguments)})"
         )
 
 
-# --------------------------------------------------------------------------------------------------------- numbers of runs
+# -------------------------------------------------------------------------------------------- numbers of runs
 
 
 class Group(NamedTuple):
@@ -436,7 +419,7 @@ def grouped(args: argparse.Namespace) -> list[Group]:
     return made
 
 
-# ----------------------------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------------------- tables
 
 
 def spread(values: Sequence[float] | None, digits: int, plus_minus: str = " ± ") -> str:
@@ -506,7 +489,7 @@ class Table(NamedTuple):
 def make_table(
     title: str, keys: Sequence[str], groups: list[Group], corner: str = "", pairs: bool = False
 ) -> Table:
-    """A row per label, a column per key that any group has. pairs: a set of columns per data set and backbone."""
+    """A row per label, a column per key that any group has. pairs: columns per data set and backbone."""
     columns, rows = set(), {}
     for of in groups:
         for key in keys:
@@ -544,7 +527,7 @@ def write_tables(out: Path, tables: list[Table], csv_table: str, digits: int) ->
     return as_markdown, [with_suffix(out, suffix) for suffix in contents]
 
 
-# --------------------------------------------------------------------------------------------------------------- commands
+# --------------------------------------------------------------------------------------------------- commands
 
 
 def refuse(flags: list[str], names: Sequence[str], fix: str) -> None:
@@ -555,7 +538,7 @@ def refuse(flags: list[str], names: Sequence[str], fix: str) -> None:
 
 
 def compare(args: argparse.Namespace) -> list[Path]:
-    """Trains and evaluates methods over seeds. Writes RUNS/table.md, .tex and .csv after each seed of all rows."""
+    """Trains and evaluates methods over seeds. Writes RUNS/table.md, .tex and .csv after each seed."""
     refuse(args.flags, ("--method", "--seed", "--out", "--resume"), "use --methods, --seeds and --runs")
     rows = {name: row_of(name) for name in args.methods}
     runs = plan(rows.values(), args)
@@ -569,7 +552,7 @@ def compare(args: argparse.Namespace) -> list[Path]:
 
 
 def sweep(args: argparse.Namespace) -> list[Path]:
-    """Fig. A5: trains a run per value and seed. Writes RUNS/sweep_<param>.json and tables, after each seed of all values."""
+    """Fig. A5: trains a run per value and seed. Writes RUNS/sweep_<param>.* after each seed of all values."""
     preset, value = swept_preset(args)
     args.seeds = args.seeds or [preset.seed]
     param = args.param.replace("-", "_")
@@ -598,7 +581,7 @@ def sweep(args: argparse.Namespace) -> list[Path]:
 
 
 def swept_preset(args: argparse.Namespace) -> tuple[SimpleNamespace, float]:
-    """(the configuration without the sweep, its value of args.param). Raises InputError for what cannot be swept."""
+    """(configuration without the sweep, its value of args.param). Raises InputError for another parameter."""
     param = args.param.replace("-", "_")
     refuse(args.flags, ("--out", "--resume"), "use --runs")
     preset, sources = resolve_config(parse_args(args.flags, "", METHODS), None, METHODS)
