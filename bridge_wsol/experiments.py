@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -127,16 +127,7 @@ def plan(rows: Iterable[Row], args: argparse.Namespace) -> list[Run]:
         for row in rows:
             folder = run_folder(args.runs, row, seed)
             if folder not in runs:
-                own = [
-                    "--method",
-                    row.method,
-                    *row.flags,
-                    "--seed",
-                    str(seed),
-                    "--out",
-                    str(folder),
-                    "--resume",
-                ]
+                own = [f"--method={row.method}", *row.flags, f"--seed={seed}", f"--out={folder}", "--resume"]
                 given = parse_args([*args.flags, *own], "", METHODS)
                 config, _ = resolve_config(given, None, METHODS)
                 METHODS[config.method](config)  # checks the method's own values
@@ -244,7 +235,7 @@ def finish_all(runs: list[Run], args: argparse.Namespace) -> Iterator[list[int]]
     try:
         futures = [(run.seed, pool.submit(work, run)) for run in runs]
         for i, seed in enumerate(args.seeds, 1):
-            finished = [future.result() for of, future in futures if of == seed]
+            finished = [future.result() for run_seed, future in futures if run_seed == seed]
             if not all(finished):
                 break
             yield args.seeds[:i]
@@ -344,7 +335,7 @@ def numbers(result: dict[str, Any]) -> dict[str, float]:
     return {key: found[key] for key in METRICS if found.get(key) is not None}
 
 
-def group(label: str, result: dict[str, Any], seeds: list[int], runs: list[dict[str, float]]) -> Group:
+def make_group(label: str, result: dict[str, Any], seeds: list[int], runs: list[dict[str, float]]) -> Group:
     """A Group of these `numbers`, one per seed. result: the results file of one of the runs."""
     metrics = {key: [run[key] for run in runs if key in run] for key in HEADINGS}
     found = {key: values for key, values in metrics.items() if values}
@@ -358,9 +349,10 @@ def row_group(label: str, row: Row, seeds: list[int], args: argparse.Namespace) 
         folder = run_folder(args.runs, row, seed)
         path = results_path(folder, args.checkpoint, row.normalization)
         result = read_results(path, args.checkpoint, "test")[1]
-        speed = statistics.median([entry["images_per_second"] for entry in read_log(folder)])
-        runs.append(numbers(result) | {"images_per_second": speed})
-    return group(label, result, seeds, runs)
+        runs.append(numbers(result))
+        if speeds := [entry["images_per_second"] for entry in read_log(folder)]:
+            runs[-1]["images_per_second"] = statistics.median(speeds)
+    return make_group(label, result, seeds, runs)
 
 
 class Entry(NamedTuple):
@@ -415,7 +407,7 @@ def grouped(args: argparse.Namespace) -> list[Group]:
         values = ", ".join(f"{key} {first.config.get(key)}" for key in differing)
         label = f"{first.name} ({values})" if values else first.name
         seeds = [entry.seed for entry in entries]
-        made.append(group(label, first.result, seeds, [numbers(entry.result) for entry in entries]))
+        made.append(make_group(label, first.result, seeds, [numbers(entry.result) for entry in entries]))
     return made
 
 
@@ -490,15 +482,14 @@ def make_table(
     title: str, keys: Sequence[str], groups: list[Group], corner: str = "", pairs: bool = False
 ) -> Table:
     """A row per label, a column per key that any group has. pairs: columns per data set and backbone."""
-    columns, rows = set(), {}
-    for of in groups:
+    columns, rows = {}, {}
+    for group in groups:
         for key in keys:
-            if key in of.metrics:
-                column = (of.pair if pairs else "", key)
-                columns.add(column)
-                rows.setdefault(of.label, {})[column] = of.metrics[key]
-    order = [(pair, key) for pair in dict.fromkeys(of.pair if pairs else "" for of in groups) for key in keys]
-    return Table(title, corner, [column for column in order if column in columns], rows)
+            column = (group.pair if pairs else "", key)
+            columns[column] = columns.get(column, False) or key in group.metrics
+            if key in group.metrics:
+                rows.setdefault(group.label, {})[column] = group.metrics[key]
+    return Table(title, corner, [column for column, used in columns.items() if used], rows)
 
 
 def csv_text(groups: list[Group], keys: Iterable[str]) -> str:
@@ -507,10 +498,10 @@ def csv_text(groups: list[Group], keys: Iterable[str]) -> str:
     rows = csv.writer(text, lineterminator="\n")
     head = ["method", "dataset", "arch", "seeds"]
     rows.writerow([*head, *(f"{key}_{what}" for key in keys for what in ("mean", "deviation"))])
-    for of in groups:
-        row: list[Any] = [of.label, of.dataset, of.arch or "", " ".join(map(str, of.seeds))]
+    for group in groups:
+        row: list[Any] = [group.label, group.dataset, group.arch or "", " ".join(map(str, group.seeds))]
         for key in keys:
-            values = of.metrics.get(key, [])
+            values = group.metrics.get(key, [])
             row.append(repr(float(np.mean(values))) if values else "")
             row.append(repr(float(np.std(values, ddof=1))) if len(values) > 1 else "")
         rows.writerow(row)
@@ -561,14 +552,11 @@ def sweep(args: argparse.Namespace) -> list[Path]:
     out = args.runs / f"sweep_{param}"
     runs = plan(rows.values(), args)
     for seeds in finish_all(runs, args):
-        groups = [
-            row_group(f"{x:g}" + " (preset)" * (x == value), row, seeds, args) for x, row in rows.items()
-        ]
+        labels = {x: f"{x:g} (preset)" if x == value else f"{x:g}" for x in rows}
+        groups = [row_group(labels[x], row, seeds, args) for x, row in rows.items()]
         keys = ("gt_known_loc" if "gt_known_loc" in groups[0].metrics else "pxap", "top1_cls")
-        entries = [
-            {"value": x, "seeds": seeds, **{key: of.metrics[key] for key in keys}}
-            for x, of in zip(rows, groups)
-        ]
+        numbers_of = [{key: group.metrics[key] for key in keys} for group in groups]
+        entries = [{"value": x, "seeds": seeds, **found} for x, found in zip(rows, numbers_of)]
         head = {name: getattr(preset, name) for name in ("dataset", "arch", "method")}
         head |= {"param": param, "preset": value, "checkpoint": args.checkpoint}
         write_json(with_suffix(out, ".json"), {**head, "values": entries})
@@ -585,11 +573,8 @@ def swept_preset(args: argparse.Namespace) -> tuple[SimpleNamespace, float]:
     param = args.param.replace("-", "_")
     refuse(args.flags, ("--out", "--resume"), "use --runs")
     preset, sources = resolve_config(parse_args(args.flags, "", METHODS), None, METHODS)
-    swept = [
-        name
-        for name, value in vars(preset).items()
-        if type(value) in (int, float) and sources[name] != "default"
-    ]
+    numeric = [name for name, value in vars(preset).items() if type(value) in (int, float)]
+    swept = [name for name in numeric if sources[name] != "default"]
     if param not in swept:
         raise InputError(
             f"--param {args.param}: not a number of the preset: choose one of {', '.join(swept)} "
@@ -609,116 +594,71 @@ def table(args: argparse.Namespace) -> list[Path]:
     """
     groups = grouped(args)
     made = [make_table(title, keys, groups, pairs=True) for title, keys in FORMS]
-    filled = [of for of in made if of.columns]
-    text, written = write_tables(args.out, filled, csv_text(groups, METRICS), args.digits)
+    made = [form for form in made if form.columns]
+    text, written = write_tables(args.out, made, csv_text(groups, METRICS), args.digits)
     print(text)
     return written
 
 
 COMMANDS = {
-    "compare": (compare, "train and evaluate methods over seeds, and tabulate their test results"),
-    "sweep": (sweep, "train and evaluate one method at several values of a hyperparameter (Fig. A5)"),
-    "table": (table, "tabulate runs that exist: the paper's main form and the form of Table A1"),
+    "compare": (compare, "trains and evaluates methods over seeds, and tabulates their test results"),
+    "sweep": (sweep, "trains and evaluates one method at several values of a hyperparameter (Fig. A5)"),
+    "table": (table, "tabulates existing runs: the paper's main form and the form of Table A1"),
 }
 
 
-def build_parser() -> Parser:
-    """The command line."""
-    parser = Parser(
-        prog="python -m bridge_wsol.experiments",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    # No abbreviations: --p is a flag of train.py, and not short for --param.
-    subs = {
-        name: commands.add_parser(name, help=what, description=what, allow_abbrev=False)
-        for name, (_, what) in COMMANDS.items()
-    }
-    for name, seeds, runs in (("compare", [0, 1, 2], "runs/comparison"), ("sweep", None, "runs/sweep")):
-        sub = subs[name]
-        sub.epilog = (
-            "Other flags are passed to train.py. Finished runs are skipped, interrupted runs resumed."
-        )
-        default = " ".join(map(str, seeds)) if seeds else "the value of --seed, or 0"
-        sub.add_argument(
-            "--seeds", nargs="+", type=int, default=seeds, metavar="N", help=f"default: {default}"
-        )
-        sub.add_argument(
-            "--runs",
-            type=Path,
-            default=Path(runs),
-            metavar="DIR",
-            help=f"folder of the runs and tables (default {runs})",
-        )
-        sub.add_argument(
-            "--jobs", type=int, default=1, metavar="N", help="runs at the same time, one per GPU (default 1)"
-        )
-    row = "METHOD[:NAME=VALUE,...][+NORMALIZATION]"
-    subs["compare"].add_argument(
-        "--methods", nargs="+", default=ROWS, metavar="ROW", help=f"{row} (default: {' '.join(ROWS)})"
-    )
-    subs["sweep"].add_argument(
-        "--param", required=True, help="a number of the preset, for example lambda_sim"
-    )
-    subs["sweep"].add_argument("--values", nargs="+", required=True, metavar="X", help="values of --param")
-    for name, sub in subs.items():
-        checkpoint = "last" if name == "compare" else "best"
-        sub.add_argument(
-            "--checkpoint",
-            choices=("best", "last"),
-            default=checkpoint,
-            help=f"the checkpoint whose results are tabulated (default {checkpoint})",
-        )
-    add_table_flags(subs["table"])
-    return parser
+def add_train_flags(add: Callable[..., Any], seeds: list[int] | None, runs: str) -> None:
+    """Adds the flags that compare and sweep share. add: the parser's add_argument."""
+    default = " ".join(map(str, seeds)) if seeds else "the value of --seed, or 0"
+    add("--seeds", nargs="+", type=int, default=seeds, metavar="N", help=f"default: {default}")
+    what = f"folder of the runs and tables (default {runs})"
+    add("--runs", type=Path, default=Path(runs), metavar="DIR", help=what)
+    what = "runs at the same time, each on its own GPU where there are several (default 1)"
+    add("--jobs", type=int, default=1, metavar="N", help=what)
 
 
-def add_table_flags(sub: argparse.ArgumentParser) -> None:
-    """The flags that only the table command has."""
-    sub.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="folders that train.py wrote, or results files of evaluate.py",
-    )
-    sub.add_argument(
-        "--names",
-        nargs="+",
-        metavar="NAME",
-        help="names of the runs, in their order (default: their methods)",
-    )
-    sub.add_argument("--split", choices=("test", "val"), default="test")
-    sub.add_argument(
-        "--normalize", choices=NORMALIZATIONS, default="minmax", help="normalization of the maps"
-    )
-    sub.add_argument("--digits", type=int, default=2, metavar="N", help="decimals (default 2)")
-    sub.add_argument(
-        "--out",
-        type=Path,
-        default=Path("figures/table"),
-        metavar="PATH",
-        help="the files without suffix (default figures/table)",
-    )
+def add_table_flags(add: Callable[..., Any]) -> None:
+    """Adds the flags that only the table command has."""
+    what = "folders that train.py wrote, or results files of evaluate.py"
+    add("runs", nargs="+", type=Path, metavar="RUN", help=what)
+    what = "names of the runs, in their order (default: their methods)"
+    add("--names", nargs="+", metavar="NAME", help=what)
+    add("--split", choices=("test", "val"), default="test", help="split of the results (default test)")
+    what = "normalization of the maps (default minmax)"
+    add("--normalize", choices=NORMALIZATIONS, default="minmax", help=what)
+    add("--digits", type=int, default=2, metavar="N", help="decimals (default 2)")
+    what = "path of the files, without suffix (default figures/table)"
+    add("--out", type=Path, default=Path("figures/table"), metavar="PATH", help=what)
 
 
 def parse_command(argv: list[str] | None) -> argparse.Namespace:
-    """The parsed command line; flags: what is train.py's. Raises InputError."""
-    parser = build_parser()
+    """The parsed command line; args.flags are the flags of train.py. Raises InputError."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m bridge_wsol.experiments", description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (_, what) in COMMANDS.items():
+        # No abbreviations: --p is a flag of train.py, and not short for --param.
+        sub = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
+        checkpoint = "last" if name == "compare" else "best"
+        what = f"whose results are tabulated (default {checkpoint})"
+        sub.add_argument("--checkpoint", choices=("best", "last"), default=checkpoint, help=what)
+        if name != "table":
+            sub.epilog = "Flags not listed here are passed to train.py."
+    compare_add, sweep_add = (commands.choices[name].add_argument for name in ("compare", "sweep"))
+    add_train_flags(compare_add, [0, 1, 2], "runs/comparison")
+    what = f"METHOD[:NAME=VALUE,...][+NORMALIZATION] (default: {' '.join(ROWS)})"
+    compare_add("--methods", nargs="+", default=ROWS, metavar="ROW", help=what)
+    add_train_flags(sweep_add, None, "runs/sweep")
+    sweep_add("--param", required=True, help="a number of the preset, for example lambda_sim")
+    sweep_add("--values", nargs="+", required=True, type=float, metavar="X", help="values of --param")
+    add_table_flags(commands.choices["table"].add_argument)
+
     args, args.flags = parser.parse_known_args(argv)
     if args.flags and args.command == "table":
         parser.error(f"unrecognized arguments: {' '.join(args.flags)}")
     for name, least in (("jobs", 1), ("digits", 0)):
-        value = getattr(args, name, least)
-        if not least <= value < 10**6:
-            parser.error(f"--{name} {value}: must be at least {least}")
-    if args.command == "sweep":
-        for i, value in enumerate(args.values):
-            try:
-                args.values[i] = float(value)
-            except ValueError:
-                parser.error(f"--values {value}: must be a number")
+        if getattr(args, name, least) < least:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least {least}")
     if args.command == "table" and args.out.suffix in (".md", ".tex", ".csv"):
         args.out = args.out.with_suffix("")
     return args

@@ -49,7 +49,10 @@ def in_this_process(monkeypatch):
 
 
 def trained_folders(calls):
-    return [Path(call[call.index("--out") + 1]).name for call in calls if call[0] == "train.py"]
+    out = [
+        next(word for word in call if word.startswith("--out=")) for call in calls if call[0] == "train.py"
+    ]
+    return [Path(word).name for word in out]
 
 
 def changed(source, folder, metrics=(), **config):
@@ -230,13 +233,13 @@ def test_jobs_share_the_machine(monkeypatch):
 def test_a_script_that_fails_ends_the_comparison(tiny, fails, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     arguments = ["compare", "--methods", "cam", "--seeds", "7", "--epochs", "1", "--runs", tmp_path, *tiny]
-    words = "train.py ended with exit code 1", "--method cam --seed 7", "--epochs 1", tmp_path / "cam_seed7"
+    words = "train.py ended with exit code 1", "--method=cam --seed=7", "--epochs 1", tmp_path / "cam_seed7"
     fails(experiments.main, arguments, *words)
 
 
 PROGRAM = """
 import pathlib, signal, sys, time
-folder = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+folder = pathlib.Path(next(word for word in sys.argv if word.startswith("--out="))[6:])
 if "seed1" in folder.name:
     while not folder.with_name("cam_seed0.begun").exists():
         time.sleep(0.05)
@@ -408,7 +411,7 @@ def test_the_first_failure_ends_a_sweep(tiny, fails, tmp_path, monkeypatch):
 def test_sweep_flags_that_make_no_sense(tiny, in_this_process, fails, tmp_path):
     base = ["sweep", "--runs", tmp_path / "r", *tiny]
     lambda_sim, p = ["--param", "lambda_sim", "--values", "1"], ["--param", "p", "--values"]
-    fails(experiments.main, [*base, *lambda_sim, "much"], "--values much", "number")
+    fails(experiments.main, [*base, *lambda_sim, "much"], "--values", "'much'", "float")
     fails(experiments.main, [*base, *lambda_sim, "--lambda-sim", "2"], "--lambda-sim", "remove it")
     fails(
         experiments.main,
@@ -442,7 +445,7 @@ def test_tables_parse_back_to_the_numbers(trained, tmp_path):
     cam = seeds_of(source, tmp_path, {0: (55.125, 30.0)}, method="cam")
     weak = seeds_of(source, tmp_path, {0: (20.0, 10.0), 1: (30.0, 20.0)}, method="cam", lambda_sim=0.25)
     run("table", *bridge, *cam, *weak, "--out", tmp_path / "t.md")
-    # Sample deviations: of 50, 60, 70: 10; of 40, 41, 45: the root of 7; of 20, 30 and of 10, 20: the root of 50.
+    # Sample deviations: 50, 60, 70: 10; 40, 41, 45: root of 7; 20, 30 and 10, 20: root of 50.
     expected = {
         "bridge": (60.0, 10.0, 42.0, 7**0.5),
         "cam (lambda_sim 0.5)": (55.125, None, 30.0, None),
