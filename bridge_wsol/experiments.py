@@ -366,7 +366,7 @@ class Entry(NamedTuple):
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Labels tell runs of one kind apart."""
+        """Name, data set and backbone. Labels distinguish the groups that share them."""
         return self.name, self.result.get("dataset"), self.result.get("arch")
 
 
@@ -640,7 +640,7 @@ def parse_command(argv: list[str] | None) -> argparse.Namespace:
         # No abbreviations: --p is a flag of train.py, and not short for --param.
         sub = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
         checkpoint = "last" if name == "compare" else "best"
-        what = f"whose results are tabulated (default {checkpoint})"
+        what = f"checkpoint whose results are tabulated (default {checkpoint})"
         sub.add_argument("--checkpoint", choices=("best", "last"), default=checkpoint, help=what)
         if name != "table":
             sub.epilog = "Flags not listed here are passed to train.py."

@@ -4,11 +4,6 @@ import functools
 import itertools
 import json
 import math
-import shutil
-import sys
-import threading
-import time
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,14 +17,13 @@ from torch import nn
 
 import evaluate
 import train
-from bridge_wsol import baselines, demo, evaluation, experiments, optim
+from bridge_wsol import demo, evaluation, optim
 from bridge_wsol.baselines import attention_based_dropout, hide, mix, seed_loss, seeds, thresholded_average
 from bridge_wsol.cam import normalize
 from bridge_wsol.data import Split
 from bridge_wsol.losses import alignment_losses, consistency_loss
 from bridge_wsol.methods import METHODS
 from bridge_wsol.models import load_pretrained, restore_weights
-from bridge_wsol.utils import alone
 
 COMPARED = ("acol", "adl", "eil", "cutmix", "pas", "calm", "has", "spg", "bridge+cutmix")
 LABELS = torch.tensor([2, 0])
