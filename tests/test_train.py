@@ -24,7 +24,8 @@ from bridge_wsol.boxes import iou_matrix, scale_boxes
 from bridge_wsol.data import test_loader, to_input
 from bridge_wsol.datasets import load_splits
 from bridge_wsol.models import load_tensors, save_checkpoint
-from bridge_wsol.utils import InputError, ordered_map
+from bridge_wsol.processes import ordered_map
+from bridge_wsol.utils import InputError
 
 
 def read_json(path):
@@ -456,7 +457,7 @@ def test_batch_size_changes_after_the_warm_stage(tiny, tmp_path, monkeypatch):
     sizes = []
     whole = train.train_one_epoch
     monkeypatch.setattr(
-        train, "train_one_epoch", lambda *a: sizes.append((a[4], a[1].batch_sampler.batch_size)) or whole(*a)
+        train, "train_one_epoch", lambda *a: sizes.append((a[2], a[1].batch_sampler.batch_size)) or whole(*a)
     )
     train.main([*tiny, "--out", str(tmp_path / "run")])
     train.main([*tiny, "--batch-size", "6", "--out", str(tmp_path / "both")])
@@ -547,7 +548,7 @@ def test_bad_input_to_train(tiny, fails, tmp_path):
     fails(
         train.main,
         [*tiny, *out, "--dataset", "OpenImages", "--arch", "resnet50"],
-        "no preset for --dataset OpenImages --arch resnet50",
+        "--dataset OpenImages --arch resnet50: no preset",
     )
     fails(train.main, [*tiny, *out, "--arch", "vgg19"], "--arch")
     fails(train.main, [*tiny, "--out", tmp_path / "file" / "run"], tmp_path / "file", "cannot be")
@@ -613,7 +614,7 @@ def test_a_run_whose_loss_is_not_finite_stops_and_keeps_its_checkpoint(trained, 
     checkpoint["model"]["fc.bias"][0] = float("nan")
     torch.save(checkpoint, run / "last.pt")
     before = (run / "last.pt").read_bytes()
-    fails(train.main, [*flags, "--out", run, "--resume", "--epochs", 3], "epoch 3", "not finite", "l_ce nan")
+    fails(train.main, [*flags, "--out", run, "--resume", "--epochs", 3], "non-finite loss in epoch 3", "l_ce nan")
     assert (run / "last.pt").read_bytes() == before
 
 
