@@ -35,9 +35,9 @@ from .baselines import METHODS
 from .cam import NORMALIZATIONS
 from .datasets import download_cub, load_splits
 from .drawing import with_suffix
-from .evaluation import names_of, read_config, read_results
+from .evaluation import names_of, read_config, read_log, read_results
 from .optim import FREE_ON_RESUME, parse_args, resolve_config
-from .utils import InputError, Parser, Stopped, one_line_errors, write_json, write_text, writing
+from .utils import InputError, Parser, Progress, Stopped, one_line_errors, write_json, write_text, writing
 
 # The comparison's default rows: the paper's systems and the field's, some with their own normalization.
 ROWS = ("cam cam+ivr has acol spg adl adl+ivr cutmix eil pas pas+pas calm calm+log bridge bridge+ivr").split()
@@ -143,7 +143,7 @@ def plan(rows: Iterable[Row], args: argparse.Namespace) -> list[Run]:
 
 def check_data(run: Run) -> None:
     """Reads the lists of the run's data set. Draws or downloads the data set first, as train.py would."""
-    config = run.config
+    config, Progress.quiet = run.config, run.given.quiet
     if run.given.download and config.dataset == "CUB":
         download_cub(Path(config.data_root))
     names = ("train", "val", "test")
@@ -164,24 +164,15 @@ def is_finished(run: Run) -> bool:
             raise InputError(f"{folder}: a run with {name} {there.get(name)} instead of {value}: {fix}")
     evaluated = all((folder / f"results_{which}_test.json").exists() for which in ("best", "last"))
     in_results = read_results(folder, "last", "test")[1].get("epoch", 0) if evaluated else 0
-    trained = max([in_results, *(entry["epoch"] for entry in read_log(folder))])
+    trained = max([in_results, *(entry["epoch"] for entry in logged(folder))])
     if trained > run.config.epochs:
         raise InputError(f"{folder}: a run of {trained} epochs instead of {run.config.epochs}: {fix}")
     return in_results == run.config.epochs
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """One entry per finished epoch of a run, from its log.jsonl; none where the run has no log yet."""
-    path = folder / "log.jsonl"
-    try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [{key: entry[key] for key in ("epoch", "images_per_second")} for entry in entries]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({error}): remove the run's folder to train it again"
-        ) from error
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """One entry per finished epoch of a run; none where the run has no log yet."""
+    return read_log(folder, sys.maxsize) if (folder / "log.jsonl").exists() else []
 
 
 # ----------------------------------------------------------------------------------------- train and evaluate
@@ -253,6 +244,7 @@ def finish(run: Run, checkpoint: str, slot: Slot) -> None:
     # evaluate.py takes all else from the run.
     machine = {name: vars(run.given).get(name) for name in ("workers", "device", "data_root", "splits")}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in machine.items() if value is not None]
+    flags += ["--quiet"] * run.given.quiet
     for normalization in run.normalizations:
         path = results_path(run.folder, checkpoint, normalization)
         if path.exists() and read_results(path, checkpoint, "test")[1].get("epoch") == done:
@@ -350,7 +342,7 @@ def row_group(label: str, row: Row, seeds: list[int], args: argparse.Namespace) 
         path = results_path(folder, args.checkpoint, row.normalization)
         result = read_results(path, args.checkpoint, "test")[1]
         runs.append(numbers(result))
-        if speeds := [entry["images_per_second"] for entry in read_log(folder)]:
+        if speeds := [entry["images_per_second"] for entry in logged(folder)]:
             runs[-1]["images_per_second"] = statistics.median(speeds)
     return make_group(label, result, seeds, runs)
 
