@@ -546,7 +546,8 @@ def sweep(args: argparse.Namespace) -> list[Path]:
     for seeds in finish_all(runs, args):
         labels = {x: f"{x:g} (preset)" if x == value else f"{x:g}" for x in rows}
         groups = [row_group(labels[x], row, seeds, args) for x, row in rows.items()]
-        keys = ("gt_known_loc" if "gt_known_loc" in groups[0].metrics else "pxap", "top1_cls")
+        localization = [key for key in ("gt_known_loc", "pxap") if key in groups[0].metrics]
+        keys = (*localization[:1], "top1_cls")  # none without boxes and masks
         numbers_of = [{key: group.metrics[key] for key in keys} for group in groups]
         entries = [{"value": x, "seeds": seeds, **found} for x, found in zip(rows, numbers_of)]
         head = {name: getattr(preset, name) for name in ("dataset", "arch", "method")}

@@ -393,6 +393,12 @@ def test_sweep_of_an_integer_over_masks_with_another_seed(trained, in_this_proce
     top1 = read_json(folder / "results_last_test.json")["metrics"]["top1_cls"]
     assert found["values"] == [{"value": 1.0, "seeds": [3], "pxap": [40.0], "top1_cls": [top1]}]
     assert found["checkpoint"] == "last" and not in_this_process
+    result = read_json(folder / "results_last_test.json")
+    result["metrics"]["pxap"] = None  # neither boxes nor masks
+    (folder / "results_last_test.json").write_text(json.dumps(result))
+    run(*asked, "--runs", tmp_path / "runs", *flags)
+    found = read_json(tmp_path / "runs" / "sweep_warm_epochs.json")
+    assert found["values"] == [{"value": 1.0, "seeds": [3], "top1_cls": [top1]}]
 
 
 def test_the_first_failure_ends_a_sweep(tiny, fails, tmp_path, monkeypatch):
