@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from . import cam
-from .boxes import iou_matrix
+from .boxes import iou_matrix, level_boxes, scale_boxes
+from .data import Split, load_rgb
 from .utils import atomic_write
 
 TRUTH, PREDICTION = (40, 80, 255), (0, 220, 60)  # Fig. A4: ground truth blue, prediction green
@@ -280,3 +281,15 @@ def in_proportion(
         )
     )
     return image.resize((width, height), Image.Resampling.BILINEAR), resized_map, corners
+
+
+def draw_result(folder: Path, split: Split, index: int, result: dict[str, Any]) -> None:
+    """Fig. A4 for one image: ground truth blue, largest contour at the split's threshold green."""
+    score_map = result["kept"][index]
+    size, predicted, truth = score_map.shape[0], None, None
+    if index in split.boxes:
+        predicted = level_boxes(score_map).largest[result["levels"]["largest"]]
+        truth = scale_boxes(split.boxes[index], tuple(split.sizes[index]), size)
+    image = load_rgb(split.path(index), size, upright=split.upright)
+    with atomic_write(folder / f"{split.ids[index].replace('/', '_')}.png") as part:
+        localization(image, score_map, predicted, truth).save(part, format="PNG")

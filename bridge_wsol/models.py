@@ -1,4 +1,4 @@
-"""VGG16-GAP and ResNet50 with attentive dropout (main-text section 3), their weights and checkpoint files.
+"""VGG16-GAP and ResNet50 with attentive dropout (main-text section 3); weights, checkpoints, seeds.
 
 A forward pass returns the logits and the last feature map f. The CAM of class y is w_y . f_u (cam.py).
 
@@ -14,11 +14,13 @@ layers of a VGG16 checkpoint as a weights file:
 
 from __future__ import annotations
 
+import random
 import sys
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet, ResNet50_Weights, VGG16_Weights
@@ -309,6 +311,30 @@ def load_tensors(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: contains a {type(value).__name__}, not a dictionary of tensors")
     return value
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch on all devices.
+
+    The same seed on the same machine gives the same run; on the CPU it is bit-identical.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = False
+
+
+def random_states() -> dict[str, Any]:
+    """Torch's random states, for a checkpoint. (Seed and epoch determine all other random numbers of a run.)"""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Restores `random_states`. The states of GPUs are restored only if their number is the same as before."""
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def restore_weights(model: GAPNetwork, state: dict[str, Tensor], path: Path) -> None:
