@@ -325,13 +325,13 @@ def seed_everything(seed: int) -> None:
 
 
 def random_states() -> dict[str, Any]:
-    """Torch's random states, for a checkpoint. (Seed and epoch determine all other random numbers of a run.)"""
+    """Torch's random states, for a checkpoint. Seed and epoch determine all other random numbers of a run."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Restores `random_states`. The states of GPUs are restored only if their number is the same as before."""
+    """Restores `random_states`. The states of GPUs are restored only if their number has not changed."""
     torch.set_rng_state(states["torch"])
     if len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
