@@ -81,7 +81,8 @@ class Split:
         if missing:
             raise InputError(
                 f"{self.path(missing[0])}: no such image "
-                f"({len(missing)} of the {len(self)} of {self.name} are missing): check --data-root, or --splits if the list belongs to other data{self.hint}"
+                f"({len(missing)} of the {len(self)} of {self.name} are missing): "
+                f"check --data-root, or --splits if the list belongs to other data{self.hint}"
             )
 
     def missing(self) -> list[int]:
@@ -345,7 +346,7 @@ def load_rgb(path: Path, size: int, listed: np.ndarray | None = None, upright: b
 
 
 def load_masks(root: Path, masks: Masks, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(mask, ignore) of an image, size x size bool: the union of its instances; the region to ignore, less mask."""
+    """(mask, ignore) of an image, size x size bool: the union of its instances; what to ignore outside it."""
     mask, ignore = np.zeros((2, size, size), dtype=bool)
     for paths, region in zip(masks, (mask, ignore)):
         for relative in paths:
