@@ -785,7 +785,8 @@ def imagenet_v2_names(root: Path, ids: list[str]) -> list[str]:
         inside = next((path.name for path in sorted(first.parent.glob("*.*"))), "nothing")
         raise InputError(
             f"{first.parent}: holds {inside} where the published val list has {first.name}: "
-            "another release of ImageNetV2, with renamed files: get the one with 0.jpeg to 9.jpeg, or pass --val-per-class 2"
+            "another release of ImageNetV2, with renamed files: "
+            "get the one with 0.jpeg to 9.jpeg, or pass --val-per-class 2"
         )
     return [(folder.name + image.removeprefix("val2")).rpartition(".")[0] + suffix for image in ids]
 
