@@ -50,8 +50,7 @@ class Split:
     sizes: np.ndarray | None = None  # N x 2 int64, width and height in pixels; needed with boxes only
     boxes: dict[int, np.ndarray] = field(default_factory=dict)  # index -> G x 4 int64, pixels of the image
     masks: dict[int, Masks] = field(default_factory=dict)
-    # Rotate images as their EXIF orientation says. False for the published data sets: their boxes lie on
-    # stored pixels.
+    # Rotate images as EXIF says. Not so in published data sets: their boxes lie on the stored pixels.
     upright: bool = False
     hint: str = ""  # appended to the message about missing images
 
@@ -99,8 +98,7 @@ class Split:
                     there[folder] = set(os.listdir(self.root / folder))
                 except OSError:
                     there[folder] = None
-            # A file system may list a name in another spelling (accents, upper and lower case): query the
-            # file.
+            # A file system may list a name in another spelling (accents, case): query the file.
             if there[folder] is None or (name not in there[folder] and not self.path(i).is_file()):
                 missing.append(i)
         return missing
@@ -376,9 +374,7 @@ def load_score_map(folder: Path, image: str) -> np.ndarray:
         raise InputError(f"{candidates[0]}: no score map for {image} (nor {candidates[1].name})")
     try:
         score_map = np.load(path, allow_pickle=False)
-    except (
-        Exception
-    ) as error:  # numpy parses the header as a Python literal, which raises errors of many types
+    except Exception as error:  # numpy parses the header as Python code: errors of many types
         raise InputError(f"{path}: not a .npy array ({first_line(error)})") from error
     if not isinstance(score_map, np.ndarray) or score_map.ndim != 2 or not score_map.size:
         shape = getattr(score_map, "shape", "of an archive")
@@ -482,8 +478,7 @@ class EpochSampler(Sampler):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
         for start in range(self.first * self.batch_size, self.n, self.batch_size):
             batch = order[start : start + self.batch_size]
-            # The last batch may be smaller than the number of ranks: a rank without images loads one, with
-            # weight 0.
+            # If the last batch has fewer images than ranks: a rank without images loads one, with weight 0.
             part = batch[self.rank :: self.world_size] if self.rank < len(batch) else batch[:1]
             yield [(self.epoch, int(i)) for i in part]
 

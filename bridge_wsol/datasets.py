@@ -1,14 +1,12 @@
 """The data sets and their lists: demo, CUB, ILSVRC, OpenImages, and a folder of your own images.
 
-Lists are built once, into the folder of --splits, in the format of data_splits/README.md.
-data_splits/checksums.json has the counts and SHA-256 of the published lists, and built lists are compared
-with them.
+Lists are built once, into the folder of --splits, in the format of data_splits/README.md. Built lists are
+compared with the counts and SHA-256 of the published lists in data_splits/checksums.json.
 
 No lock is needed when several runs build the same lists: every file is renamed into place, and the file that
 marks a list as complete is written last.
 
-    python -m bridge_wsol.datasets check --dataset CUB --data-root data     opens every image and mask of
-    every split
+    python -m bridge_wsol.datasets check --dataset CUB     opens every image and mask of every split
 """
 
 from __future__ import annotations
@@ -104,11 +102,13 @@ DATASETS = {
 NAMES = tuple(DATASETS)
 
 
-def is_folder(dataset: str) -> bool:
-    """Whether a --dataset is the path of a folder of your own images.
+def data_set(name: str) -> DataSet:
+    """The entry of DATASETS. Any other name has its images in a folder of that name, and given lists."""
+    return DATASETS.get(name, DataSet(name))
 
-    It is, if it is no name of DATASETS, and has a slash or is a folder here.
-    """
+
+def is_folder(dataset: str) -> bool:
+    """Whether a --dataset is a folder of your own images: not in DATASETS, but a path or a folder here."""
     return dataset not in NAMES and ("/" in dataset or Path(dataset).is_dir())
 
 
@@ -126,17 +126,19 @@ def load_splits(
 ) -> tuple[dict[str, Split], dict[str, Any]]:
     """The named splits of a data set, and a record of their origin for config.json and the log.
 
-    dataset: a name, or the path of a folder (`read_folder`). The lists of a name are in splits_dir/<name>.
-    The first call draws demo, or builds the lists of CUB and ILSVRC from their official files. val_per_class:
-    images per class to hold out from train as val. None: val is the published train-fullsup if splits_dir has
-    its list, otherwise 2 images per class are held out. check_images: raise InputError if an image file is
-    missing. lists_only: for work without images, such as the evaluation of score maps. Images are not
-    checked. If the data is not there, the lists in splits_dir are used as they are. It has no effect for a
-    folder: its images are its list.
+    dataset: a name, whose lists are in splits_dir/<name>, or the path of a folder (`read_folder`). The first
+        call draws demo, or builds the lists of CUB and ILSVRC from their official files.
+    names: of "train", "val" and "test".
+    val_per_class: images per class to hold out from train as val. None: val is the published train-fullsup
+        if splits_dir has its list; otherwise 2 images per class are held out.
+    check_images: raise InputError if an image file is missing.
+    lists_only: for work without images, such as the evaluation of score maps. Images are not checked. If the
+        data is not there, the lists in splits_dir are used as they are. No effect for a folder.
 
-    The record has "lists" and "val" (text), "num_classes", "classes" (their names, if the folders of the
-    train images tell them) and perhaps "warning". Raises InputError as `read_split` does, for missing images,
-    and for labels outside 0 ... K - 1, where K is the number of classes of train.
+    The record has "num_classes" and, depending on the data set: "lists" and "val" (text), "classes" (their
+    names, if the folders of the train images tell them), "warning".
+    Raises InputError as `read_split` does, for missing images, and for labels outside 0 ... K - 1, where K is
+    the number of classes of train.
     """
     if is_folder(dataset):
         found, record = _folder_splits(dataset, val_per_class, boxes=check_images)
@@ -178,8 +180,8 @@ def _listed_splits(
     val_per_class: int | None,
     lists_only: bool,
 ) -> tuple[dict[str, Split], dict[str, Any]]:
-    kind = DATASETS.get(dataset, DataSet(dataset))
-    root, folder, record = _prepare(dataset, kind, data_root, splits_dir, names if lists_only else ())
+    kind = data_set(dataset)
+    root, folder, record = _prepare(dataset, data_root, splits_dir, names if lists_only else ())
     published_val = (folder / "val" / "image_ids.txt").exists()
     from_list = published_val and val_per_class is None
     found, num_classes = {}, None
@@ -208,12 +210,13 @@ def _listed_splits(
 
 
 def _prepare(
-    dataset: str, kind: DataSet, data_root: Path, splits_dir: Path, lists_suffice: tuple[str, ...] = ()
+    dataset: str, data_root: Path, splits_dir: Path, lists_suffice: tuple[str, ...] = ()
 ) -> tuple[Path, Path, dict[str, Any]]:
     """Draws the data set or builds its lists if needed: (where ids start, folder of the lists, record).
 
     lists_suffice: the splits whose lists are enough. If they are there and the data is not, nothing is built.
     """
+    kind = data_set(dataset)
     root, folder = data_root / kind.images, splits_dir / dataset
     # If the official files are there, they may be newer than the lists.
     if lists_suffice and not (data_root / (kind.source or kind.images)).exists():
@@ -388,10 +391,15 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
+    with writing(folder):
+        handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a network file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another download into {folder}", flush=True)
+                fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
@@ -800,12 +808,15 @@ def read_folder(folder: Path, localization: bool = True) -> tuple[dict[str, Spli
     """({split name: Split}, record of `load_splits`) of a folder with one sub-folder of images per class.
 
     Classes are the sub-folders in the order of their names. The SHA-256 of an image's path below the folder
-    assigns its split: about 70 % train, 15 % val, 15 % test. A split that would have no image of a class gets
+    sets its split: about 70 % train, 15 % val, 15 % test. If a split would have no image of a class, it gets
     the nearest one; a class needs at least 3 images. So adding or removing images moves no others, except in
-    small classes. localization: read folder/localization.txt if it is there. Its lines
-    `class/image.jpg,x0,y0,x1,y1` hold boxes of some or all images, in pixels of the upright image (EXIF
-    orientation applied). Raises InputError for a folder without sub-folders, for a class with too few images
-    or with sub-folders, and as `read_split` does.
+    classes so small that a split would be empty.
+
+    localization: read folder/localization.txt if it is there. Its lines `class/image.jpg,x0,y0,x1,y1` hold
+        boxes of some or all images, in pixels of the upright image (EXIF orientation applied).
+
+    Raises InputError for a folder without sub-folders, for a class with too few images or with sub-folders,
+    and as `read_split` does.
     """
     classes = _folder_classes(folder)
     ids: dict[str, list[str]] = {name: [] for name in FOLDER_SHARES}
@@ -921,7 +932,7 @@ def check(dataset: str, data_root: Path, splits_dir: Path, workers: int, shown: 
     """
     names = SPLITS
     if not is_folder(dataset):
-        folder = _prepare(dataset, DATASETS.get(dataset, DataSet(dataset)), data_root, splits_dir)[1]
+        folder = _prepare(dataset, data_root, splits_dir)[1]
         has = {name: (folder / name / "image_ids.txt").exists() for name in SPLITS}
         has["val"] |= has["train"]  # held out from train
         names = tuple(name for name in SPLITS if has[name])

@@ -413,7 +413,7 @@ WNIDS = ["n01440764", "n01443537", "n02123045"]
 
 
 def make_ilsvrc(root, sorted_into_folders=False, text=False):
-    """Writes the official files of three classes to root/ILSVRC. Their IDs have another order than the wnids."""
+    """Writes the official files of three classes to root/ILSVRC. Their IDs are not sorted as the wnids."""
     official, order = root / "ILSVRC", [WNIDS[2], WNIDS[0], WNIDS[1]]
     for k, wnid in enumerate(WNIDS):
         (official / "train" / wnid).mkdir(parents=True)
