@@ -462,7 +462,7 @@ def to_input(images: Tensor, device: torch.device) -> Tensor:
 class EpochSampler(Sampler):
     """Batches of every index once, in an order drawn from (seed, epoch); items are lists of (epoch, index).
 
-    Set `epoch` before each pass. `first`: the number of batches to skip, those before an interruption.
+    Set `epoch` before each pass. `first`: number of batches to skip after a resume.
     Each rank takes a slice of the global batch of batch_size images.
     """
 

@@ -155,7 +155,7 @@ def load_split(
 ) -> Split:
     """One split from its lists alone, without its images: what the evaluation of score maps needs.
 
-    name: "train", "val" or "test". Arguments and errors are those of `load_splits` with lists_only. Masks are
+    name: "train", "val" or "test". Raises InputError as `load_splits` with lists_only does. Masks are
     read later, from data_root.
     """
     return load_splits(dataset, Path(data_root), Path(splits_dir), (name,), lists_only=True)[0][name]

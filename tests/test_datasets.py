@@ -659,7 +659,7 @@ def test_pxap_of_masks_and_ignore_regions_from_the_published_format(monkeypatch,
     assert optim.PRESETS["OpenImages", "vgg16"]["stride"][0] == 16  # 224 -> 14 x 14
 
 
-# -------------------------------------------------------------------------------------- a folder of one's own
+# ------------------------------------------------------------------------------------ a folder of your images
 
 
 def make_folder(root, classes=3, images=12, size=(60, 40)):
@@ -818,7 +818,7 @@ def test_boxes_of_a_turned_photo_are_in_pixels_as_it_is_shown(tmp_path):
         read_folder(folder)
 
 
-# ------------------------------------------------------------------------------------------- one's own photos
+# --------------------------------------------------------------------------------------- evaluate.py --images
 
 
 def localize(run, *arguments):
