@@ -1,16 +1,20 @@
-"""Splits and images: the field's text format, a folder of one's own, loaders that are the same for any number of workers.
+"""Images and their lists: the list format, decoding, `Split`, loaders and the cache of resized images.
 
-A split is a folder `<DATASET>/<train|val|test>/` of text files (data_splits/README.md has the format). Train is the field's
-train-weaksup, val its train-fullsup: the images on which epochs and thresholds are chosen.
+A split is a folder `<DATASET>/<train|val|test>/` of text files; data_splits/README.md describes them. Choe et
+al. call train train-weaksup, and val train-fullsup: the images on which epochs and thresholds are chosen.
 
-    python -m bridge_wsol.data check --dataset CUB --data-root data     opens every image of every split, before hours are spent
+The batches of a run do not depend on the number of workers: every crop is drawn from (seed, epoch, index).
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import shutil
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .processes import ignore_interrupts, ordered_map
-from .utils import InputError, alone, atomic_write, first_line
+from .utils import InputError, atomic_write, counted, first_line, write_text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
@@ -30,7 +34,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Masks(NamedTuple):
-    """Paths of an image's masks, relative to the image root: one per instance, and the region to ignore."""
+    """Paths of an image's masks, relative to the image root: one per instance, and the regions to ignore."""
 
     instances: list[str]
     ignore: list[str]
@@ -38,7 +42,7 @@ class Masks(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """One split in memory. Lists run parallel: image i has ids[i], labels[i], sizes[i], boxes[i], masks[i]."""
+    """One split in memory. The lists are parallel: image i has ids[i], labels[i], sizes[i], boxes[i]."""
 
     name: str
     root: Path  # ids are relative to it
@@ -47,18 +51,19 @@ class Split:
     sizes: np.ndarray | None = None  # N x 2 int64, width and height in pixels; needed with boxes only
     boxes: dict[int, np.ndarray] = field(default_factory=dict)  # index -> G x 4 int64, pixels of the image
     masks: dict[int, Masks] = field(default_factory=dict)
-    # Turn images as their EXIF orientation says. Not so in the published data sets: their boxes lie on the pixels as stored.
+    # Rotate images as EXIF says. Not so in published data sets: their boxes lie on the stored pixels.
     upright: bool = False
-    hint: str = ""  # a way out for this split alone, said when its images are missing
+    hint: str = ""  # appended to the message about missing images
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def path(self, index: int) -> Path:
+        """The file of image `index`."""
         return self.root / self.ids[index]
 
     def take(self, indices: Iterable[int], name: str) -> Split:
-        """The split of these images, in this order."""
+        """A split with the images of these indices, in this order."""
         indices = list(indices)
         return replace(
             self,
@@ -71,16 +76,20 @@ class Split:
         )
 
     def require_images(self) -> None:
-        """Raises InputError when files are missing, before hours are spent: names the first and counts them."""
+        """Raises InputError if image files are missing. The message names the first one and counts them."""
         missing = self.missing()
         if missing:
             raise InputError(
-                f"{self.path(missing[0])}: no such image ({len(missing)} of the {len(self)} of {self.name} are missing): "
-                f"check --data-root, or --splits if the list is not this data's{self.hint}"
+                f"{self.path(missing[0])}: no such image "
+                f"({len(missing)} of the {len(self)} of {self.name} are missing): "
+                f"check --data-root, or --splits if the list belongs to other data{self.hint}"
             )
 
     def missing(self) -> list[int]:
-        """The images that are not there. Lists each folder once: asking a million times for one file takes minutes on a network disk."""
+        """Indices of the images that are not there.
+
+        Lists each folder once: a million single queries take minutes on a network disk.
+        """
         there: dict[str, set[str] | None] = {}
         missing: list[int] = []
         for i, image in enumerate(self.ids):
@@ -90,23 +99,42 @@ class Split:
                     there[folder] = set(os.listdir(self.root / folder))
                 except OSError:
                     there[folder] = None
-            # A name that is not listed is asked for: a file system may spell it differently (accents, upper and lower case).
+            # A file system may list a name in another spelling (accents, case): query the file.
             if there[folder] is None or (name not in there[folder] and not self.path(i).is_file()):
                 missing.append(i)
         return missing
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading
+# -------------------------------------------------------------------------------------------- the list format
+
+LIST_FILES = ("image_ids", "class_labels", "image_sizes", "localization")
+
+Lists = dict[str, list[str]]  # file name without .txt -> lines
+
+
+def write_lists(folder: Path, lists: Lists) -> None:
+    """Writes the files of one split. image_ids.txt comes last: if it exists, the list is complete."""
+    for name in sorted(lists, key="image_ids".__eq__):
+        write_text(folder / f"{name}.txt", "".join(f"{line}\n" for line in lists[name]))
 
 
 def read_split(folder: Path, root: Path, name: str, num_classes: int | None = None) -> Split:
-    """Reads image_ids.txt, class_labels.txt and, where present, image_sizes.txt and localization.txt of one folder.
+    """Reads the files of one folder; image_sizes.txt and localization.txt may be absent.
 
-    Raises InputError naming file and line for a wrong number of fields, a value that is no number, an image that is not in
-    image_ids.txt or there twice, an image without label, a label below 0 or not below num_classes, a box with x1 < x0 or outside
-    its image.
+    Raises InputError with file and line for: a wrong number of fields; a value that is not a number; an image
+    that is not in image_ids.txt, or that is listed twice; an image without label; a label below 0 or not
+    below num_classes; a box with x1 < x0, or outside its image.
     """
-    path = folder / "image_ids.txt"
+    index = _read_ids(folder / "image_ids.txt")
+    labels = _read_labels(folder / "class_labels.txt", index, num_classes)
+    sizes = _read_sizes(folder / "image_sizes.txt", index)
+    return Split(
+        name, root, list(index), labels, sizes, *read_localization(folder / "localization.txt", index, sizes)
+    )
+
+
+def _read_ids(path: Path) -> dict[str, int]:
+    """{image id: index}, in the order of the lines."""
     index: dict[str, int] = {}
     for n, (image,) in _lines(path, (1,)):
         if image in index:
@@ -116,10 +144,11 @@ def read_split(folder: Path, root: Path, name: str, num_classes: int | None = No
             raise InputError(f"{path}:{n}: {image[:80]} leaves the data root")
     if not index:
         raise InputError(f"{path}: empty")
-    ids = list(index)
+    return index
 
-    labels = [-1] * len(ids)
-    path = folder / "class_labels.txt"
+
+def _read_labels(path: Path, index: dict[str, int], num_classes: int | None) -> np.ndarray:
+    labels = [-1] * len(index)
     parsed: dict[str, int] = {}  # a million lines have a thousand labels
     for n, (image, text) in _lines(path, (2,)):
         i = _index_of(image, index, path, n)
@@ -130,34 +159,34 @@ def read_split(folder: Path, root: Path, name: str, num_classes: int | None = No
         if labels[i] >= 0:
             raise InputError(f"{path}:{n}: {image[:80]} has a label already")
         labels[i] = label
-    _require_all(np.array(labels) >= 0, ids, path, "label")
+    labels = np.array(labels, dtype=np.int64)
+    _require_all(labels >= 0, index, path, "label")
+    return labels
 
-    sizes = None
-    path = folder / "image_sizes.txt"
-    if path.exists() and path.stat().st_size:
-        sizes = np.zeros((len(ids), 2), dtype=np.int64)
-        for n, (image, *size) in _lines(path, (3,)):
-            i, size = _index_of(image, index, path, n), _integers(size, path, n)
-            if min(size) < 1:
-                raise InputError(f"{path}:{n}: width and height must be positive, got {size[0]} x {size[1]}")
-            if sizes[i, 0]:
-                raise InputError(f"{path}:{n}: {image[:80]} has a size already")
-            sizes[i] = size
-        _require_all(sizes[:, 0] > 0, ids, path, "size")
 
-    return Split(
-        name,
-        root,
-        ids,
-        np.array(labels, dtype=np.int64),
-        sizes,
-        *read_localization(folder / "localization.txt", index, sizes),
-    )
+def _read_sizes(path: Path, index: dict[str, int]) -> np.ndarray | None:
+    if not path.exists() or not path.stat().st_size:
+        return None
+    sizes = np.zeros((len(index), 2), dtype=np.int64)
+    for n, (image, *values) in _lines(path, (3,)):
+        i, size = _index_of(image, index, path, n), _integers(values, path, n)
+        if min(size) < 1:
+            raise InputError(f"{path}:{n}: width and height must be positive, got {size[0]} x {size[1]}")
+        if sizes[i, 0]:
+            raise InputError(f"{path}:{n}: {image[:80]} has a size already")
+        sizes[i] = size
+    _require_all(sizes[:, 0] > 0, index, path, "size")
+    return sizes
 
 
 def read_localization(
     path: Path, index: dict[str, int], sizes: np.ndarray | None
 ) -> tuple[dict[int, np.ndarray], dict[int, Masks]]:
+    """(boxes, masks) by index of the image; both are empty if there is no such file.
+
+    Boxes: G x 4 int64, pixels, both corners inside. index: {image id: index}. sizes: N x 2, width and height.
+    Raises InputError as `read_split` does.
+    """
     boxes: dict[int, list[list[int]]] = {}
     masks: dict[int, Masks] = {}
     if not path.exists():
@@ -165,32 +194,38 @@ def read_localization(
     for n, (image, *values) in _lines(path, (3, 5)):
         i = _index_of(image, index, path, n)
         if len(values) == 2:
-            for relative in values:
-                if relative.startswith("/") or ".." in relative.split("/"):
-                    raise InputError(f"{path}:{n}: {relative} leaves the data root")
-            if not values[0]:
-                raise InputError(f"{path}:{n}: a mask's path is expected after {image[:80]}")
+            _check_mask_paths(values, image, path, n)
             paths = masks.setdefault(i, Masks([], []))
             paths.instances.append(values[0])
             paths.ignore.extend(values[1:] if values[1] else [])
-            continue
-        x0, y0, x1, y1 = box = _integers(values, path, n)
-        if x1 < x0 or y1 < y0 or x0 < 0 or y0 < 0:
-            raise InputError(f"{path}:{n}: box {x0},{y0},{x1},{y1} needs 0 <= x0 <= x1 and 0 <= y0 <= y1")
-        if sizes is None:
-            raise InputError(
-                f"{path}:{n}: boxes need {path.with_name('image_sizes.txt')}, which is absent or empty"
-            )
-        if x1 >= sizes[i, 0] or y1 >= sizes[i, 1]:
-            raise InputError(
-                f"{path}:{n}: box {x0},{y0},{x1},{y1} leaves its image of {sizes[i, 0]} x {sizes[i, 1]}"
-            )
-        boxes.setdefault(i, []).append(box)
+        else:
+            box = _integers(values, path, n)
+            _check_box(box, None if sizes is None else sizes[i], path, n)
+            boxes.setdefault(i, []).append(box)
     return {i: np.array(b) for i, b in boxes.items()}, masks
 
 
+def _check_mask_paths(values: list[str], image: str, path: Path, n: int) -> None:
+    for relative in values:
+        if relative.startswith("/") or ".." in relative.split("/"):
+            raise InputError(f"{path}:{n}: {relative} leaves the data root")
+    if not values[0]:
+        raise InputError(f"{path}:{n}: a mask's path is expected after {image[:80]}")
+
+
+def _check_box(box: list[int], size: np.ndarray | None, path: Path, n: int) -> None:
+    x0, y0, x1, y1 = box
+    if x1 < x0 or y1 < y0 or x0 < 0 or y0 < 0:
+        raise InputError(f"{path}:{n}: box {x0},{y0},{x1},{y1} needs 0 <= x0 <= x1 and 0 <= y0 <= y1")
+    if size is None:
+        sizes = path.with_name("image_sizes.txt")
+        raise InputError(f"{path}:{n}: boxes need {sizes}, which is absent or empty")
+    if x1 >= size[0] or y1 >= size[1]:
+        raise InputError(f"{path}:{n}: box {x0},{y0},{x1},{y1} leaves its image of {size[0]} x {size[1]}")
+
+
 def _lines(path: Path, fields: tuple[int, ...]) -> Iterator[tuple[int, list[str]]]:
-    """(line number from 1, comma-separated fields) of each line that is not empty; the number of fields is checked."""
+    """(line number from 1, comma-separated fields) of each line that is not empty."""
     try:
         with path.open(encoding="utf-8") as file:
             for n, line in enumerate(file, 1):
@@ -199,18 +234,19 @@ def _lines(path: Path, fields: tuple[int, ...]) -> Iterator[tuple[int, list[str]
                     if len(values) not in fields:
                         expected = " or ".join(map(str, fields))
                         raise InputError(
-                            f"{path}:{n}: {len(values)} comma-separated fields where {expected} are expected: {line[:80]}"
+                            f"{path}:{n}: {len(values)} comma-separated fields "
+                            f"where {expected} are expected: {line[:80]}"
                         )
                     yield n, values
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise InputError(
-            f"{path}: cannot be read ({reason}); data_splits/README.md has the format"
+            f"{path}: cannot be read ({reason}): data_splits/README.md describes the format"
         ) from error
 
 
 def _integers(values: list[str], path: Path, n: int) -> list[int]:
-    # int() alone would take "1_0" and digits of any script, and numbers that no array holds.
+    # int() alone would accept "1_0", digits of any script, and numbers that no array holds.
     if not all(
         value.removeprefix("-").isdecimal() and value.isascii() and len(value) <= 10 for value in values
     ):
@@ -224,26 +260,14 @@ def _index_of(image: str, index: dict[str, int], path: Path, n: int) -> int:
     return index[image]
 
 
-def _require_all(present: np.ndarray, ids: list[str], path: Path, what: str) -> None:
+def _require_all(present: np.ndarray, index: dict[str, int], path: Path, what: str) -> None:
     if not present.all():
-        raise InputError(f"{path}: no {what} for {ids[int(np.argmin(present))]}")
+        raise InputError(f"{path}: no {what} for {list(index)[int(np.argmin(present))]}")
 
 
-# ------------------------------------------------------------------------------------------------------------- data sets
+# --------------------------------------------------------------------------------------------------- decoding
 
-
-# ------------------------------------------------------------------------------------------------- a folder of one's own
-
-
-def is_image(path: Path) -> bool:
-    # Names with a leading dot are what systems leave beside images, such as "._photo.jpg".
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-# ---------------------------------------------------------------------------------------------------------------- images
-
-
-# EXIF orientation -> how the stored pixels are turned to stand upright.
+# EXIF orientation -> the transpose that makes the stored pixels upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -253,57 +277,76 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
+SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]  # width and height change places
+
+
+def is_image(path: Path) -> bool:
+    """Whether this is a file with the suffix of an image."""
+    # Some systems write hidden files such as "._photo.jpg" beside the images.
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def image_files(paths: list[Path]) -> list[Path]:
+    """The files, and every image below the folders. Raises InputError for a folder without images."""
+    files: list[Path] = []
+    for path in paths:
+        inside = sorted(filter(is_image, path.rglob("*"))) if path.is_dir() else [path]
+        if not inside:
+            raise InputError(f"--images {path}: no images in this folder")
+        files += inside
+    return files
 
 
 def open_image(path: Path) -> Image.Image:
-    """Opens an image without decoding it. Raises InputError where there is none."""
+    """Opens an image without decoding it. Raises InputError if the file is missing or not an image."""
     try:
         return Image.open(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such image") from None
-    except Exception as error:  # Pillow's readers raise whatever a damaged header leads them to
+    except Exception as error:  # Pillow's readers raise errors of many types for a damaged header
         raise InputError(f"{path}: not an image that can be read ({first_line(error)})") from error
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """The transpose that the EXIF orientation asks for; None if there is none."""
     try:
         return TURNS.get(image.getexif().get(0x0112))
-    except Exception:  # damaged EXIF data says nothing; the pixels may be well
+    except Exception:  # damaged EXIF data; the pixels may be intact
         return None
 
 
 def decode(path: Path, listed: np.ndarray | None = None, upright: bool = False) -> Image.Image:
-    """An image of any mode as RGB, in its own size; upright: turned as its EXIF orientation says.
+    """An image of any mode as RGB, in its own size. upright: rotated as its EXIF orientation says.
 
-    Raises InputError for an image that cannot be read, or is not of the listed (width, height), which its boxes were drawn on.
+    listed: (width, height) in pixels on which its boxes were drawn. Raises InputError for an image that
+    cannot be read, or that has another size than listed.
     """
     with open_image(path) as image:
         turn = turn_of(image) if upright else None
         width, height = image.size[::-1] if turn in SIDEWAYS else image.size
         if listed is not None and (width, height) != tuple(listed):
             raise InputError(
-                f"{path}: {width} x {height} pixels where the list has {listed[0]} x {listed[1]}: its boxes would not fit"
+                f"{path}: {width} x {height} pixels where the list has {listed[0]} x {listed[1]}: "
+                "its boxes would not fit"
             )
         try:
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-                image = Image.fromarray(
-                    (np.asarray(image) >> 8).astype(np.uint8)
-                )  # 16 bits; Pillow would cut them off at 255
+                # 16 bits per pixel: Pillow would clip the values at 255.
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             rgb = image.convert("RGB")
-        except Exception as error:  # Pillow's decoders raise whatever damaged data leads them to
+        except Exception as error:  # Pillow's decoders raise errors of many types for damaged data
             raise InputError(f"{path}: truncated or damaged image ({first_line(error)})") from error
     rgb.info.pop("exif", None)  # the orientation is applied now, or not wanted
     return rgb if turn is None else rgb.transpose(turn)
 
 
 def load_rgb(path: Path, size: int, listed: np.ndarray | None = None, upright: bool = False) -> Image.Image:
-    """`decode`, resized straight to size x size (bilinear, antialiased as torchvision's on PIL images)."""
+    """`decode`, then resize to size x size: bilinear, antialiased like torchvision's resize of PIL images."""
     return decode(path, listed, upright).resize((size, size), Image.Resampling.BILINEAR)
 
 
 def load_masks(root: Path, masks: Masks, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(mask, ignore) of an image, size x size bool: the union of its instances, and what its ignore image adds to it."""
+    """(mask, ignore) of an image, size x size bool: the union of its instances; what to ignore outside it."""
     mask, ignore = np.zeros((2, size, size), dtype=bool)
     for paths, region in zip(masks, (mask, ignore)):
         for relative in paths:
@@ -314,17 +357,18 @@ def load_masks(root: Path, masks: Masks, size: int) -> tuple[np.ndarray, np.ndar
                     raise InputError(
                         f"{root / relative}: truncated or damaged mask ({first_line(error)})"
                     ) from error
-            # Nearest neighbour in double precision, as the field's evaluator has it (OpenCV's INTER_NEAREST).
-            # At size 224 some pixel is the one before floor(x * n / size) for 105 of the widths 225 ... 1699.
+            # Nearest neighbour in double precision, like OpenCV's INTER_NEAREST in the evaluator of Choe et
+            # al. At size 224, 105 of the widths 225 ... 1699 have a pixel at floor(x * n / size) - 1.
             rows, columns = (np.floor(np.arange(size) * (1 / (size / n))).astype(int) for n in pixels.shape)
             region |= pixels[rows[:, None], columns] > 0.5
     return mask, ignore & ~mask
 
 
 def load_score_map(folder: Path, image: str) -> np.ndarray:
-    """DIR/<image id>.npy or DIR/<image id without extension>.npy -> H x W float32.
+    """Reads DIR/<image id>.npy or DIR/<image id without extension>.npy: H x W float32 in [0, 1].
 
-    Raises InputError for a map that is missing, not a 2-D array of numbers, empty, or holds NaN or values outside [0, 1].
+    Raises InputError for a map that is missing, empty or not a 2-D array of numbers, and for NaN or values
+    outside [0, 1].
     """
     candidates = [folder / f"{image}.npy", (folder / image).with_suffix(".npy")]
     path = next((p for p in candidates if p.is_file()), None)
@@ -332,53 +376,37 @@ def load_score_map(folder: Path, image: str) -> np.ndarray:
         raise InputError(f"{candidates[0]}: no score map for {image} (nor {candidates[1].name})")
     try:
         score_map = np.load(path, allow_pickle=False)
-    except (
-        Exception
-    ) as error:  # numpy reads the header as Python's literals, with all the errors of its parser
+    except Exception as error:  # numpy parses the header as Python code: errors of many types
         raise InputError(f"{path}: not a .npy array ({first_line(error)})") from error
     if not isinstance(score_map, np.ndarray) or score_map.ndim != 2 or not score_map.size:
-        raise InputError(
-            f"{path}: a score map is a 2-D array, this has shape {getattr(score_map, 'shape', 'of an archive')}"
-        )
+        shape = getattr(score_map, "shape", "of an archive")
+        raise InputError(f"{path}: a score map is a 2-D array, this has shape {shape}")
     if score_map.dtype.kind not in "fiub":
         raise InputError(f"{path}: a score map holds floats in [0, 1], this holds {score_map.dtype}")
     if np.isnan(score_map).any():
         raise InputError(f"{path}: holds NaN")
-    if score_map.min() < 0 or score_map.max() > 1:
-        raise InputError(
-            f"{path}: values in [{score_map.min():.4g}, {score_map.max():.4g}] where [0, 1] is expected"
-        )
+    low, high = score_map.min(), score_map.max()
+    if low < 0 or high > 1:
+        raise InputError(f"{path}: values in [{low:.4g}, {high:.4g}] where [0, 1] is expected")
     return score_map.astype(np.float32)
 
 
-def image_files(paths: list[Path]) -> list[Path]:
-    """The files themselves, and every image below the folders, in order. Raises InputError for a folder without any."""
-    files: list[Path] = []
-    for path in paths:
-        inside = sorted(filter(is_image, path.rglob("*"))) if path.is_dir() else [path]
-        if not inside:
-            raise InputError(f"--images {path}: no images in this folder")
-        files += inside
-    return files
+# --------------------------------------------------------------------------------------- images as a data set
 
 
 class TrainImages(Dataset):
-    """Training images: resize to resize_size x resize_size, random crop of image_size, random horizontal flip.
+    """Training images: resize to resize_size, random crop of image_size, random horizontal flip.
 
-    Indexed by (epoch, index), the sampler's items: the crop is drawn from (seed, epoch, index) alone, so it is the same for any
-    number of workers, in any order, and after a resume. Items: uint8 3 x image_size x image_size, label.
+    The sampler's items (epoch, index) are its indices. The crop depends on (seed, epoch, index) alone, so it
+    is the same for any number of workers, in any order, and after a resume. pixels: the cache of
+    `resized_pixels`. Items: uint8 3 x image_size x image_size, label.
     """
 
     def __init__(
         self, split: Split, resize_size: int, image_size: int, seed: int, pixels: np.ndarray | None = None
     ):
-        self.split, self.resize_size, self.image_size, self.seed, self.pixels = (
-            split,
-            resize_size,
-            image_size,
-            seed,
-            pixels,
-        )
+        self.split, self.seed, self.pixels = split, seed, pixels
+        self.resize_size, self.image_size = resize_size, image_size
 
     def __len__(self) -> int:
         return len(self.split)
@@ -387,49 +415,22 @@ class TrainImages(Dataset):
         epoch, index = item
         rng = np.random.default_rng([self.seed, epoch, index])
         x, y = rng.integers(0, self.resize_size - self.image_size, size=2, endpoint=True)
-        image = (
-            np.asarray(load_rgb(self.split.path(index), self.resize_size, upright=self.split.upright))
-            if self.pixels is None
-            else self.pixels[index]
-        )
+        if self.pixels is None:
+            path = self.split.path(index)
+            image = np.asarray(load_rgb(path, self.resize_size, upright=self.split.upright))
+        else:
+            image = self.pixels[index]
         image = image[y : y + self.image_size, x : x + self.image_size]
         return _to_tensor(image[:, ::-1] if rng.random() < 0.5 else image), int(self.split.labels[index])
 
 
-def resized_pixels(split: Split, size: int, folder: Path, workers: int) -> np.ndarray:
-    """All images of a split as load_rgb gives them, N x size x size x 3 uint8, in one memory-mapped file that is made the first time.
-
-    The file's name has a hash of the list, the sizes and the times of the images' files: other images get another file.
-    Raises InputError for an image that cannot be read, or where the file cannot be written (full CUB at 256: 1.2 GB).
-    """
-    files = [split.path(i) for i in range(len(split))]
-    states = [
-        (image, stat.st_size, stat.st_mtime_ns)
-        for image, stat in zip(split.ids, (file.stat() for file in files))
-    ]
-    key = hashlib.sha256(repr((size, Image.__version__, states)).encode()).hexdigest()[:16]
-    path = folder / f"{split.name.replace(' ', '_').replace('/', '_')}_{size}_{key}.npy"
-    with alone(folder):
-        if not path.exists():
-            print(f"caching {len(split)} images in {path}", flush=True)
-            with atomic_write(path, one_writer=True) as part:
-                pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(split), size, size, 3))
-                resized = ordered_map(_load_resized, [(file, size, split.upright) for file in files], workers)
-                for i, image in enumerate(resized):
-                    pixels[i] = image
-                pixels.flush()
-    return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-def _load_resized(job: tuple[Path, int, bool]) -> np.ndarray:
-    path, size, upright = job
-    return np.asarray(load_rgb(path, size, upright=upright))
-
-
 class TestImages(Dataset):
-    """Images for evaluation: resized straight to image_size x image_size. Items: uint8 3 x image_size x image_size, label, index."""
+    """Images for evaluation, resized to image_size x image_size.
 
-    __test__ = False  # not a test case, whatever pytest thinks of the name
+    Items: uint8 3 x image_size x image_size, label, index.
+    """
+
+    __test__ = False  # pytest would take a class of this name for a test case
 
     def __init__(self, split: Split, image_size: int):
         self.split, self.image_size = split, image_size
@@ -448,32 +449,29 @@ def _to_tensor(pixels: np.ndarray) -> Tensor:
 
 
 def to_input(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 N x 3 x H x W -> float32 on the device, normalized with ImageNet's mean and deviation, channels last.
+    """uint8 N x 3 x H x W -> float32 on the device, channels last, normalized with ImageNet's statistics.
 
-    Bytes cross to the device, not floats: a quarter of the traffic.
+    Moves bytes to the device and converts them there: a quarter of the traffic.
     """
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     images = (images.to(device, non_blocking=True).float() / 255 - mean) / std
     return images.contiguous(memory_format=torch.channels_last)
 
 
-class EpochSampler(Sampler):
-    """Batches of every index once, in an order drawn from (seed, epoch); items are lists of (epoch, index). Set `epoch` before each pass.
+# ---------------------------------------------------------------------------------------------------- loaders
 
-    Of several processes, each gets its part of every batch: together they see what one process would. `first`: batches to leave out, those
-    before an interruption.
+
+class EpochSampler(Sampler):
+    """Batches of every index once, in an order drawn from (seed, epoch); items are lists of (epoch, index).
+
+    Set `epoch` before each pass. `first`: number of batches to skip after a resume.
+    Each rank takes a slice of the global batch of batch_size images.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
-        self.n, self.batch_size, self.seed, self.rank, self.world_size, self.epoch, self.first = (
-            n,
-            batch_size,
-            seed,
-            rank,
-            world_size,
-            1,
-            0,
-        )
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.first = 1, 0
 
     def __len__(self) -> int:
         return -(-self.n // self.batch_size)
@@ -482,12 +480,12 @@ class EpochSampler(Sampler):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
         for start in range(self.first * self.batch_size, self.n, self.batch_size):
             batch = order[start : start + self.batch_size]
-            # A last batch smaller than the number of processes leaves some without: they take an image along that does not count.
+            # If the last batch has fewer images than ranks: a rank without images loads one, with weight 0.
             part = batch[self.rank :: self.world_size] if self.rank < len(batch) else batch[:1]
             yield [(self.epoch, int(i)) for i in part]
 
     def size(self, batch: int) -> tuple[int, int]:
-        """(images of this process that count, images of all) in a batch."""
+        """(number of images of this rank that count, number of images of all ranks) in a batch."""
         whole = min(self.batch_size, self.n - batch * self.batch_size)
         return len(range(self.rank, whole, self.world_size)), whole
 
@@ -504,7 +502,10 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader:
-    """Batches of (images uint8, labels); set `loader.batch_sampler.epoch` before each epoch. pixels: of `resized_pixels`."""
+    """Batches of (images: uint8 N x 3 x image_size x image_size, labels: N int64).
+
+    Set `loader.batch_sampler.epoch` before each epoch. pixels: the cache of `resized_pixels`.
+    """
     images = TrainImages(split, resize_size, image_size, seed, pixels)
     return _loader(
         images, workers, batch_sampler=EpochSampler(len(split), batch_size, seed, rank, world_size)
@@ -514,7 +515,10 @@ def train_loader(
 def test_loader(
     split: Split, batch_size: int, *, image_size: int, workers: int, rank: int = 0, world_size: int = 1
 ) -> DataLoader:
-    """Batches of (images uint8, labels, indices) in the split's order; of several processes, each has every world_size-th image."""
+    """Batches of (images: uint8 N x 3 x image_size x image_size, labels: N int64, indices: N int64).
+
+    In the order of the split. Of several processes, each gets every world_size-th image.
+    """
     return _loader(
         TestImages(split, image_size),
         workers,
@@ -523,7 +527,7 @@ def test_loader(
     )
 
 
-test_loader.__test__ = False
+test_loader.__test__ = False  # not a test case
 
 
 def split_loaders(
@@ -548,7 +552,53 @@ def _loader(dataset: Dataset, workers: int, **kwargs: Any) -> DataLoader:
         persistent_workers=workers > 0,
         worker_init_fn=ignore_interrupts,
         pin_memory=torch.cuda.is_available(),
-        # A generator of its own: the loader would otherwise draw from the stream that attentive dropout uses.
+        # Without its own generator the loader would draw from the stream that attentive dropout uses.
         generator=torch.Generator().manual_seed(0),
         **kwargs,
     )
+
+
+# ------------------------------------------------------------------------------------------------------ cache
+
+
+def resized_pixels(split: Split, size: int, folder: Path, workers: int) -> np.ndarray:
+    """All images of a split, resized as by `load_rgb`: N x size x size x 3 uint8, memory-mapped.
+
+    The first call writes the file in `folder` (full CUB at 256: 1.2 GB). Its name has a hash of the list and
+    of the sizes and times of the image files, so that changed images get another file. Processes that write
+    it at the same time all write the same bytes. Raises InputError for an image that cannot be read, or if
+    the file cannot be written.
+    """
+    files = [split.path(i) for i in range(len(split))]
+    states = [
+        (image, stat.st_size, stat.st_mtime_ns)
+        for image, stat in zip(split.ids, (file.stat() for file in files))
+    ]
+    key = hashlib.sha256(repr((size, Image.__version__, states)).encode()).hexdigest()[:16]
+    path = folder / f"{split.name.replace(' ', '_').replace('/', '_')}_{size}_{key}.npy"
+    if not path.exists():
+        print(f"caching {len(split)} images in {path}", flush=True)
+        remove_leftovers(path)
+        with atomic_write(path) as part:
+            pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(split), size, size, 3))
+            resized = ordered_map(_load_resized, [(file, size, split.upright) for file in files], workers)
+            for i, image in enumerate(counted(resized, "caching", len(split))):
+                pixels[i] = image
+            pixels.flush()
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _load_resized(job: tuple[Path, int, bool]) -> np.ndarray:
+    path, size, upright = job
+    return np.asarray(load_rgb(path, size, upright=upright))
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes the temporary files and folders .NAME.*.part beside `path` that a killed process left.
+
+    Only those that are older than a day: another process may be writing a younger one.
+    """
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(part) if part.is_dir() else part.unlink()

@@ -1,36 +1,41 @@
-"""The embedded data set: drawn birds, in the field's split format, with exact boxes and masks.
+"""The data set `demo`: drawn birds, in the list format of data.py, with exact boxes and masks.
 
-Fine-grained as CUB is. The *genus* is told by the whole body's pattern (spotted or barred), the *species* by a small part,
-the colour of the head; class = genus x species. Everything else varies: the body's hue, size, proportions, pose,
-position, background, and now and then a part of the bird is outside the picture. The head always is inside.
+The classes are fine-grained, as those of CUB. The pattern of the whole body (spotted or barred) shows the
+*genus*. A small part, the colour of the head, shows the *species*; class = genus x species. Everything else
+varies: the body's hue, size, proportions, pose and position, and the background. Some birds are partly
+outside the image, but the head is always inside.
 
-`draw_pretraining` draws what the demo's small backbone is pretrained on, in place of ImageNet: random shapes whose cue,
-texture x colour, fills the whole object. It has neither birds nor the demo's classes.
+`draw_pretraining` draws the images on which the demo's small backbone is pretrained, in place of ImageNet:
+random shapes whose class, texture x colour, shows on the whole object. They contain no birds and none of the
+demo's classes.
 
-Every picture has a random generator of its own, derived from (seed, split, index): a picture depends on no other.
+Every image has its own random generator, derived from (seed, split, index): no image depends on another one.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
 from colorsys import hsv_to_rgb
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from .data import remove_leftovers, write_lists
 from .processes import ordered_map
-from .utils import default_workers, write_text, writing
+from .utils import counted, default_workers, write_text, writing
 
-SIZE = 128  # of a picture; training crops 7/8 of it, as 224 of 256
-SCALE = 2  # drawn larger, then averaged: smooth edges
+SIZE = 128  # pixels of an image; training crops 7/8 of it, as 224 of 256
+SCALE = 2  # drawn at twice the size, then averaged: smooth edges
 CANVAS = SIZE * SCALE
 
-GENERA = {"spotted": "dots", "barred": "stripes"}  # and the texture of each
-# (hue, saturation, value) of the head.
-HEADS = {
+GENERA = {"spotted": "dots", "barred": "stripes"}  # genus -> texture of the body
+HEADS = {  # species -> hue, saturation, value of the head
     "red": (0.99, 0.90, 0.88),
     "orange": (0.075, 0.95, 0.98),
     "yellow": (0.15, 0.95, 0.98),
@@ -43,36 +48,40 @@ HEADS = {
 DEMO_COUNTS = {"train": 1600, "val": 320, "test": 640}
 
 TEXTURES = ("plain", "stripes", "dots", "checks", "rings")
-HUES = (0.0, 0.15, 0.33, 0.5, 0.63, 0.8)  # and, without a hue, grey
+HUES = (0.0, 0.15, 0.33, 0.5, 0.63, 0.8)  # and grey, the last colour
 PRETRAINING_COUNTS = {"train": 8000, "val": 320, "test": 320}
 
 Color = tuple[int, int, int]
 
 
-class Picture(NamedTuple):
-    image: Image.Image  # SIZE x SIZE, RGB
-    mask: np.ndarray  # SIZE x SIZE, bool: the object
-    part: (
-        np.ndarray
-    )  # SIZE x SIZE, bool: the species-telling head (empty in the pretraining set); `figures gap` reads it
+class Drawing(NamedTuple):
+    """An image with the masks of its object; each SIZE x SIZE."""
+
+    image: Image.Image  # RGB
+    mask: np.ndarray  # bool: the object
+    part: np.ndarray  # bool: the head, which shows the species; empty in the pretraining set
+
+
+# -------------------------------------------------------------------------------------------------- the files
 
 
 def draw_demo(data_root: Path, splits: Path) -> None:
-    """Draws the data set `demo`, once: images, masks and (parts/) masks of the heads below data_root/demo, split files below splits/demo.
+    """Draws the data set `demo` if it is not there: images and masks in data_root/demo, lists in splits/demo.
 
-    The same pixels on every machine with the same Pillow and NumPy. Raises InputError where nothing can be written.
+    data_root/demo/masks has the masks of the birds, data_root/demo/parts those of the heads. The pixels are
+    the same on every machine with the same Pillow and NumPy. Raises InputError if nothing can be written.
     """
     _draw(data_root, splits, "demo", DEMO_COUNTS, len(GENERA) * len(HEADS), seed=0, draw=draw_bird)
 
 
 def draw_pretraining(data_root: Path, splits: Path) -> None:
-    """Draws the data set `demo-pretrain` the same way, for the backbone that the package ships."""
+    """Draws the data set `demo-pretrain` in the same way, for the backbone in this package."""
     classes = len(TEXTURES) * (len(HUES) + 1)
     _draw(data_root, splits, "demo-pretrain", PRETRAINING_COUNTS, classes, seed=1, draw=draw_shape)
 
 
 class _Order(NamedTuple):
-    draw: Callable[[np.random.Generator, int], Picture]
+    draw: Callable[[np.random.Generator, int], Drawing]
     random: tuple[int, int, int]  # seed, split, index
     label: int
     image: Path
@@ -84,133 +93,187 @@ def _draw(
     data_root: Path, splits: Path, name: str, counts: dict[str, int], classes: int, seed: int, draw: Callable
 ) -> None:
     root, lists = data_root / name, splits / name
-    # Written last: where it is, everything is. Its text changes with the number of pictures and with this file, which draws them.
+    # Other counts or another text of this file, which draws the images, give another stamp: they are drawn
+    # again.
     drawer = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    done, stamp = root / "complete.txt", f"{name} seed {seed} {counts} by {drawer}\n"
-    if (
-        done.exists()
-        and done.read_text() == stamp
-        and all((lists / split / "localization.txt").exists() for split in counts)
-    ):
+    stamp = f"{name} seed {seed} {counts} by {drawer}\n"
+    if _is_complete(root, stamp) and _is_complete(lists, stamp):
         return
-    print(f"drawing {sum(counts.values())} pictures into {root}", flush=True)
-    orders: dict[str, _Order] = {}
-    for number, (split, count) in enumerate(counts.items()):
-        for folder in (root / split, root / "masks" / split, root / "parts" / split):
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-        for index in range(count):
-            paths = (
-                root / folder / f"{index:05d}.png" for folder in (split, f"masks/{split}", f"parts/{split}")
-            )
-            orders[f"{split}/{index:05d}.png"] = _Order(draw, (seed, number, index), index % classes, *paths)
-    boxes = dict(zip(orders, ordered_map(_draw_one, orders.values(), default_workers())))
+    print(f"drawing {sum(counts.values())} images into {root}", flush=True)
+    with _new_folder(root, stamp) as folder:
+        orders = _orders(folder, counts, classes, seed, draw)
+        drawn = ordered_map(_draw_one, orders.values(), default_workers())
+        boxes = dict(zip(orders, counted(drawn, f"drawing {name}", len(orders))))
     for split in counts:
-        ids = [path for path in orders if path.startswith(f"{split}/")]
-        files = {
-            "image_ids": ids,
-            "class_labels": [f"{path},{orders[path].label}" for path in ids],
-            "image_sizes": [f"{path},{SIZE},{SIZE}" for path in ids],
-            "localization": [
-                line
-                for path in ids
-                for line in (",".join(map(str, (path, *boxes[path]))), f"{path},masks/{path},")
-            ],
-        }
-        for file, lines in files.items():
-            write_text(lists / split / f"{file}.txt", "".join(f"{line}\n" for line in lines))
-    write_text(done, stamp)
+        ids = [image for image in orders if image.startswith(f"{split}/")]
+        write_lists(lists / split, _lists(ids, orders, boxes))
+    write_text(lists / STAMP, stamp)
+
+
+def _orders(
+    folder: Path, counts: dict[str, int], classes: int, seed: int, draw: Callable
+) -> dict[str, _Order]:
+    """{image id: what to draw}; makes the folders for it."""
+    orders = {}
+    for number, (split, count) in enumerate(counts.items()):
+        places = [folder / split, folder / "masks" / split, folder / "parts" / split]
+        for place in places:
+            place.mkdir(parents=True)
+        for index in range(count):
+            file = f"{index:05d}.png"
+            paths = (place / file for place in places)
+            orders[f"{split}/{file}"] = _Order(draw, (seed, number, index), index % classes, *paths)
+    return orders
 
 
 def _draw_one(order: _Order) -> tuple[int, int, int, int]:
-    """Writes one picture, its mask, and the mask of its part if it has one; returns the exact box of the mask."""
-    picture = order.draw(np.random.default_rng(order.random), order.label)
+    """Writes one image, its mask and, if it is not empty, the mask of its part; returns the exact box."""
+    drawing = order.draw(np.random.default_rng(order.random), order.label)
     with writing(order.image):
-        picture.image.save(order.image, compress_level=1)
-        Image.fromarray(picture.mask).save(order.mask)
-        if picture.part.any():
-            Image.fromarray(picture.part).save(order.part)
-    y, x = np.nonzero(picture.mask)
+        drawing.image.save(order.image, compress_level=1)
+        Image.fromarray(drawing.mask).save(order.mask)
+        if drawing.part.any():
+            Image.fromarray(drawing.part).save(order.part)
+    y, x = np.nonzero(drawing.mask)
     return int(x.min()), int(y.min()), int(x.max()), int(y.max())
 
 
-# ---------------------------------------------------------------------------------------------------- the bird
+def _lists(ids: list[str], orders: dict[str, _Order], boxes: dict[str, tuple]) -> dict[str, list[str]]:
+    located = ((",".join(map(str, (image, *boxes[image]))), f"{image},masks/{image},") for image in ids)
+    return {
+        "image_ids": ids,
+        "class_labels": [f"{image},{orders[image].label}" for image in ids],
+        "image_sizes": [f"{image},{SIZE},{SIZE}" for image in ids],
+        "localization": [line for lines in located for line in lines],
+    }
 
 
-def draw_bird(rng: np.random.Generator, label: int) -> Picture:
-    """One bird of class `label` = genus * 8 + species. Redrawn until the head and most of the body are in the picture."""
+STAMP = "complete.txt"  # the last file of a data set; its text says what was drawn
+
+
+def _is_complete(folder: Path, stamp: str) -> bool:
+    try:
+        return (folder / STAMP).read_text(encoding="utf-8") == stamp
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+@contextmanager
+def _new_folder(target: Path, stamp: str) -> Iterator[Path]:
+    """Yields a temporary folder; if the block ends well, stamps it and renames it to `target`.
+
+    If another process was first, its folder stays and this one is removed. So `target` is never half-drawn,
+    and an incomplete or older `target` is replaced.
+    """
+    remove_leftovers(target)
+    part, old = (target.with_name(f".{target.name}.{secrets.token_hex(4)}.part") for _ in range(2))
+    try:
+        with writing(target):
+            part.mkdir(parents=True)
+            yield part
+            write_text(part / STAMP, stamp)
+            try:
+                part.rename(target)
+            except OSError:  # there is a folder with this name
+                if not target.is_dir():
+                    raise
+                if not _is_complete(target, stamp):
+                    target.rename(old)
+                    part.rename(target)
+    finally:
+        for folder in (part, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------- the bird
+
+
+def draw_bird(rng: np.random.Generator, label: int) -> Drawing:
+    """One bird of class `label` = genus * 8 + species."""
+    genus, species = divmod(label, len(HEADS))
+    parts, unit = _bird_in_view(rng)
+    image, mask, part = _background(rng), *(Image.new("L", (CANVAS, CANVAS)) for _ in range(2))
+    light, dark, skin = _plumage_colors(rng)
+    for name in ("leg0", "leg1"):
+        _polygon(image, parts[name], skin)
+    _paint_coat(rng, image, parts, list(GENERA.values())[genus], unit, light, dark)
+    _paint_head(rng, image, parts, list(HEADS.values())[species], skin)
+    for name in ("leg0", "leg1", "tail", "neck", "body", "beak", "head"):
+        _polygon(mask, parts[name], 255)
+    _polygon(part, parts["head"], 255)
+    return _finish(rng, image, mask, part)
+
+
+def _bird_in_view(rng: np.random.Generator) -> tuple[dict[str, np.ndarray], float]:
+    """(polygons in pixels of the canvas, pixels per body length); the whole head is inside the canvas."""
     while True:
-        genus, species = divmod(label, len(HEADS))
         parts = _bird_outline(rng)
-        unit = rng.uniform(84, 124) / 128 * CANVAS / 2  # pixels per body length
+        unit = rng.uniform(84, 124) / 128 * CANVAS / 2
         to_canvas = _placement(rng, unit, tilt=25)
         parts = {k: to_canvas(v) for k, v in parts.items()}
         everything = np.concatenate(list(parts.values()))
         low, high = everything.min(0), everything.max(0)
-        # A third of the birds stand partly outside, by up to a quarter of their extent.
+        # A third of the birds may be partly outside, by up to a quarter of their extent.
         slack = rng.uniform(0, 0.25, 2) if rng.random() < 0.33 else np.zeros(2)
         room_low, room_high = -slack * (high - low) - low, CANVAS - 1 + slack * (high - low) - high
         shift = rng.uniform(np.minimum(room_low, room_high), np.maximum(room_low, room_high))
         parts = {k: v + shift for k, v in parts.items()}
         head = parts["head"]
         if head.min() >= 0 and head.max() < CANVAS:
-            break
+            return parts, unit
 
-    image = _background(rng)
-    draw = ImageDraw.Draw(image)
-    mask = Image.new("L", (CANVAS, CANVAS))
-    mask_draw = ImageDraw.Draw(mask)
 
+def _plumage_colors(rng: np.random.Generator) -> tuple[Color, Color, Color]:
+    """Two colours of the pattern, and the skin's."""
     hue, saturation = rng.random(), rng.uniform(0.15, 0.55)
-    light, dark = (
-        _rgb(hue, saturation, rng.uniform(0.65, 0.95)),
-        _rgb(hue + rng.uniform(-0.06, 0.06), saturation, rng.uniform(0.15, 0.38)),
-    )
+    light = _rgb(hue, saturation, rng.uniform(0.65, 0.95))
+    dark = _rgb(hue + rng.uniform(-0.06, 0.06), saturation, rng.uniform(0.15, 0.38))
     if rng.random() < 0.5:
         light, dark = dark, light
-    skin = _rgb(rng.uniform(0.05, 0.12), 0.4, rng.uniform(0.25, 0.6))
+    return light, dark, _rgb(rng.uniform(0.05, 0.12), 0.4, rng.uniform(0.25, 0.6))
 
-    for name in ("leg0", "leg1"):
-        _polygon(draw, parts[name], skin)
-        _polygon(mask_draw, parts[name], 255)
 
+def _paint_coat(
+    rng: np.random.Generator,
+    image: Image.Image,
+    parts: dict[str, np.ndarray],
+    texture: str,
+    unit: float,
+    light: Color,
+    dark: Color,
+) -> None:
+    """Tail, neck and body, with the pattern of the genus."""
     plumage = Image.new("L", (CANVAS, CANVAS))
-    plumage_draw = ImageDraw.Draw(plumage)
     for name in ("tail", "neck", "body"):
-        _polygon(plumage_draw, parts[name], 255)
-        _polygon(mask_draw, parts[name], 255)
-    angle = _angle(parts["axis"])
-    pattern = _texture(
-        rng,
-        list(GENERA.values())[genus],
-        period=unit * rng.uniform(0.22, 0.30),
-        angle=angle + rng.uniform(-0.3, 0.3),
-    )
+        _polygon(plumage, parts[name], 255)
+    period, angle = unit * rng.uniform(0.22, 0.30), _angle(parts["axis"]) + rng.uniform(-0.3, 0.3)
+    pattern = _texture(rng, texture, period, angle)
     coat = Image.composite(Image.new("RGB", image.size, dark), Image.new("RGB", image.size, light), pattern)
     image.paste(_shade(coat, parts["body"]), mask=plumage)
-
     outline = tuple(c // 2 for c in dark)
     for name in ("tail", "body"):
-        _outline(draw, parts[name], outline)
-    _polyline(draw, parts["wing"], outline)
-    part = Image.new("L", (CANVAS, CANVAS))
-    _polygon(draw, parts["beak"], skin)
-    _polygon(mask_draw, parts["beak"], 255)
-    h, s, v = list(HEADS.values())[species]
-    _polygon(
-        draw,
-        parts["head"],
-        _rgb(h + rng.uniform(-0.015, 0.015), s * rng.uniform(0.9, 1), v * rng.uniform(0.92, 1)),
-    )
-    _polygon(mask_draw, parts["head"], 255)
-    _polygon(ImageDraw.Draw(part), parts["head"], 255)
-    _polygon(draw, parts["eye"], (250, 250, 250))
-    _polygon(draw, parts["pupil"], (10, 10, 10))
-    return _finish(rng, image, mask, part)
+        _line(image, np.concatenate([parts[name], parts[name][:1]]), outline)
+    _line(image, parts["wing"], outline)
+
+
+def _paint_head(
+    rng: np.random.Generator,
+    image: Image.Image,
+    parts: dict[str, np.ndarray],
+    color: tuple[float, float, float],
+    skin: Color,
+) -> None:
+    """Beak, head and eye. color: hue, saturation and value of the species, varied a little."""
+    h, s, v = color
+    _polygon(image, parts["beak"], skin)
+    head = _rgb(h + rng.uniform(-0.015, 0.015), s * rng.uniform(0.9, 1), v * rng.uniform(0.92, 1))
+    _polygon(image, parts["head"], head)
+    _polygon(image, parts["eye"], (250, 250, 250))
+    _polygon(image, parts["pupil"], (10, 10, 10))
 
 
 def _bird_outline(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Polygons (n x 2) in the bird's own frame: the body is 1 long, the head is to the right, y points down."""
+    """Polygons (n x 2) in the frame of the bird: the body has length 1, the head is right, y points down."""
     height = rng.uniform(0.38, 0.48)
     t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     body = np.stack([0.5 * np.cos(t), height * np.sin(t) * (1 + 0.25 * np.cos(t))], 1)
@@ -263,10 +326,10 @@ def _bird_outline(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return parts
 
 
-# -------------------------------------------------------------------------------------------- pretraining's shapes
+# --------------------------------------------------------------------------------------- pretraining's shapes
 
 
-def draw_shape(rng: np.random.Generator, label: int) -> Picture:
+def draw_shape(rng: np.random.Generator, label: int) -> Drawing:
     """One shape of class `label` = texture * 7 + colour: a blob, a star, a polygon or an ellipse."""
     texture, color = divmod(label, len(HUES) + 1)
     n = rng.integers(3, 9)
@@ -290,17 +353,15 @@ def draw_shape(rng: np.random.Generator, label: int) -> Picture:
 
     image = _background(rng)
     mask = Image.new("L", (CANVAS, CANVAS))
-    _polygon(ImageDraw.Draw(mask), shape, 255)
+    _polygon(mask, shape, 255)
     saturation, value = rng.uniform(0.2, 1), rng.uniform(0.6, 1)
     if color == len(HUES):
         first, value = _rgb(0, 0.03, rng.uniform(0.05, 1)), rng.uniform(0.3, 0.9)
         second = _rgb(0, 0.03, (value + 0.5) % 1)
     else:
         hue = HUES[color] + rng.uniform(-0.02, 0.02)
-        first, second = (
-            _rgb(hue, saturation, value),
-            _rgb(hue, saturation * rng.uniform(0.3, 1), value * rng.uniform(0.2, 0.5)),
-        )
+        first = _rgb(hue, saturation, value)
+        second = _rgb(hue, saturation * rng.uniform(0.3, 1), value * rng.uniform(0.2, 0.5))
         if rng.random() < 0.3:
             second = _rgb(hue, 0.1, 1)
     pattern = _texture(rng, TEXTURES[texture], period=rng.uniform(9, 20) * SCALE, angle=rng.uniform(0, np.pi))
@@ -309,22 +370,18 @@ def draw_shape(rng: np.random.Generator, label: int) -> Picture:
     return _finish(rng, image, mask, Image.new("L", mask.size))
 
 
-# --------------------------------------------------------------------------------------------------- shared parts
+# ----------------------------------------------------------------------------------------------- shared parts
 
 
 def _background(rng: np.random.Generator) -> Image.Image:
-    """Soft colours, then leaves, stones, blades and twigs. Muted: saturated colours belong to the objects."""
+    """Soft colours, then leaves, stones, blades and twigs. Only the objects have saturated colours."""
     tint = rng.choice([0.08, 0.12, 0.25, 0.32, 0.55, 0.6]) + rng.uniform(-0.04, 0.04)
-    ground = np.array(
-        [
-            _rgb(tint + rng.uniform(-0.05, 0.05), rng.uniform(0.05, 0.4), rng.uniform(0.3, 0.85))
-            for _ in range(25)
-        ]
-    )
-    image = Image.fromarray(ground.reshape(5, 5, 3).astype(np.uint8)).resize(
-        (CANVAS, CANVAS), Image.Resampling.BICUBIC
-    )
-    draw = ImageDraw.Draw(image)
+    ground = [
+        _rgb(tint + rng.uniform(-0.05, 0.05), rng.uniform(0.05, 0.4), rng.uniform(0.3, 0.85))
+        for _ in range(25)
+    ]
+    image = Image.fromarray(np.array(ground, dtype=np.uint8).reshape(5, 5, 3))
+    image = image.resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
     for _ in range(rng.integers(8, 26)):
         where = rng.uniform(-0.05, 1.05, 2) * CANVAS
         color = _rgb(tint + rng.uniform(-0.12, 0.12), rng.uniform(0.05, 0.45), rng.uniform(0.2, 0.85))
@@ -334,35 +391,27 @@ def _background(rng: np.random.Generator) -> Image.Image:
         if kind == 0:  # leaf
             s = np.linspace(-1, 1, 12)
             width = 0.4 * (1 - s**2)
-            _polygon(
-                draw,
-                where + place(np.concatenate([np.stack([s, width], 1), np.stack([s, -width], 1)[::-1]])),
-                color,
-            )
-            _polyline(draw, where + place(np.array([[-1.2, 0], [0.9, 0]])), darker)
+            blade = np.concatenate([np.stack([s, width], 1), np.stack([s, -width], 1)[::-1]])
+            _polygon(image, where + place(blade), color)
+            _line(image, where + place(np.array([[-1.2, 0], [0.9, 0]])), darker)
         elif kind == 1:  # stone
             stone = place(_ellipse(0.8, rng.uniform(0.4, 0.7)))
-            _polygon(draw, where + stone, darker)
-            _polygon(draw, where + stone * 0.8 - SCALE, color)
+            _polygon(image, where + stone, darker)
+            _polygon(image, where + stone * 0.8 - SCALE, color)
         elif kind == 2:  # blades of grass
             for lean in rng.uniform(-0.6, 0.6, 3):
                 blade = np.array([[-0.06, 0], [0.06, 0], [lean, -1.6]]) * rng.uniform(10, 24) * SCALE
-                _polygon(draw, where + blade, color)
+                _polygon(image, where + blade, color)
         else:  # twig
-            _polygon(
-                draw,
-                where
-                + place(np.array([[-2, -0.05], [0, -0.1], [2, -0.03], [2, 0.03], [0, 0.1], [-2, 0.05]])),
-                color,
-            )
+            twig = np.array([[-2, -0.05], [0, -0.1], [2, -0.03], [2, 0.03], [0, 0.1], [-2, 0.05]])
+            _polygon(image, where + place(twig), color)
     return image
 
 
 def _texture(rng: np.random.Generator, kind: str, period: float, angle: float) -> Image.Image:
-    """A pattern over the whole canvas, 0 or 255; `period` in pixels, `angle` that of the pattern's axis."""
-    y, x = np.mgrid[:CANVAS, :CANVAS].astype(np.float32) - rng.uniform(0, CANVAS, (2, 1, 1)).astype(
-        np.float32
-    )
+    """A pattern over the whole canvas, 0 or 255. period: in pixels; angle: of its axis, in radians."""
+    origin = rng.uniform(0, CANVAS, (2, 1, 1)).astype(np.float32)
+    y, x = np.mgrid[:CANVAS, :CANVAS].astype(np.float32) - origin
     c, s = np.float32(np.cos(angle) / period), np.float32(np.sin(angle) / period)
     u, v = c * x + s * y, c * y - s * x  # in periods, along and across the axis
     if kind == "stripes":
@@ -380,24 +429,24 @@ def _texture(rng: np.random.Generator, kind: str, period: float, angle: float) -
 
 
 def _shade(coat: Image.Image, outline: np.ndarray) -> Image.Image:
-    """Lighter above, darker below: a body rather than a paper cut-out."""
+    """Makes the coat lighter above and darker below, so that the body looks round."""
     top, bottom = outline[:, 1].min(), outline[:, 1].max()
     light = np.clip(1.12 - 0.42 * (np.arange(CANVAS) - top) / max(bottom - top, 1), 0.6, 1.12)
     shaded = np.asarray(coat, dtype=np.float32) * light[:, None, None].astype(np.float32)
     return Image.fromarray(np.minimum(shaded, 255).astype(np.uint8))
 
 
-def _finish(rng: np.random.Generator, image: Image.Image, mask: Image.Image, part: Image.Image) -> Picture:
-    """Down to SIZE, with a little noise and another exposure."""
+def _finish(rng: np.random.Generator, image: Image.Image, mask: Image.Image, part: Image.Image) -> Drawing:
+    """Reduces the canvas to SIZE; adds noise and changes the exposure."""
     pixels = np.asarray(image.reduce(SCALE), dtype=np.float32)
     noise = rng.standard_normal((SIZE, SIZE, 3), dtype=np.float32)
     pixels = pixels * np.float32(rng.uniform(0.85, 1.1)) + noise * np.float32(rng.uniform(1, 6))
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-    return Picture(image, *(np.asarray(m.reduce(SCALE)) > 127 for m in (mask, part)))
+    return Drawing(image, *(np.asarray(m.reduce(SCALE)) > 127 for m in (mask, part)))
 
 
 def _placement(rng: np.random.Generator, unit: float, tilt: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Scale by `unit`, mirror at random, turn by up to `tilt` degrees."""
+    """A random map of points (n x 2): scales by `unit`, may mirror, rotates by up to `tilt` degrees."""
     a, mirror = np.radians(rng.uniform(-tilt, tilt)), rng.choice([-1.0, 1.0])
     matrix = unit * np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]) @ np.diag([mirror, 1.0])
     return lambda points: points @ matrix.T
@@ -418,13 +467,9 @@ def _rgb(hue: float, saturation: float, value: float) -> Color:
     return int(255 * r), int(255 * g), int(255 * b)
 
 
-def _polygon(draw: ImageDraw.ImageDraw, points: np.ndarray, color: Color | int) -> None:
-    draw.polygon(points.ravel().tolist(), fill=color)
+def _polygon(image: Image.Image, points: np.ndarray, color: Color | int) -> None:
+    ImageDraw.Draw(image).polygon(points.ravel().tolist(), fill=color)
 
 
-def _outline(draw: ImageDraw.ImageDraw, points: np.ndarray, color: Color) -> None:
-    draw.line(np.concatenate([points, points[:1]]).ravel().tolist(), fill=color, width=SCALE)
-
-
-def _polyline(draw: ImageDraw.ImageDraw, points: np.ndarray, color: Color) -> None:
-    draw.line(points.ravel().tolist(), fill=color, width=SCALE)
+def _line(image: Image.Image, points: np.ndarray, color: Color) -> None:
+    ImageDraw.Draw(image).line(points.ravel().tolist(), fill=color, width=SCALE)

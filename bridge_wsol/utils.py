@@ -237,10 +237,3 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON, all or nothing. Raises ValueError for NaN and infinity."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-@contextmanager
-def alone(folder: Path, wait: bool = True) -> Iterator[bool]:
-    """TEMPORARY."""
-    folder.mkdir(parents=True, exist_ok=True)
-    yield True

@@ -1,9 +1,10 @@
-"""Damages inputs at random and looks for what must never happen: a traceback, a message without the file's name, a number that is not the file's.
+"""Damages inputs at random. Looks for tracebacks, messages without a file name, and wrong numbers.
 
     python tests/fuzz_inputs.py --cases 1000 --seed 0
 
-Split files, images, score maps and checkpoints in turn. Every case is either refused, with one line that names a file, or accepted; what is accepted
-is compared with a plain reading of the same bytes. The suite runs a small number of cases (test_datasets.py).
+The targets are lists, images, score maps and checkpoints, in turn. A damaged input must be refused, with one
+line that names a file, or accepted. An accepted input is compared with a plain reading of the same bytes. The
+test suite runs a small number of cases (test_datasets.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conftest import make_tiny
 
@@ -55,7 +56,7 @@ WORDS = [
 
 
 def damage_bytes(content: bytes, rng: np.random.Generator) -> bytes:
-    """Flips, cuts, zeros, doubles or inserts; always changes something unless content is empty."""
+    """Flips, cuts, zeros or inserts bytes, or replaces all of them."""
     data, n = bytearray(content), len(content)
     at = int(rng.integers(max(n, 1)))
     end = min(n, at + int(rng.integers(1, 64)))
@@ -73,7 +74,7 @@ def damage_bytes(content: bytes, rng: np.random.Generator) -> bytes:
         data[at:at] = rng.bytes(int(rng.integers(1, 64)))
     elif kind == 5:
         data = bytearray(rng.bytes(int(rng.integers(0, 200))))
-    else:  # the head, where formats keep what they say of themselves
+    else:  # the header
         for i in rng.integers(0, min(n, 200), rng.integers(1, 6)):
             data[i] = int(rng.integers(256))
     return bytes(data)
@@ -114,7 +115,7 @@ def is_refusal(error: InputError, *names: str) -> str:
 
 
 def fuzz_split(root: Path, rng: np.random.Generator) -> str:
-    """A list of the small data set: what load_splits accepts is what a plain reading of the lines says."""
+    """A list of the small data set: an accepted one equals a plain reading of its lines."""
     folder = root / "splits" / "tiny" / ("train", "val", "test")[rng.integers(3)]
     path = folder / f"{('image_ids', 'class_labels', 'image_sizes', 'localization')[rng.integers(4)]}.txt"
     good = path.read_bytes()
@@ -152,7 +153,7 @@ def fuzz_split(root: Path, rng: np.random.Generator) -> str:
         } == {split.ids[i]: tuple(m) for i, m in split.masks.items()}
         return "accepted"
     except InputError as error:
-        # A list cut short may be found out by another file that goes with it, or by an image that is not there.
+        # The error of a shortened list may name another file of the list, or a missing image.
         return is_refusal(error, str(folder), str(root / "data" / "tiny"))
     finally:
         path.write_bytes(good)
@@ -162,7 +163,7 @@ FORMATS = {"png": {}, "jpg": {"quality": 90}, "gif": {}, "bmp": {}, "tif": {}, "
 
 
 def fuzz_image(root: Path, rng: np.random.Generator) -> str:
-    """An image or mask: what is accepted has the pixels that Pillow reads from these bytes."""
+    """An image or mask: an accepted one has the pixels that Pillow reads from these bytes."""
     suffix = list(FORMATS)[rng.integers(len(FORMATS))]
     mode = ("RGB", "L", "P", "RGBA", "CMYK")[rng.integers(5)] if suffix in ("png", "tif", "jpg") else "RGB"
     mode = {"png": {"CMYK": "RGB"}, "jpg": {"P": "L", "RGBA": "RGB"}}.get(suffix, {}).get(mode, mode)
@@ -193,7 +194,7 @@ def fuzz_image(root: Path, rng: np.random.Generator) -> str:
 
 
 def fuzz_score_map(root: Path, rng: np.random.Generator) -> str:
-    """A score map: what is accepted is in [0, 1] and what numpy reads from these bytes."""
+    """A score map: an accepted one is in [0, 1] and equals what numpy reads from these bytes."""
     score_map = rng.random((6, 5)).astype(("f4", "f8", "f2", ">f4")[rng.integers(4)])
     kind = rng.integers(8)
     if kind == 0:
@@ -223,12 +224,12 @@ def fuzz_score_map(root: Path, rng: np.random.Generator) -> str:
 
 
 def fuzz_checkpoint(root: Path, rng: np.random.Generator) -> str:
-    """best.pt: what is accepted is the undamaged run to the last bit, since a checkpoint has checksums."""
+    """best.pt: an accepted one equals the undamaged run, bit for bit: a checkpoint has checksums."""
     path = root / "run" / "best.pt"
     good = path.read_bytes()
     if rng.random() < 0.5:
         path.write_bytes(damage_bytes(good, rng))
-    else:  # well-formed, but not what train.py writes
+    else:  # a valid file that train.py would not write
         whole = torch.load(path, weights_only=True)
         name = list(whole)[rng.integers(len(whole))]
         if rng.random() < 0.5:
@@ -264,7 +265,10 @@ TARGETS: list[Callable[[Path, np.random.Generator], str]] = [
 
 
 def run(root: Path, cases: int, seed: int) -> Counter:
-    """{(target, "refused" or "accepted"): number}. root holds data and splits of the small data set, and a finished run. Raises at the first failure."""
+    """{(target, "refused" or "accepted"): number of cases}. Raises AssertionError at the first failure.
+
+    root: a folder with data and splits of the small data set, and a finished run.
+    """
     outcomes: Counter = Counter()
     for case in range(cases):
         target = TARGETS[case % len(TARGETS)]

@@ -1,7 +1,9 @@
-"""Split files good and bad, images of every kind, order and crops for any number of workers."""
+"""Good and bad lists, images of every kind, order and crops for any number of workers, the cache."""
 
 import math
+import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -102,6 +104,22 @@ def test_missing_parts_are_named(tmp_path):
         read_split(tmp_path, tmp_path, "bad")
 
 
+def test_one_split_is_read_from_its_lists_alone(tmp_path):
+    data_root, splits = make_tiny(tmp_path)
+    whole = load_splits("tiny", data_root, splits, ("test",))[0]["test"]
+    shutil.rmtree(data_root)
+    split = datasets.load_split("tiny", data_root=str(data_root), splits_dir=splits)
+    assert split.ids == whole.ids and split.labels.tolist() == whole.labels.tolist()
+    assert {i: box.tolist() for i, box in split.boxes.items()} == {
+        i: box.tolist() for i, box in whole.boxes.items()
+    }
+    assert split.masks == whole.masks and split.root == whole.root
+    assert datasets.load_split("tiny", "val", data_root, str(splits)).name == "tiny val"
+    with pytest.raises(InputError, match="class_labels.txt: cannot be read"):
+        (splits / "tiny" / "test" / "class_labels.txt").unlink()
+        datasets.load_split("tiny", "test", data_root, splits)
+
+
 def test_hold_out_is_the_same_every_time_and_leaves_each_class_an_image(tmp_path):
     data_root, splits = make_tiny(tmp_path)
     train_split = read_split(splits / "tiny" / "train", data_root / "tiny", "train")
@@ -127,7 +145,7 @@ def test_val_is_the_published_list_unless_told_otherwise(tmp_path):
     assert [len(found[name]) for name in ("train", "val")] == [
         15,
         3,
-    ] and "1 images a class, 3 in all" in record["val"]
+    ] and "1 images per class, 3 in all" in record["val"]
     shutil.rmtree(splits / "tiny" / "val")
     found, record = load_splits("tiny", data_root, splits, ("train", "val"))
     assert [len(found[name]) for name in ("train", "val")] == [12, 6] and "held out from train" in record[
@@ -165,7 +183,7 @@ def test_missing_images_are_counted_before_training(tmp_path):
         load_splits("tiny", data_root, splits, ("train", "val", "test"))
 
 
-# --------------------------------------------------------------------------------------------------------------- images
+# ----------------------------------------------------------------------------------------------------- images
 
 
 def test_images_of_every_mode_become_rgb(tmp_path):
@@ -289,6 +307,22 @@ def test_normalization_is_imagenet_s():
     pixels = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
     expected = [(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
     assert to_input(pixels, torch.device("cpu")).flatten().tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
+    names = (".a[1].npy.01.part", ".a[1].npy.02.part", ".a1.npy.03.part", "a[1].npy")
+    for name in names:
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".a[1].npy.04.part").mkdir()
+    (tmp_path / ".a[1].npy.04.part" / "image.png").write_text("half")
+    two_days_ago = time.time() - 2 * 24 * 3600
+    for name in (*names[1:], ".a[1].npy.04.part"):
+        os.utime(tmp_path / name, (two_days_ago, two_days_ago))
+    data.remove_leftovers(tmp_path / "a[1].npy")
+    # The first one may be in work; the others are not leftovers of this file.
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cwd") == sorted(
+        {*names} - {names[1]}
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])

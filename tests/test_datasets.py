@@ -1,9 +1,12 @@
-"""Each data set on small files: CUB's download and lists, ILSVRC's, OpenImages' masks, a folder of one's own, `check`, a run on one's own photos."""
+"""Each data set on small files, a folder of images, `check`, and `evaluate.py --images`."""
 
 import hashlib
 import http.server
 import io
+import itertools
 import json
+import multiprocessing
+import re
 import shutil
 import tarfile
 import threading
@@ -19,7 +22,7 @@ from PIL import Image, ImageOps
 
 import evaluate
 import train
-from bridge_wsol import data, datasets, evaluation, optim
+from bridge_wsol import data, datasets, evaluation, optim, utils
 from bridge_wsol.data import read_split
 from bridge_wsol.datasets import load_splits, read_folder
 from bridge_wsol.utils import InputError
@@ -31,7 +34,7 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
-# ------------------------------------------------------------------------------------------------------------------ CUB
+# -------------------------------------------------------------------------------------------------------- CUB
 
 
 def test_cub_lists_are_the_published_ones_line_for_line(real_data, tmp_path):
@@ -85,6 +88,28 @@ def test_lists_of_which_a_part_was_written_are_built_anew(real_data, tmp_path, m
     assert len((folder / "test" / "localization.txt").read_text().splitlines()) == 243
 
 
+def test_several_runs_that_build_the_lists_at_once_all_get_whole_lists(real_data, tmp_path):
+    def first_run(number):
+        started.wait()
+        splits, _ = load_splits("CUB", real_data, tmp_path / "splits", ("train", "val", "test"))
+        counts = [len(split.ids) + len(split.boxes) for split in splits.values()]
+        (tmp_path / f"{number}.txt").write_text(str(counts))
+
+    fork = multiprocessing.get_context("fork")
+    started = fork.Barrier(3)
+    runs = [fork.Process(target=first_run, args=(number,)) for number in range(3)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert {(tmp_path / f"{number}.txt").read_text() for number in range(3)} == {"[560, 40, 486]"}
+    assert sorted(path.name for path in (tmp_path / "splits" / "CUB").iterdir()) == [
+        "built_from.json",
+        "test",
+        "train",
+    ]
+
+
 def test_published_lists_are_told_from_others(real_data, tmp_path):
     for dataset, told in (
         ("CUB", "train as published; val as published; test as published"),
@@ -118,7 +143,7 @@ def test_the_published_folder_is_accepted_as_splits(real_data):
     assert found["val"].path(0) == real_data / "CUBV2" / "001.Black_footed_Albatross" / "30107316117.jpg"
     with pytest.raises(
         InputError,
-        match=r"1000 of the 1000 of CUB val are missing.*--val-per-class 2 holds val out of train instead",
+        match=r"1000 of the 1000 of CUB val are missing.*without it, pass --val-per-class 2",
     ):
         load_splits("CUB", real_data, splits, ("val",))
     found, record = load_splits("OpenImages", real_data, splits, ("train", "val", "test"), check_images=False)
@@ -212,7 +237,10 @@ def test_a_broken_line_of_cub_s_official_files_is_named(tmp_path, fails, name):
 
 @pytest.fixture
 def server():
-    """serve(files, ranges=True, cut=None) -> URL of an HTTP server on the loopback; `cut` bytes into a body, once each, it hangs up."""
+    """serve(content, ranges=True, cut=()) -> (URL of an HTTP server on the loopback, Range headers it got).
+
+    cut: the server closes the connection after that many bytes of a body, once each.
+    """
     running = []
 
     def serve(content, ranges=True, cut=()):
@@ -294,7 +322,7 @@ def test_of_two_downloads_at_once_one_waits_for_the_other(server, monkeypatch, t
     assert asked == [None] and [path.name for path in (tmp_path / "data").iterdir()] == ["CUB_200_2011"]
 
 
-def test_a_cut_download_goes_on_where_it_was(server, monkeypatch, tmp_path):
+def test_a_download_that_is_cut_off_is_resumed_where_it_was(server, monkeypatch, tmp_path):
     content = archive()
     url, asked = server(content, cut=[100_000, 200_000])
     official(monkeypatch, url, content)
@@ -302,12 +330,14 @@ def test_a_cut_download_goes_on_where_it_was(server, monkeypatch, tmp_path):
     assert (tmp_path / "CUB_200_2011").is_dir() and asked == [None, "bytes=100000-", "bytes=200000-"]
 
 
-def test_an_interrupted_download_goes_on_with_the_next_call(server, monkeypatch, tmp_path):
+def test_the_next_call_resumes_an_interrupted_download(server, monkeypatch, tmp_path):
     content = archive()
     (tmp_path / "CUB_200_2011.tgz.part").write_bytes(content[:50_000])
     url, asked = server(content, cut=[50_000])
     official(monkeypatch, url, content)
-    with pytest.raises(InputError, match=rf"broke off .*50000 of {len(content)} bytes are kept"):
+    with pytest.raises(
+        InputError, match=rf"was interrupted .*50000 of {len(content)} bytes are kept: .* to resume"
+    ):
         datasets.download_cub(tmp_path)
     datasets.download_cub(tmp_path)
     assert (tmp_path / "CUB_200_2011").is_dir() and asked == ["bytes=50000-"] * 2
@@ -369,21 +399,19 @@ def test_download_problems_are_one_line(server, fails, monkeypatch, tmp_path):
         train.main,
         ["--dataset", "CUB", "--download", "--data-root", tmp_path],
         "127.0.0.1:1",
-        "broke off",
+        "was interrupted",
         "refused",
     )
-    fails(
-        train.main, ["--dataset", "ILSVRC", "--download", "--data-root", tmp_path], "--download: only CUB"
-    )
+    fails(train.main, ["--dataset", "ILSVRC", "--download", "--data-root", tmp_path], "--download: only CUB")
 
 
-# --------------------------------------------------------------------------------------------------------------- ILSVRC
+# ----------------------------------------------------------------------------------------------------- ILSVRC
 
 WNIDS = ["n01440764", "n01443537", "n02123045"]
 
 
 def make_ilsvrc(root, sorted_into_folders=False, text=False):
-    """The official distribution of three classes; IDs 1, 2, 3 in another order than the sorted wnids. Returns root / "ILSVRC"."""
+    """Writes the official files of three classes to root/ILSVRC. Their IDs are not sorted as the wnids."""
     official, order = root / "ILSVRC", [WNIDS[2], WNIDS[0], WNIDS[1]]
     for k, wnid in enumerate(WNIDS):
         (official / "train" / wnid).mkdir(parents=True)
@@ -437,8 +465,8 @@ def test_ilsvrc_lists_from_the_official_distribution(tmp_path, text):
         and "5 of 50000 images" in record["lists"]
     )
     assert (
-        "2 images without boxes count for classification alone: val/ILSVRC2012_val_00000004.JPEG, val/ILSVRC2012_val_00000005.JPEG"
-        in record["lists"]
+        "2 images without boxes count for classification alone: "
+        "val/ILSVRC2012_val_00000004.JPEG, val/ILSVRC2012_val_00000005.JPEG" in record["lists"]
     )
     assert record["classes"] == WNIDS and record["num_classes"] == 3
     train_lists = lists_of(tmp_path / "splits" / "ILSVRC" / "train")
@@ -481,7 +509,9 @@ def test_ilsvrc_val_sorted_into_folders_and_a_part_of_the_classes(tmp_path):
     (official / "val" / WNIDS[2] / "ILSVRC2012_val_00000001.JPEG").rename(
         official / "val" / WNIDS[1] / "ILSVRC2012_val_00000001.JPEG"
     )
-    with pytest.raises(InputError, match="in the folder of n01443537, the development kit says n02123045"):
+    with pytest.raises(
+        InputError, match="in the folder of n01443537, but its class in the development kit is n02123045"
+    ):
         load_splits("ILSVRC", tmp_path, tmp_path / "splits", ("train", "test"))
 
 
@@ -563,7 +593,7 @@ def test_long_lists_are_read_with_errors_that_name_their_line(tmp_path):
         read_split(tmp_path, tmp_path, "big")
 
 
-# ----------------------------------------------------------------------------------------------------------- OpenImages
+# ------------------------------------------------------------------------------------------------- OpenImages
 
 
 def test_pxap_of_masks_and_ignore_regions_from_the_published_format(monkeypatch, tmp_path):
@@ -580,7 +610,8 @@ def test_pxap_of_masks_and_ignore_regions_from_the_published_format(monkeypatch,
             files["class_labels"].append(f"{stem}.jpg,{i % 2}")
             if split == "train":
                 continue
-            # Masks of another size than the image, in blocks of their own pixels: nearest neighbour by exact fractions.
+            # Masks of another size than the image, in blocks of their own pixels: nearest neighbour by exact
+            # fractions.
             parts = [rng.random((7, 9)) < 0.3 for _ in range(2)], rng.random((7, 9)) < 0.4
             for name, mask in zip(("a", "b", "ignore"), (*parts[0], parts[1])):
                 Image.fromarray(mask).save(tmp_path / "OpenImages" / f"{stem}_{name}.png")
@@ -626,7 +657,7 @@ def test_pxap_of_masks_and_ignore_regions_from_the_published_format(monkeypatch,
     assert optim.PRESETS["OpenImages", "vgg16"]["stride"][0] == 16  # 224 -> 14 x 14
 
 
-# ------------------------------------------------------------------------------------------------- a folder of one's own
+# ------------------------------------------------------------------------------------ a folder of your images
 
 
 def make_folder(root, classes=3, images=12, size=(60, 40)):
@@ -688,7 +719,7 @@ def test_folders_that_are_no_data_set_are_named(tmp_path, fails):
     fails(train.main, [*flags, tmp_path / "outer"], "test/class 0: a folder inside of the class test")
     for i in range(10):
         (folder / "class 1" / f"{i}.png").unlink()
-    fails(train.main, [*flags, folder], "own/class 1: 2 images: at least 3 a class")
+    fails(train.main, [*flags, folder], "own/class 1: 2 images: at least 3 per class")
     fails(
         train.main,
         [*flags, "unheard-of"],
@@ -785,7 +816,7 @@ def test_boxes_of_a_turned_photo_are_in_pixels_as_it_is_shown(tmp_path):
         read_folder(folder)
 
 
-# ------------------------------------------------------------------------------------------------------ one's own photos
+# --------------------------------------------------------------------------------------- evaluate.py --images
 
 
 def localize(run, *arguments):
@@ -937,7 +968,7 @@ def test_without_a_threshold_from_val_the_papers_value_is_used(tmp_path, tiny_pr
         assert [fallback] == localize(run, photo, "--normalize", normalization, "--threshold", "0.2")
 
 
-# ----------------------------------------------------------------------------------------------------------------- check
+# ------------------------------------------------------------------------------------------------------ check
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -946,10 +977,7 @@ def test_check_counts_what_is_missing_damaged_or_of_another_size(tmp_path, fails
     flags = ["check", "--dataset", "tiny", "--data-root", data_root, "--splits", splits, "--workers", workers]
     datasets.main([str(flag) for flag in flags])
     printed = capsys.readouterr()
-    assert (
-        "tiny train: 18 images, 18 masks, 0 with a problem" in printed.out
-        and "tiny test: 18 of 18 files" in printed.err
-    )
+    assert "tiny train: 18 images, 18 masks, 0 with a problem" in printed.out and not printed.err
     root = data_root / "tiny"
     (root / "train" / "03.png").unlink()
     (root / "masks" / "val_02.png").unlink()
@@ -972,6 +1000,19 @@ def test_check_counts_what_is_missing_damaged_or_of_another_size(tmp_path, fails
     ] == ["2 with a problem", "1 with a problem", "2 with a problem"]
     (splits / "tiny" / "test" / "class_labels.txt").write_text("test/00.png,9\n")
     fails(datasets.main, flags, "class_labels.txt:1: label 9 is out of range")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_check_shows_how_far_it_is_unless_it_is_to_be_quiet(tmp_path, capsys, monkeypatch, quiet):
+    data_root, splits = make_tiny(tmp_path)
+    monkeypatch.setattr(utils.Progress, "quiet", False)
+    monkeypatch.setattr(utils.time, "monotonic", itertools.count(0, 45).__next__)  # slow files
+    flags = ["check", "--dataset", "tiny", "--data-root", data_root, "--splits", splits, "--workers", "0"]
+    datasets.main([*map(str, flags), *["--quiet"][:quiet]])
+    shown = re.findall(r"^(tiny \w+): (\d+) of (\d+) files", capsys.readouterr().err, re.MULTILINE)
+    assert bool(shown) != quiet and {(*where, n) for *where, n in shown if where[1] == n} == (
+        set() if quiet else {("tiny train", "36", "36"), ("tiny val", "12", "12"), ("tiny test", "18", "18")}
+    )
 
 
 def test_check_of_a_folder_and_of_lists_without_val(tmp_path, capsys):
@@ -1002,7 +1043,7 @@ def test_check_of_a_folder_and_of_lists_without_val(tmp_path, capsys):
     assert "tiny val: 6 images" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------------ damaged inputs
+# --------------------------------------------------------------------------------------------- damaged inputs
 
 
 def test_a_flipped_bit_in_a_weight_is_found(trained, fails):

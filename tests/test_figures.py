@@ -2,8 +2,6 @@
 
 import csv
 import json
-import re
-import shutil
 import subprocess
 import sys
 
@@ -15,11 +13,9 @@ from PIL import Image
 from torch import nn
 
 import evaluate
-import train
-from bridge_wsol import data, drawing, evaluation, experiments, figures
+from bridge_wsol import data, drawing, evaluation, figures
 from bridge_wsol.data import Split, load_masks, test_loader, to_input
 from bridge_wsol.datasets import load_splits
-from bridge_wsol.utils import InputError
 
 CPU = ["--device", "cpu", "--workers", "0"]
 

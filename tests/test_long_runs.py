@@ -18,14 +18,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from PIL import Image
 from test_train import lines_of, read_json, same_run, weights
 
 import evaluate
 import train
-from bridge_wsol import demo, evaluation, utils
+from bridge_wsol import datasets, demo, evaluation, utils
 from bridge_wsol.data import EpochSampler, TrainImages, resized_pixels, test_loader
 from bridge_wsol.datasets import load_splits
-from bridge_wsol.utils import InputError, alone, atomic_write
+from bridge_wsol.utils import InputError, atomic_write
 
 PROGRAM = str(REPOSITORY / "tests" / "tiny_train.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -363,14 +364,16 @@ print(min(faults() for _ in range(5)))  # the first times fill the heap
 FORK = multiprocessing.get_context("fork")  # quicker than a new interpreter
 
 
-def test_of_several_first_runs_one_draws_and_the_others_wait(tmp_path, monkeypatch):
+def test_several_first_runs_all_end_with_whole_images(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "DEMO_COUNTS", {"train": 64, "val": 16, "test": 16})
+    begun = FORK.Barrier(3)
 
     def first_run(said):
+        begun.wait()
         with said.open("w") as file, redirect_stdout(file):
             splits, _ = load_splits("demo", tmp_path / "data", tmp_path / "splits", ("train", "val", "test"))
             sizes = [split.path(i).stat().st_size for split in splits.values() for i in range(len(split))]
-            print(f"{len(sizes)} pictures of {sum(sizes)} bytes")
+            print(f"{len(sizes)} images of {sum(sizes)} bytes")
 
     said = [tmp_path / f"{i}.txt" for i in range(3)]
     started = [FORK.Process(target=first_run, args=(path,)) for path in said]
@@ -379,38 +382,40 @@ def test_of_several_first_runs_one_draws_and_the_others_wait(tmp_path, monkeypat
     for process in started:
         process.join()
     said = [path.read_text().splitlines() for path in said]
-    assert sum(line.startswith("drawing 96 pictures") for lines in said for line in lines) == 1
-    assert len({lines[-1] for lines in said}) == 1 and said[0][-1].startswith("96 pictures of ")
+    assert [process.exitcode for process in started] == [0, 0, 0]
+    assert any(line.startswith("drawing 96 images into") for lines in said for line in lines)
+    assert len({lines[-1] for lines in said}) == 1 and said[0][-1].startswith("96 images of ")
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["demo"]
+    masks = (tmp_path / "data" / "demo" / "masks").rglob("*.png")
+    assert all(Image.open(path).getbbox() for path in masks)  # decodes them
 
 
-def test_a_lock_ends_with_its_process(tmp_path, monkeypatch):
-    def unlockable(*_):
-        raise PermissionError
-
-    inside, folder = FORK.Event(), tmp_path / "data"
+def test_the_lock_of_a_download_ends_with_its_process(tmp_path, monkeypatch):
+    inside, again, folder = FORK.Event(), FORK.Event(), tmp_path / "data"
     folder.mkdir()
 
-    def hold():
-        with alone(folder):
-            inside.set()
-            time.sleep(60)
+    def hold(event, seconds):
+        with datasets._one_at_a_time(folder):
+            event.set()
+            time.sleep(seconds)
 
-    holder = FORK.Process(target=hold)
-    holder.start()
+    first = FORK.Process(target=hold, args=(inside, 60))
+    second = FORK.Process(target=hold, args=(again, 0))
+    first.start()
     inside.wait()
-    with alone(folder, wait=False) as held:
-        assert not held
-    holder.kill()
-    holder.join()
-    for _ in range(2):  # and with its block, though a forked worker be left
-        with alone(folder, wait=False) as held:
-            assert held
-            worker = FORK.Process(target=time.sleep, args=(60,), daemon=True)
-            worker.start()
-    assert list(folder.iterdir()) == []
-    monkeypatch.setattr(os, "open", unlockable)  # what cannot be locked is not waited for
-    with alone(folder) as held:
-        assert held
+    second.start()
+    assert not again.wait(0.5)
+    first.kill()
+    assert again.wait(30)
+    first.join()
+    second.join()
+    assert second.exitcode == 0 and list(folder.iterdir()) == []
+
+    def unsupported(*_):
+        raise OSError
+
+    monkeypatch.setattr(datasets.fcntl, "flock", unsupported)  # a file system without locks: no waiting
+    hold(again, 0)
 
 
 def test_two_writers_of_a_file_do_not_meet_and_what_a_killed_one_left_is_removed(tmp_path):
