@@ -22,7 +22,7 @@ TRUTH, PREDICTION = (40, 80, 255), (0, 220, 60)  # Fig. A4: ground truth blue, p
 # A perceptually uniform scale (dark blue, violet, red, orange, yellow): brightness grows with the value.
 COLOURS = np.array([(13, 8, 135), (126, 3, 168), (204, 71, 120), (248, 149, 64), (240, 249, 33)], dtype=float)
 
-# The scale of [-1, 1]: blue below zero, grey at zero, yellow above. Colour-blind readers can tell the two apart.
+# The scale of [-1, 1]: blue below zero, grey at zero, yellow above. Colour-blind people can tell them apart.
 # CIE lightness is 13, 34, 54, 75, 94 (equal steps), so a grey print shows the sign too.
 SIGNED_COLOURS = np.array(
     [(8, 32, 78), (36, 82, 140), (128, 128, 128), (222, 178, 82), (255, 238, 170)], dtype=float
@@ -111,7 +111,7 @@ def _frame(
     zoom: tuple[float, float] = (1, 1),
     dashed: bool = False,
 ) -> None:
-    """Draws the outline of a box of a map on a picture `zoom` times as large. The outline encloses the box."""
+    """Draws the outline of a box of a map on a picture `zoom` times as large. The outline holds the box."""
     x0, y0 = (int(box[i] * zoom[i]) for i in (0, 1))
     x1, y1 = (max(int((box[i + 2] + 1) * zoom[i]) - 1, start) for i, start in enumerate((x0, y0)))
     width = max(2, draw.im.size[0] // 64)
@@ -285,12 +285,10 @@ def with_suffix(out: Path, suffix: str) -> Path:
     return out.with_name(out.name + suffix)  # Path.with_suffix would cut the decimals of lambda_0.5
 
 
-def save_picture(picture: Image.Image, out: Path) -> list[Path]:
+def save_picture(picture: Image.Image, out: Path) -> None:
     """Writes out.png, and out.pdf at 300 dpi. The files hold no dates: equal pictures give equal bytes."""
-    paths = [with_suffix(out, ".png"), with_suffix(out, ".pdf")]
-    with atomic_write(paths[0]) as part:
+    with atomic_write(with_suffix(out, ".png")) as part:
         picture.save(part, format="PNG", optimize=True)
     undated = {"creationDate": None, "modDate": None, "title": ""}
-    with atomic_write(paths[1]) as part:
+    with atomic_write(with_suffix(out, ".pdf")) as part:
         picture.save(part, format="PDF", resolution=DPI, quality=95, subsampling=0, **undated)
-    return paths
