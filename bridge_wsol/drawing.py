@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from . import cam
-from .boxes import iou_matrix
+from .boxes import iou_matrix, level_boxes, scale_boxes
+from .data import Split, load_rgb
 from .utils import atomic_write
 
 DPI = 300
@@ -27,9 +29,6 @@ COLOURS = np.array([(13, 8, 135), (126, 3, 168), (204, 71, 120), (248, 149, 64),
 SIGNED_COLOURS = np.array(
     [(8, 32, 78), (36, 82, 140), (128, 128, 128), (222, 178, 82), (255, 238, 170)], dtype=float
 )
-
-
-# ------------------------------------------------------------------------------------------------------- maps
 
 
 def colourise(score_map: np.ndarray) -> np.ndarray:
@@ -65,9 +64,6 @@ def draw_signed(S: np.ndarray, size: int) -> Image.Image:
         line[:-1] |= across
     colours[edge] = 0
     return Image.fromarray(colours)
-
-
-# ------------------------------------------------------------------------------------------------------ boxes
 
 
 def localization(
@@ -149,7 +145,19 @@ def in_proportion(
     return image.resize((width, height), Image.Resampling.BILINEAR), resized_map, corners
 
 
-# ------------------------------------------------------------------------------------------------------ grids
+def draw_result(folder: Path, split: Split, index: int, result: dict[str, Any]) -> None:
+    """Writes one image of Fig. A4 to FOLDER/ID.png. The prediction is the largest contour's box.
+
+    result: of `evaluate_maps`, whose "kept" holds the score map of this index of the split.
+    """
+    score_map, predicted, truth = result["kept"][index], None, None
+    size = len(score_map)
+    if index in split.boxes:
+        predicted = level_boxes(score_map).largest[result["levels"]["largest"]]
+        truth = scale_boxes(split.boxes[index], tuple(split.sizes[index]), size)
+    image = load_rgb(split.path(index), size, upright=split.upright)
+    with atomic_write(folder / f"{split.ids[index].replace('/', '_')}.png") as part:
+        localization(image, score_map, predicted, truth).save(part, format="PNG")
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
@@ -275,9 +283,6 @@ def box_legend(picture: Image.Image, size: int, x: int, y: int, width: int) -> N
         picture.paste(sample, (x, y + line // 8))
         draw.text((x + sample.width + size // 2, y), text, font=_font(size), fill="black")
         x += width // 2
-
-
-# ------------------------------------------------------------------------------------------------------ files
 
 
 def with_suffix(out: Path, suffix: str) -> Path:

@@ -310,24 +310,20 @@ def histogram(args: argparse.Namespace) -> None:
         panel = drawn.subplots()
         for i, (run, of_run) in enumerate(zip(runs, values)):
             density = np.histogram(of_run, edges, density=True)[0]
+            style, filled = look(i), np.flatnonzero(density)
+            panel.stairs(density, edges, fill=True, color=style["color"], alpha=0.15)
+            panel.stairs(density, edges, color=style["color"], linestyle=style["linestyle"], linewidth=1.2)
+            markers = filled[:: max(1, len(filled) // 5)].tolist()  # about five
+            panel.plot(
+                (edges[:-1] + edges[1:]) / 2, density, markevery=markers, **(style | {"linestyle": "none"})
+            )
             label = f"{shortened(run.name, args.width - 1)}: mean {of_run.mean():.3g}"
-            draw_density(panel, i, edges, density, label)
+            panel.plot([], [], label=label, **style)
             numbers = {"mean": of_run.mean(), "median": float(np.median(of_run)), "deviation": of_run.std()}
             entries.append({"name": run.name, "images": len(of_run), **numbers, "density": density.tolist()})
         panel.set(xlabel=r"$\max_u\,\mathcal{F}_u$", ylabel="density", ylim=(0, None))
         panel.legend(**ABOVE)
     write_json(with_suffix(args.out, ".json"), {"edges": edges.tolist(), "runs": entries})
-
-
-def draw_density(panel: Any, i: int, edges: np.ndarray, density: np.ndarray, label: str) -> None:
-    """The stairs of the i-th run, with about five markers."""
-    style = look(i)
-    panel.stairs(density, edges, fill=True, color=style["color"], alpha=0.15)
-    panel.stairs(density, edges, color=style["color"], linestyle=style["linestyle"], linewidth=1.2)
-    centres, filled = (edges[:-1] + edges[1:]) / 2, np.flatnonzero(density)
-    markers = filled[:: max(1, len(filled) // 5)].tolist()
-    panel.plot(centres, density, markevery=markers, **(style | {"linestyle": "none"}))
-    panel.plot([], [], label=label, **style)
 
 
 # ------------------------------------------------------------------------------------ Figs. A3 and A4, images
@@ -423,8 +419,7 @@ def boxes(args: argparse.Namespace) -> None:
     names = [run.name for run in runs] * len(blocks)
     picture = drawing.grid(rows, names=names, group_rows=len(runs), foot=drawing.box_legend)
     print("images:", " ".join(images))
-    numbers = [entry for _, of_run in drawn for entry in of_run]
-    write_json(with_suffix(args.out, ".json"), {"boxes": numbers})
+    write_json(with_suffix(args.out, ".json"), {"boxes": [entry for _, of_run in drawn for entry in of_run]})
     drawing.save_picture(picture, args.out)
 
 
@@ -573,9 +568,8 @@ def gap_of(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         means[kind]["images"] = len(values.get("S_inside", ()))
     localized = {}
     for i, (name, mode) in enumerate(zip(MAPS, (None, "bicubic", "bicubic"))):
-        batches = counted(kept, f"{run.name}, localization by {name}", len(kept), "batches")
-        map_batches = (MapBatch(indices, score_maps(of[i], run, mode)) for indices, of in batches)
-        metrics = evaluate_maps(map_batches, run.split, workers=args.workers)["metrics"]
+        batches = (MapBatch(indices, score_maps(values[i], run, mode)) for indices, values in kept)
+        metrics = evaluate_maps(batches, run.split, workers=args.workers)["metrics"]
         localized[name] = {key: metrics[key] for key in ("max_box_acc_v2", "max_box_acc", "pxap")}
     head = {"name": run.name, "run": str(run.folder), "split": args.split, "checkpoint": args.checkpoint}
     images = sum(len(indices) for indices, _ in kept)
