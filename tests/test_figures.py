@@ -1,7 +1,9 @@
 """The figures by their content: pixels where they should be, numbers that other code of the program or a hand computed."""
 
 import csv
+import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,11 +17,9 @@ from PIL import Image
 from torch import nn
 
 import evaluate
-import train
-from bridge_wsol import data, drawing, evaluation, experiments, figures
+from bridge_wsol import data, drawing, evaluation, figures, utils
 from bridge_wsol.data import Split, load_masks, test_loader, to_input
 from bridge_wsol.datasets import load_splits
-from bridge_wsol.utils import InputError
 
 CPU = ["--device", "cpu", "--workers", "0"]
 
@@ -114,7 +114,7 @@ def test_box_pixels_have_the_stated_colours_at_the_stated_places(k):
 
 def test_the_best_of_several_truths_is_printed(monkeypatch):
     texts = []
-    monkeypatch.setattr(figures.ImageDraw.ImageDraw, "text", lambda self, at, text, **_: texts.append(text))
+    monkeypatch.setattr(drawing.ImageDraw.ImageDraw, "text", lambda self, at, text, **_: texts.append(text))
     grey = Image.new("RGB", (100, 100))
     drawing.localization(
         grey, np.zeros((100, 100)), np.array([0, 0, 49, 49]), np.array([[60, 60, 99, 99], [0, 0, 99, 49]])
@@ -134,13 +134,13 @@ def test_a_grid_shows_every_cell_whole():
     colours = [[(10 * i + j, 200, 50) for j in range(5)] for i in range(1, 5)]
     rows = [[Image.new("RGB", (30, 40), colour) for colour in row] for row in colours]
     rows[2][0] = None
-    picture = figures._grid(
+    picture = drawing.grid(
         rows,
         columns=list("abcde"),
         groups=[("", 1), ("one", 2), ("a name that is far too long for two columns", 2)],
         names=["r"] * 4,
         group_rows=2,
-        foot=figures._colour_bars,
+        foot=drawing.colour_bars,
         foot_lines=2,
     )
     pixels = np.asarray(picture)
@@ -309,9 +309,9 @@ def test_histogram_of_the_largest_norms(trained, drawn, tmp_path):
 def test_maps_show_the_image_the_map_and_its_factors(trained, tmp_path, monkeypatch):
     _, run = trained
     grids = []
-    whole = figures._grid
+    whole = drawing.grid
     monkeypatch.setattr(
-        figures, "grid", lambda rows, **layout: grids.append((rows, layout)) or whole(rows, **layout)
+        drawing, "grid", lambda rows, **layout: grids.append((rows, layout)) or whole(rows, **layout)
     )
     draw(
         "maps",
@@ -414,6 +414,156 @@ def test_boxes_are_those_of_the_evaluation_and_the_worst_come_first(trained, tmp
         and blue.max(0)[0] < (y1 + 1) * 3.5
         and blue.max(0)[1] < (x1 + 1) * 3.5
     )
+
+
+def test_four_random_images_without_a_choice(trained, tmp_path, capsys):
+    _, run = trained
+    for command in ("maps", "boxes"):
+        draw(command, run, "--cell", 32, "--out", tmp_path / "default", *CPU)
+        shown = re.search("images: (.*)", capsys.readouterr().out)[1].split()
+        assert len(set(shown)) == 4
+        draw(command, run, "--random", 4, "--cell", 32, "--out", tmp_path / "four", *CPU)
+        assert re.search("images: (.*)", capsys.readouterr().out)[1].split() == shown
+        draw(command, run, "--seed", 1, "--cell", 32, "--out", tmp_path / "other", *CPU)
+        assert re.search("images: (.*)", capsys.readouterr().out)[1].split() != shown
+    assert (tmp_path / "default.png").read_bytes() == (tmp_path / "four.png").read_bytes()
+
+
+def test_long_loops_show_how_far_they_are_unless_quiet(trained, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    _, run = trained
+    monkeypatch.setattr(utils.time, "monotonic", itertools.count(step=100).__next__)  # every line is due
+    monkeypatch.setattr(utils.Progress, "quiet", False)
+    for command in ("histogram", "maps", "boxes", "gap"):
+        draw(command, run, "--batch-size", 2, "--out", tmp_path / "x", *CPU)
+        lines = capsys.readouterr().err.splitlines()
+        assert any(line.startswith(f"{run.name}: 2 of ") for line in lines), lines
+        draw(command, run, "--batch-size", 2, "--out", tmp_path / "x", "--quiet", *CPU)
+        assert capsys.readouterr().err == ""
+
+
+# ------------------------------------------------------------------------------------------------------------------ sweep
+
+
+def write_sweep(path, results, *, metric="gt_known_loc", **changes):
+    """A file as experiments sweep writes it. results: {value: [percent of each seed]}."""
+    values = [
+        {"value": value, "seeds": list(range(len(numbers))), metric: numbers, "top1_cls": numbers}
+        for value, numbers in results.items()
+    ]
+    content = {"dataset": "CUB", "arch": "vgg16", "method": "bridge", "param": "lambda_sim", "preset": 0.5}
+    path.write_text(json.dumps(content | {"checkpoint": "best", "values": values} | changes))
+    return path
+
+
+def line_of(panel, marker):
+    (line,) = (line for line in panel.lines if line.get_marker() == marker)
+    return line
+
+
+def test_a_sweep_of_one_seed_is_a_curve_with_a_star_at_the_preset(drawn, tmp_path, capsys):
+    file = write_sweep(tmp_path / "s.json", {2.0: [70.5], 0.5: [80.25]})  # sorted when it is read
+    draw("sweep", file, "--out", tmp_path / "s.pdf")
+    (panel,) = drawn[0].axes
+    curve, star = line_of(panel, "o"), line_of(panel, "*")
+    assert list(curve.get_xdata()) == [0.5, 2] and list(curve.get_ydata()) == [80.25, 70.5]
+    assert list(star.get_xdata()) == [0.5] and list(star.get_ydata()) == [80.25]
+    assert panel.get_xlabel() == r"$\lambda_{\mathrm{sim}}$" and panel.get_ylabel() == "GT-known Loc, %"
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["preset: 0.5"]
+    assert not panel.containers and panel.get_legend().get_title().get_text() == ""
+    assert Image.open(tmp_path / "s.png").size == (round(3.3 * 300), round(2.2 * 300))
+    written = capsys.readouterr().out.splitlines()
+    assert written == [f"written to {tmp_path / name}" for name in ("s.png", "s.pdf")]
+    before = (tmp_path / "s.png").read_bytes()
+    draw("sweep", file, "--out", tmp_path / "s")
+    assert (tmp_path / "s.png").read_bytes() == before
+
+
+def test_a_sweep_over_seeds_shows_mean_and_deviation(drawn, tmp_path):
+    results = {0.5: [5.0, 25.0], 1.0: [10.0, 30.0]}
+    draw("sweep", write_sweep(tmp_path / "s.json", results, preset=0.75), "--out", tmp_path / "s")
+    (panel,) = drawn[0].axes
+    (bars,) = panel.containers
+    assert list(bars.lines[0].get_xdata()) == [0.5, 1] and list(bars.lines[0].get_ydata()) == [15, 20]
+    (segments,) = bars.lines[2]
+    for (low, high), mean in zip(segments.get_segments(), (15, 20)):
+        assert [low[1], high[1]] == pytest.approx([mean - 200**0.5, mean + 200**0.5])  # n - 1 in the variance
+    texts = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert sorted(texts) == ["mean ± deviation, 2 seeds", "preset: 0.75"]
+    assert not [
+        line for line in panel.lines if line.get_marker() == "*"
+    ]  # the preset is no value of the sweep
+    assert [list(line.get_xdata()) for line in panel.lines if line.get_linestyle() == ":"] == [[0.75, 0.75]]
+
+
+@pytest.mark.parametrize("width, columns", [(3.3, 1), (6.9, 3)])
+def test_several_sweeps_are_panels_and_nothing_is_cut_off(drawn, tmp_path, width, columns):
+    backend_agg = pytest.importorskip("matplotlib.backends.backend_agg")
+    files = [
+        write_sweep(tmp_path / "a.json", {0.25: [60.0, 61.0], 0.5: [70.0, 75.0]}),
+        write_sweep(tmp_path / "b.json", {0.1: [50.0], 0.9: [51.0]}, param="tau_fg", preset=0.9),
+        write_sweep(
+            tmp_path / "c.json",
+            {1: [40.0], 2: [41.0]},
+            metric="pxap",
+            dataset="OpenImages",
+            param="p",
+            preset=1,
+        ),
+        write_sweep(tmp_path / "d.json", {1: [40.0], 2: [41.0]}, param="warm_epochs", preset=1),
+    ]
+    draw("sweep", *files, "--width", width, "--dpi", 100, "--out", tmp_path / "s")
+    panels = [panel for panel in drawn[0].axes if panel.get_visible()]
+    assert [panel.get_xlabel() for panel in panels] == [
+        r"$\lambda_{\mathrm{sim}}$",
+        r"$\tau_{\mathrm{fg}}$",
+        "p",
+        "warm epochs",
+    ]
+    assert [panel.get_ylabel() for panel in panels] == [
+        f"{m}, %" for m in ("GT-known Loc",) * 2 + ("PxAP", "GT-known Loc")
+    ]
+    titles = [panel.get_legend().get_title().get_text() for panel in panels]
+    assert titles == ["CUB vgg16 bridge"] * 2 + ["OpenImages vgg16 bridge", "CUB vgg16 bridge"]
+    renderer = backend_agg.FigureCanvasAgg(drawn[0]).get_renderer()
+    boxes = [panel.get_tightbbox(renderer) for panel in panels]
+    assert len({round(panel.get_position().x0, 2) for panel in panels}) == columns
+    for i, box in enumerate(boxes):
+        assert min(box.x0, box.y0) >= -1
+        assert box.x1 <= drawn[0].bbox.x1 + 1 and box.y1 <= drawn[0].bbox.y1 + 1
+        for other in boxes[i + 1 :]:
+            over = (
+                min(box.x1, other.x1) - max(box.x0, other.x0),
+                min(box.y1, other.y1) - max(box.y0, other.y0),
+            )
+            assert min(over) <= 1, over
+        assert min(panels[i].get_window_extent().width, panels[i].get_window_extent().height) > 80
+
+
+def test_a_bad_sweep_file_is_one_line_that_names_it(fails, tmp_path):
+    pytest.importorskip("matplotlib")
+    good, bad = write_sweep(tmp_path / "good.json", {1: [2.0]}), tmp_path / "bad.json"
+    whole = read_json(good)
+    row = whole["values"][0]
+    fails(figures.main, ["sweep", bad], bad, "experiments sweep")
+    broken = [
+        {key: value for key, value in whole.items() if key != name} for name in whole if name != "checkpoint"
+    ]
+    broken += [whole | {"preset": preset} for preset in ("much", None, True, float("nan"), 10**400)]
+    broken += [whole | {"param": param} for param in (3, "a $b", "")]
+    broken += [
+        whole | {"values": values}
+        for values in ([], None, 3, [3], [None], {"value": 1}, [row, row | {"value": "x"}])
+    ]
+    broken += [
+        whole | {"values": [row, row | {"value": 2, "gt_known_loc": numbers}]}
+        for numbers in ([], None, 3, ["x"], [None], [1, 2], [float("inf")])
+    ]
+    broken += [whole | {"values": [row, {"value": 2, "seeds": [0], "pxap": [1]}]}, whole | {"arch": None}]
+    for text in ["", "[]", "3", *map(json.dumps, broken)]:
+        bad.write_text(text)
+        fails(figures.main, ["sweep", good, bad, "--out", tmp_path / "s"], bad, "experiments sweep")
+    assert not list(tmp_path.glob("s.*"))
 
 
 # -------------------------------------------------------------------------------------------------------------------- gap
@@ -559,7 +709,7 @@ def test_a_network_without_linear_classifier_has_no_factors(trained, fails, tmp_
         method.predict = lambda model, images, labels: (model(images).logits, model(images).features[:, 0])
         return model, method, checkpoint
 
-    monkeypatch.setattr(evaluate, "load_run", without_fc)
+    monkeypatch.setattr(figures, "load_run", without_fc)
     for command in (["gap", run], ["maps", run, "--random", 1]):
         fails(
             figures.main,
@@ -570,291 +720,18 @@ def test_a_network_without_linear_classifier_has_no_factors(trained, fails, tmp_
         )
 
 
-# ------------------------------------------------------------------------------------------------------------------ table
-
-
-def seeds_of(run, tmp_path, numbers, **changes):
-    """Copies of a run with these seeds and MaxBoxAccV2 / Top-1 Loc numbers."""
-    runs = []
-    for seed, (v2, top1) in numbers.items():
-        copy = tmp_path / f"{'_'.join(map(str, changes.values()))}{seed}"
-        shutil.copytree(run, copy)
-        config, result = read_json(copy / "config.json"), read_json(copy / "results_best_test.json")
-        for name, value in {"seed": seed, **changes}.items():
-            config["config"][name]["value"] = value
-            result |= {name: value} if name in result else {}
-        result["metrics"]["max_box_acc_v2"]["mean"], result["metrics"]["top1_loc"] = v2, top1
-        (copy / "config.json").write_text(json.dumps(config))
-        (copy / "results_best_test.json").write_text(json.dumps(result))
-        runs.append(copy)
-    return runs
-
-
-def test_tables_parse_back_to_the_numbers(trained, tmp_path):
-    _, run = trained
-    bridge = seeds_of(run, tmp_path, {0: (50.0, 40.0), 1: (60.0, 41.0), 2: (70.0, 45.0)})
-    vanilla = seeds_of(run, tmp_path, {0: (55.125, 30.0)}, method="cam")
-    weak = seeds_of(run, tmp_path, {0: (20.0, 10.0), 1: (30.0, 20.0)}, method="cam", lambda_sim=0.25)
-    draw("table", *bridge, *vanilla, *weak, "--out", tmp_path / "t")
-    # Sample deviations: of 50, 60, 70 it is 10; of 40, 41, 45 the root of 7; of 20, 30 and of 10, 20 that of 50.
-    expected = {
-        "bridge": (60.0, 10.0, 42.0, 7**0.5),
-        "cam (lambda_sim 0.5)": (55.125, None, 30.0, None),
-        "cam (lambda_sim 0.25)": (25.0, 50**0.5, 15.0, 50**0.5),
-    }
-    with (tmp_path / "t.csv").open(newline="") as file:
-        rows = {row["method"]: row for row in csv.DictReader(file)}
-    assert (
-        rows.keys() == expected.keys()
-        and rows["bridge"]["seeds"] == "0 1 2"
-        and rows["bridge"]["dataset"] == "tiny"
-    )
-    for label, (v2, v2_deviation, top1, top1_deviation) in expected.items():
-        row = rows[label]
-        for key, value in (
-            ("v2_mean_mean", v2),
-            ("v2_mean_deviation", v2_deviation),
-            ("top1_loc_mean", top1),
-            ("top1_loc_deviation", top1_deviation),
-        ):
-            assert (float(row[key]) == pytest.approx(value)) if value is not None else (row[key] == "")
-        assert float(row["pxap_mean"]) == pytest.approx(
-            read_json(run / "results_best_test.json")["metrics"]["pxap"]
-        )
-
-    def cell(mean, deviation, plus_minus):
-        return f"{mean:.2f}" if deviation is None else f"{mean:.2f}{plus_minus}{deviation:.2f}"
-
-    markdown = [
-        [c.strip() for c in line.strip("|\n ").split("|")]
-        for line in (tmp_path / "t.md").read_text().splitlines()
-        if line.startswith("|")
-    ]
-    heads = [i for i, row in enumerate(markdown) if set(row[0]) == {"-"}]
-    tables = [(markdown[i - 1], {row[0]: row[1:] for row in markdown[i + 1 : i + 4]}) for i in heads]
-    assert len(tables) == 3
-    for label, (v2, v2_deviation, top1, top1_deviation) in expected.items():
-        assert tables[0][1][label][tables[0][0].index("tiny VGG16 Top-1 Loc")] == cell(
-            top1, top1_deviation, " ± "
-        )
-        assert tables[1][1][label][tables[1][0].index("tiny VGG16 MaxBoxAccV2")] == cell(
-            v2, v2_deviation, " ± "
-        )
-        assert len(tables[2][1][label]) == 1
-    latex = (tmp_path / "t.tex").read_text()
-    for label, (v2, v2_deviation, top1, top1_deviation) in expected.items():
-        lines = [line for line in latex.splitlines() if line.startswith(label.replace("_", r"\_") + " & ")]
-        assert len(lines) == 3 and all(line.endswith(r" \\") for line in lines)
-        assert lines[0].split(" & ")[1] == f"${cell(top1, top1_deviation, chr(32) + chr(92) + 'pm ')}$"
-        assert f"${cell(v2, v2_deviation, chr(32) + chr(92) + 'pm ')}$" in lines[1].split(" & ")
-    for begin, body in re.findall(r"\\begin\{tabular\}\{(l c*|lc*)\}(.*?)\\end\{tabular\}", latex, re.S):
-        assert all(
-            line.count(" & ") == len(begin) - 1
-            for line in body.splitlines()
-            if line.endswith(r"\\") and "multicolumn" not in line
-        )
-
-
-def test_a_table_over_two_data_sets_has_a_row_a_method(trained, tmp_path, fails):
-    _, run = trained
-    other = seeds_of(run, tmp_path, {0: (12.0, 6.0)}, dataset="Open_Images")
-    draw("table", run, *other, "--out", tmp_path / "t")
-    assert (tmp_path / "t.md").read_text().count("| bridge |") == 3
-    assert r"Open\_Images VGG16" in (tmp_path / "t.tex").read_text()
-    fails(figures.main, ["table", run, run, "--out", tmp_path / "t"], run, "seed 0", "one of them only")
-
-
-# ------------------------------------------------------------------------------------------------------------------ sweep
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Trains here, where the tiny preset is known; the list of the folders that were trained."""
-    trained_folders = []
-
-    def train_here(folder, arguments, jobs):
-        trained_folders.append(folder.name)
-        train.main(arguments)
-
-    monkeypatch.setattr(figures, "train_run", train_here)
-    return trained_folders
-
-
-def test_sweep_does_what_is_missing_and_nothing_else(trained, in_process, drawn, fails, tmp_path, capsys):
-    flags, run = trained
-    runs, asked = (
-        tmp_path / "runs",
-        ["sweep", "--param", "lambda-sim", "--values", "2", "0.5", "--out", tmp_path / "s", *flags],
-    )
-    done = runs / "tiny_vgg16_bridge_lambda_sim_0.5_seed0"
-    shutil.copytree(run, done)  # the preset's value: the fixture's run is what the sweep would train
-    draw(*asked, "--runs", runs)
-    assert (
-        in_process == ["tiny_vgg16_bridge_lambda_sim_2_seed0"]
-        and "1 of 2 runs are done already" in capsys.readouterr().out
-    )
-    found = read_json(tmp_path / "s.json")
-    assert found["preset"] == 0.5 and [row["value"] for row in found["values"]] == [0.5, 2.0]
-    for row in found["values"]:
-        metrics = read_json(
-            runs / f"tiny_vgg16_bridge_lambda_sim_{row['value']:g}_seed0" / "results_best_test.json"
-        )["metrics"]
-        assert row["gt_known_loc"] == [metrics["gt_known_loc"]] and row["top1_cls"] == [metrics["top1_cls"]]
-    panel = drawn[0].axes[0]
-    curve = next(line for line in panel.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o")
-    assert list(curve.get_xdata()) == [0.5, 2] and list(curve.get_ydata()) == [
-        row["gt_known_loc"][0] for row in found["values"]
-    ]
-    star = next(line for line in panel.lines if line.get_marker() == "*")
-    assert list(star.get_xdata()) == [0.5] and panel.get_xlabel() == r"$\lambda_{\mathrm{sim}}$"
-    table = (tmp_path / "s.md").read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in table[2:]] == ["0.5 (preset)", "2"]
-    assert [float(line.split("|")[2]) for line in table[2:]] == pytest.approx(
-        [row["gt_known_loc"][0] for row in found["values"]], abs=0.005
-    )
-
-    # Again: nothing to train, and the same picture.
-    before = (tmp_path / "s.png").read_bytes()
-    draw(*asked, "--runs", runs)
-    assert len(in_process) == 1 and (tmp_path / "s.png").read_bytes() == before
-    # An interrupted run goes on, a longer one is asked of all.
-    (done / "results_last_test.json").unlink()
-    log = (done / "log.jsonl").read_text()
-    draw(*asked, "--runs", runs)
-    assert (
-        in_process[1:] == [done.name]
-        and (done / "results_last_test.json").exists()
-        and (done / "log.jsonl").read_text() == log
-    )
-    draw(*asked, "--runs", runs, "--epochs", 3)
-    assert len(in_process) == 4 and read_json(done / "results_last_test.json")["epoch"] == 3
-    # Other runs in the folder are not taken for what was asked.
-    fails(figures.main, [*asked, "--runs", runs], "lambda_sim_2_seed0", "3 epochs", "--runs")
-    fails(
-        figures.main,
-        [*asked, "--runs", runs, "--lr", 0.5, "--epochs", 3],
-        "lr 0.004",
-        "asks for 0.5",
-        "--runs",
-    )
-    fails(
-        figures.main, [*asked, "--runs", runs, "--p", 0.4, "--epochs", 3], "p 0.5", "asks for 0.4"
-    )  # train.py's --p, not short for --param
-    assert len(in_process) == 4
-
-
-def test_sweep_over_seeds_shows_mean_and_deviation(trained, in_process, drawn, tmp_path):
-    flags, run = trained
-    for seed in (0, 1):
-        for value in ("0.5", "1"):
-            copy = tmp_path / "runs" / f"tiny_vgg16_bridge_lambda_sim_{value}_seed{seed}"
-            shutil.copytree(run, copy)
-            config, result = read_json(copy / "config.json"), read_json(copy / "results_best_test.json")
-            config["config"]["seed"]["value"], config["config"]["lambda_sim"]["value"] = seed, float(value)
-            result["metrics"]["gt_known_loc"] = 10 * float(value) + 20 * seed
-            (copy / "config.json").write_text(json.dumps(config))
-            (copy / "results_best_test.json").write_text(json.dumps(result))
-    draw(
-        "sweep",
-        "--param",
-        "lambda_sim",
-        "--values",
-        "0.5",
-        "1",
-        "--seeds",
-        "0",
-        "1",
-        "--runs",
-        tmp_path / "runs",
-        "--out",
-        tmp_path / "s",
-        *flags,
-    )
-    assert not in_process
-    rows = [line.split("|")[2].strip() for line in (tmp_path / "s.md").read_text().splitlines()[2:]]
-    assert rows == ["15.00 ± 14.14", "20.00 ± 14.14"]
-    bars = drawn[0].axes[0].containers[0]
-    assert list(bars.lines[0].get_ydata()) == [15, 20]
-
-
-def test_the_first_failure_ends_a_sweep(tiny, fails, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    tried = []
-
-    def fail(folder, arguments, jobs):
-        tried.append(folder)
-        raise InputError(f"{folder}: failed")
-
-    monkeypatch.setattr(figures, "train_run", fail)
-    fails(
-        figures.main,
-        [
-            "sweep",
-            "--param",
-            "p",
-            "--values",
-            "0.1",
-            "0.2",
-            "0.3",
-            "--runs",
-            tmp_path,
-            "--out",
-            tmp_path / "s",
-            *tiny,
-        ],
-        "p_0.1_seed0: failed",
-    )
-    assert len(tried) == 1
-
-
-def test_sweep_flags_that_make_no_sense(trained, in_process, fails, tmp_path):
-    pytest.importorskip("matplotlib")
-    flags, _ = trained
-    base = ["sweep", "--runs", tmp_path / "r", "--out", tmp_path / "s", *flags]
-    fails(figures.main, [*base, "--param", "lambda_sim", "--values", "1", "much"], "--values much", "number")
-    fails(
-        figures.main,
-        [*base, "--param", "lambda_sim", "--values", "1", "--lambda-sim", "2"],
-        "--lambda-sim",
-        "leave it out",
-    )
-    fails(
-        figures.main, [*base, "--param", "learning_rate", "--values", "1"], "--param learning_rate", "lr_new"
-    )
-    fails(figures.main, [*base, "--param", "arch", "--values", "1"], "--param arch")
-    fails(figures.main, [*base, "--param", "p", "--values", "0.5", "1.5"], "--p 1.5", "[0, 1]")
-    fails(figures.main, [*base, "--param", "p", "--values", "1", "1.0"], "--values")
-    fails(figures.main, [*base, "--param", "p", "--values", "1", "--resume"], "--runs DIR")
-    fails(figures.main, [*base, "--param", "p", "--values", "1", "--frobnicate", "3"], "--frobnicate")
-    assert not in_process and not (tmp_path / "r").exists()
-
-
-def test_train_runs_in_a_process_of_its_own_and_its_failure_is_named(tmp_path, capfd, monkeypatch):
-    program = tmp_path / "train.py"
-    program.write_text("import sys; print(*sys.argv[1:]); sys.exit('broken' in sys.argv and 3)")
-    monkeypatch.setattr(figures, "script", lambda name: type("module", (), {"__file__": str(program)}))
-    experiments.train_run(tmp_path / "x", ["--p", "0.5"], 1)
-    assert "--p 0.5\n" in capfd.readouterr().out
-    for jobs, where in ((1, "above"), (2, "x.log")):
-        with pytest.raises(InputError, match=f"exit code 3 .*{where}.* goes on from here"):
-            experiments.train_run(tmp_path / "x", ["broken"], jobs)
-    assert (tmp_path / "x.log").read_text() == "broken\n"
-
-
 # -------------------------------------------------------------------------------------------------------------- bad input
 
 
-def test_without_matplotlib(trained, in_process, fails, tmp_path, monkeypatch):
-    flags, run = trained
+def test_without_matplotlib(trained, fails, tmp_path, monkeypatch):
+    _, run = trained
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     fails(figures.main, ["curves", run], "matplotlib", "pip install -e '.[figures]'")
     fails(figures.main, ["histogram", run, *CPU], "pip install")
-    fails(figures.main, ["sweep", "--param", "p", "--values", "1", *flags], "pip install")
-    assert not in_process
+    fails(figures.main, ["sweep", tmp_path / "s.json"], "pip install")
     for command in (
         ["maps", run, "--random", 1, *CPU],
         ["boxes", run, "--random", 1, *CPU],
-        ["table", run],
         ["gap", run, *CPU],
     ):
         draw(*command, "--out", tmp_path / "x")
@@ -875,10 +752,26 @@ def test_the_command_itself_from_anywhere(tmp_path):
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "nowhere" in ended.stderr, ended.stderr
 
 
-def test_only_the_package(fails, trained, tmp_path, monkeypatch):
+def test_only_the_package(trained, tmp_path):
+    """figures works from an installed package, without train.py and evaluate.py beside it."""
     _, run = trained
-    monkeypatch.setattr(figures, "__file__", str(tmp_path / "site-packages" / "bridge_wsol" / "figures.py"))
-    fails(figures.main, ["gap", run, *CPU], tmp_path / "site-packages" / "evaluate.py", "clone")
+    site = tmp_path / "site-packages"
+    shutil.copytree(
+        REPOSITORY / "bridge_wsol", site / "bridge_wsol", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for command in ("gap", "boxes"):
+        flags = [command, str(run), "--out", str(tmp_path / command), *CPU]
+        ended = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "bridge_wsol.figures", *flags],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(site)},
+        )
+        assert ended.returncode == 0 and ended.stderr == "", ended.stderr
+    assert read_json(tmp_path / "gap.json")["runs"][0]["images"] == 9
+    assert len(read_json(tmp_path / "boxes.json")["boxes"]) == 4
+    assert not list(site.rglob("train.py")) and not list(site.rglob("evaluate.py"))
 
 
 def test_bad_input_to_figures(trained, fails, tmp_path):
@@ -894,7 +787,7 @@ def test_bad_input_to_figures(trained, fails, tmp_path):
     fails(figures.main, ["curves", run, "--names", "a", "b"], "2 names for 1 runs")
     fails(figures.main, ["curves", run, "--frobnicate"], "--frobnicate")
     fails(figures.main, ["boxes", run, "--images", "test/77.png", *CPU], "test/77.png", "test/00.png")
-    fails(figures.main, ["boxes", run, *CPU], "--worst")
+    fails(figures.main, ["boxes", run, "--worst", 1, "--best", 1, *CPU], "--best", "--worst")
     fails(figures.main, ["boxes", run, "--worst", 0, *CPU], "--worst 0")
     fails(figures.main, [], "command")
     results = run / "results_best_test.json"
@@ -909,10 +802,7 @@ def test_bad_input_to_figures(trained, fails, tmp_path):
     ):
         results.write_text(damaged)
         fails(figures.main, ["curves", run], results, "evaluate.py")
-        fails(figures.main, ["table", run], results, "evaluate.py")
     masks_only = read_json(run / "results_last_test.json") | {"curves": None, "thresholds": None}
     results.write_text(json.dumps(masks_only))
     fails(figures.main, ["curves", run], "no boxes")
     fails(figures.main, ["boxes", run, "--random", 1, *CPU], "no boxes")
-    (run / "config.json").write_text('{"config": 3}')
-    fails(figures.main, ["table", run], run / "config.json")
