@@ -1,4 +1,4 @@
-"""The figures by their content: pixels where they should be, numbers that other code of the program or a hand computed."""
+"""The figures by their content: pixels at their places; numbers from other code, or computed by hand."""
 
 import csv
 import itertools
@@ -47,7 +47,7 @@ def drawn(monkeypatch):
     return made
 
 
-# -------------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- pictures
 
 
 def lightness(rgb):
@@ -98,14 +98,14 @@ def test_box_pixels_have_the_stated_colours_at_the_stated_places(k):
         for x, y in ((xs.min(), ys.min()), (xs.min(), ys.max()), (xs.max(), ys.min()), (xs.max(), ys.max())):
             assert mask[y, x]
         assert not mask[(y0 + 5) * k : (y1 - 4) * k, (x0 + 5) * k : (x1 - 4) * k].any()
-    # Solid and dashed, but for where they cross.
+    # The blue outline is solid, the green one dashed, except where they cross.
     share = {
         name: mask[y * k, x0 * k : (x1 + 1) * k].mean()
         for name, mask, (x0, y, x1, _) in (("blue", blue, truth[0]), ("green", green, predicted))
     }
     assert share["blue"] == 1 and 0.55 < share["green"] < 0.85
     assert (picture[: 100 * k][~blue & ~green] == 100).all()
-    # Under it the map, 60 % of its colours over 40 % of the image; IoU 30 x 40 / (3000 + 2500 - 1200) on it in white on black.
+    # Below: 60 % of the map's colour, 40 % of the image. White on black: IoU 30 x 40 / (3000 + 2500 - 1200).
     assert picture[110 * k, 90 * k].tolist() == [round(0.4 * 100 + 0.6 * c) for c in (13, 8, 135)]
     assert picture[190 * k, 90 * k].tolist() == [round(0.4 * 100 + 0.6 * c) for c in (240, 249, 33)]
     corner = picture[100 * k : 110 * k, : 40 * k]
@@ -162,14 +162,14 @@ def test_a_grid_shows_every_cell_whole():
     assert (picture.width, picture.height) < (260, 300)
 
 
-# ------------------------------------------------------------------------------------------------------- curves, histogram
+# ------------------------------------------------------------------------------------------ curves, histogram
 
 
 def test_flatness_by_hand():
     curve = [0.0] * 255
     curve[40:44] = [94.9, 95.0, 96.0, 95.0]
     curve[44:50] = [94.9, 97.0, 100.0, 100.0, 95.0, 90.0]
-    curve[60] = 99.0  # near the maximum too, but behind a break
+    curve[60] = 99.0  # near the maximum too, but behind a gap
     assert figures.flatness(curve) == (45, 48, 4 / 255)
     assert figures.flatness([7.0] * 255) == (0, 254, 1.0)
     assert figures.flatness([0.0] * 255)[2] is None
@@ -191,7 +191,7 @@ def test_curves_mark_the_maxima_of_the_results(trained, drawn, tmp_path, width):
         assert ours[delta]["threshold"] == result["thresholds"][delta]
     assert theirs["30"]["maximum"] == 40 and theirs["30"]["flatness"] == pytest.approx(
         13 / 255
-    )  # 38 of 40: the last 254 / 20 steps
+    )  # at least 38 of 40: the last 254 / 20 steps
 
     panels = drawn[0].axes
     assert len(panels) == 3
@@ -259,7 +259,7 @@ def test_the_same_runs_give_the_same_bytes(trained, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     _, run = trained
     for folder, time in (("one", "1000000000"), ("two", "1700000000")):
-        monkeypatch.setenv("SOURCE_DATE_EPOCH", time)  # what matplotlib would write as the date
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", time)  # the date that matplotlib would write
         draw("curves", run, "--out", tmp_path / folder / "curves")
         draw("maps", run, "--random", 2, "--cell", 64, "--out", tmp_path / folder / "maps", *CPU)
     for name in ("curves.png", "curves.pdf", "curves.json", "maps.png", "maps.pdf"):
@@ -269,7 +269,7 @@ def test_the_same_runs_give_the_same_bytes(trained, tmp_path, monkeypatch):
 
 
 def network_of(run, tmp_path):
-    """(model, its test images normalized, labels, split): by hand, not through figures.py."""
+    """(model, normalized test images, labels, split), made without figures.py."""
     model, _, _ = evaluation.load_run(run, "best", torch.device("cpu"))
     split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("test",))[0]["test"]
     images, labels, _ = next(iter(test_loader(split, 9, image_size=64, workers=0)))
@@ -303,7 +303,7 @@ def test_histogram_of_the_largest_norms(trained, drawn, tmp_path):
     assert len(drawn) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------ maps, boxes
+# ------------------------------------------------------------------------------------------------ maps, boxes
 
 
 def test_maps_show_the_image_the_map_and_its_factors(trained, tmp_path, monkeypatch):
@@ -356,7 +356,7 @@ def test_maps_show_the_image_the_map_and_its_factors(trained, tmp_path, monkeypa
                 expected = np.asarray(scale(values.astype(np.float32), 64)).astype(int)
                 assert (
                     np.abs(np.asarray(cell).astype(int) - expected).max(-1) <= 3
-                ).mean() > 0.99  # but for the line's rounding
+                ).mean() > 0.99  # except where rounding moves the black line
     assert Image.open(tmp_path / "m.png").size[0] > 7 * 64
 
     draw("maps", run, "--random", 3, "--seed", 5, "--cell", 64, "--below", "--out", tmp_path / "m", *CPU)
@@ -396,7 +396,7 @@ def test_boxes_are_those_of_the_evaluation_and_the_worst_come_first(trained, tmp
         assert f"images: {' '.join(expected)}\n" in capsys.readouterr().out
         assert [entry["image"] for entry in read_json(tmp_path / f"{flag[2:]}.json")["boxes"]] == expected
 
-    # In the picture: the first image's truth, scaled to the map (64) and to the cell (k x 64), in its colours.
+    # The first image of the picture has its boxes, scaled from the map (64 pixels) to the cell (224).
     entry = read_json(tmp_path / "worst.json")["boxes"][0]
     pixels = np.asarray(Image.open(tmp_path / "worst.png").convert("RGB"))
     (x0, y0, x1, y1), (px0, py0, px1, py1) = entry["truth"][0], entry["box"]
@@ -442,7 +442,7 @@ def test_long_loops_show_how_far_they_are_unless_quiet(trained, tmp_path, capsys
         assert capsys.readouterr().err == ""
 
 
-# ------------------------------------------------------------------------------------------------------------------ sweep
+# ------------------------------------------------------------------------------------------------------ sweep
 
 
 def write_sweep(path, results, *, metric="gt_known_loc", **changes):
@@ -566,7 +566,7 @@ def test_a_bad_sweep_file_is_one_line_that_names_it(fails, tmp_path):
     assert not list(tmp_path.glob("s.*"))
 
 
-# -------------------------------------------------------------------------------------------------------------------- gap
+# -------------------------------------------------------------------------------------------------------- gap
 
 
 def test_regions_and_numbers_by_hand(tmp_path):
@@ -589,7 +589,8 @@ def test_regions_and_numbers_by_hand(tmp_path):
     split.masks[0] = type(data.Masks([], []))(["mask.png"], ["ignore.png"])
     run = figures.Run(tmp_path, "run", nn.Identity(), None, {}, split, 8)
     found = figures.regions(run, 0, (4, 4))
-    # Boxes at half size: x 2 ... 5, y 3 ... 4 has the centres (3, 3) and (5, 3); x 0 ... 1, y 0 ... 1 the one at (1, 1).
+    # Boxes at half size: x 2 ... 5, y 3 ... 4 holds the centres (3, 3) and (5, 3).
+    # x 0 ... 1, y 0 ... 1 holds the centre (1, 1).
     inside = np.zeros((4, 4), dtype=bool)
     inside[1, 1] = inside[1, 2] = inside[0, 0] = True
     assert (found["box"][0] == inside).all() and (found["box"][1] == ~inside).all()
@@ -644,7 +645,7 @@ def test_gap_of_a_run_against_loops_and_the_evaluator(trained, tmp_path, capsys)
     table = capsys.readouterr().out
     assert f"| MaxBoxAccV2 by CAM | {result['metrics']['max_box_acc_v2']['mean']:.1f} |" in table
 
-    # F and S as any other method's score maps through the evaluator.
+    # evaluate.py on files with F and S as score maps.
     model, images, labels, split = network_of(run, tmp_path)
     with torch.no_grad():
         features, weight = model(images).features.numpy(), model.fc.weight.numpy()
@@ -668,7 +669,7 @@ def test_gap_of_a_run_against_loops_and_the_evaluator(trained, tmp_path, capsys)
             of_maps["pxap"], abs=0.05
         )
 
-    # Inside and outside, location by location.
+    # Means inside and outside, with a loop over locations.
     F_hat = (F - F.min((1, 2), keepdims=True)) / np.ptp(F, axis=(1, 2), keepdims=True)
     of_image = {"box": [], "mask": []}
     for i in range(9):
@@ -676,12 +677,12 @@ def test_gap_of_a_run_against_loops_and_the_evaluator(trained, tmp_path, capsys)
         mask = load_masks(split.root, split.masks[i], 64)[0]
         n = F.shape[1]
         cells = [(r, c, (2 * r + 1) * 32 // n, (2 * c + 1) * 32 // n) for r in range(n) for c in range(n)]
-        for kind, is_in in (
-            ("box", lambda y, x: x0 <= x <= x1 and y0 <= y <= y1),
-            ("mask", lambda y, x: mask[y, x]),
+        for kind, pixels in (
+            ("box", {(y, x) for y in range(y0, y1 + 1) for x in range(x0, x1 + 1)}),
+            ("mask", set(zip(*np.nonzero(mask)))),
         ):
-            inside = [(r, c) for r, c, y, x in cells if is_in(y, x)]
-            outside = [(r, c) for r, c, y, x in cells if not is_in(y, x)]
+            inside = [(r, c) for r, c, y, x in cells if (y, x) in pixels]
+            outside = [(r, c) for r, c, y, x in cells if (y, x) not in pixels]
             of_image[kind].append(
                 [
                     np.mean([S[i][at] for at in inside]) if inside else np.nan,
@@ -720,7 +721,7 @@ def test_a_network_without_linear_classifier_has_no_factors(trained, fails, tmp_
         )
 
 
-# -------------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 
 def test_without_matplotlib(trained, fails, tmp_path, monkeypatch):
@@ -738,7 +739,10 @@ def test_without_matplotlib(trained, fails, tmp_path, monkeypatch):
 
 
 def test_the_command_itself_from_anywhere(tmp_path):
-    code = "import sys, bridge_wsol.figures; assert 'matplotlib' not in sys.modules; sys.argv[0] = 'x'; import runpy; runpy.run_module('bridge_wsol.figures', run_name='__main__')"
+    code = (
+        "import runpy, bridge_wsol.figures; assert 'matplotlib' not in sys.modules; "
+        "runpy.run_module('bridge_wsol.figures', run_name='__main__')"
+    )
     command = [
         sys.executable,
         "-W",
