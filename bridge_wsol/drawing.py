@@ -276,12 +276,13 @@ def _colour_bar(
 
 def box_legend(picture: Image.Image, size: int, x: int, y: int, width: int) -> None:
     """The foot of Fig. A4: the frames of ground truth and prediction; one line."""
-    draw, line = ImageDraw.Draw(picture), _line(size)
+    line = _line(size)
     for text, colour, dashed in (("ground truth", TRUTH, False), ("prediction", PREDICTION, True)):
         sample = Image.new("RGB", (2 * line, line * 3 // 4), "white")
         _frame(ImageDraw.Draw(sample), (0, 0, sample.width - 1, sample.height - 1), colour, dashed=dashed)
         picture.paste(sample, (x, y + line // 8))
-        draw.text((x + sample.width + size // 2, y), text, font=_font(size), fill="black")
+        label = _label(text, size, width // 2 - sample.width - size)
+        picture.paste(label, (x + sample.width + size // 2, y))
         x += width // 2
 
 

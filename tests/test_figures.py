@@ -130,6 +130,21 @@ def test_a_long_label_is_drawn_smaller_not_cut():
     assert 100 < picture.width <= 150 and (pixels[:, -1] == 255).all() and (pixels < 60).any()
 
 
+def test_the_legend_of_boxes_fits_into_a_narrow_picture():
+    def texts(width):
+        picture = Image.new("RGB", (width, 40), "white")
+        drawing.box_legend(picture, 11, 0, 0, width)
+        pixels = np.asarray(picture).astype(int)
+        green = np.flatnonzero((pixels == drawing.PREDICTION).all(-1).any(0))
+        grey = (np.ptp(pixels, axis=-1) == 0) & (pixels[..., 0] < 128)
+        return green[0], np.flatnonzero(grey.any(0))
+
+    for width in (195, 400):
+        start, columns = texts(width)
+        left, right = columns[columns < start], columns[columns > start]
+        assert start == width // 2 and len(left) > 30 and start - left[-1] > 3 and right[-1] < width - 3
+
+
 def test_a_grid_shows_every_cell_whole():
     colours = [[(10 * i + j, 200, 50) for j in range(5)] for i in range(1, 5)]
     rows = [[Image.new("RGB", (30, 40), colour) for colour in row] for row in colours]
