@@ -1,14 +1,30 @@
 """bridge-wsol: "Bridging the Gap between Classification and Localization for WSOL" (Kim et al., CVPR 2022).
 
-Conventions of the whole package:
-    boxes       x0, y0, x1, y1 in integer pixels, both corners inside the box
-    maps        H x W, float32, in [0, 1] once normalized
-    thresholds  fractions of a map's maximum; a *level* is the uint8 value floor(255 * threshold)
-    results     percent
+The rooms by floor. An import goes down or stays on its floor; train.py and evaluate.py are above all.
 
-Modules, in the order of the paper: `losses` (section 3), `models` (VGG16-GAP, ResNet50), `cam` (|w| * F * S, Fig. A3),
-`boxes` and `metrics` (the evaluation protocol of Choe et al.), `data` and `datasets`, `optim` (appendix B and C.5), `utils`; and `baselines` (this method and those
-it is compared with, as train.py runs them), `demo` (the drawn data set), `figures` (pictures in the appendix's form).
+    many runs   experiments  rows x seeds of train.py: comparison, ablation, sweep; tables
+    pictures    figures      Figs. A1-A5 and the gap in numbers, from runs and results
+                drawing      images, maps and boxes as pictures, with Pillow alone
+    evaluation  evaluation   score maps -> metrics, files of a run, Localizer
+    methods     methods      what a method is; CAM; Bridge, the paper's total loss
+                baselines    the nine compared systems
+    the paper   losses       section 3: L_sim, L_norm, L_drop, attentive dropout
+                cam          CAM = |w| * F * S (Fig. A3), resize, normalization
+                models       VGG16-GAP, ResNet50; files of weights
+                optim        presets (B, C.5), flags, learning-rate groups, schedule
+    protocol    boxes        a map -> the boxes of all thresholds
+                metrics      MaxBoxAcc, MaxBoxAccV2, GT-known and Top-k Loc, PxAP
+    images      data         list format, decoding, loaders, cache
+                datasets     CUB, ILSVRC, OpenImages, one's own folder, drawn ones; check
+                demo         the drawn birds
+    ground      processes    torchrun, signals, worker processes
+                utils        errors, progress, devices, files
+
+Conventions:
+    boxes       x0, y0, x1, y1 in integer pixels, both corners inside the box
+    maps        H x W floats, in [0, 1] once normalized
+    thresholds  fractions in [0, 1) of the quantized range; a *level* is floor(255 * threshold), 0 ... 254
+    results     percent
 """
 
 __version__ = "0.1.0"

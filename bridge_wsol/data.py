@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .utils import InputError, alone, atomic_write, first_line, ignore_interrupts, ordered_map
+from .processes import ignore_interrupts, ordered_map
+from .utils import InputError, alone, atomic_write, first_line
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
@@ -292,6 +293,7 @@ def decode(path: Path, listed: np.ndarray | None = None, upright: bool = False) 
             rgb = image.convert("RGB")
         except Exception as error:  # Pillow's decoders raise whatever damaged data leads them to
             raise InputError(f"{path}: truncated or damaged image ({first_line(error)})") from error
+    rgb.info.pop("exif", None)  # the orientation is applied now, or not wanted
     return rgb if turn is None else rgb.transpose(turn)
 
 
@@ -522,6 +524,21 @@ def test_loader(
 
 
 test_loader.__test__ = False
+
+
+def split_loaders(
+    splits: dict[str, Split], config: dict[str, Any], pixels: np.ndarray | None, **share: int
+) -> dict[str | int, DataLoader]:
+    """{batch size: loader of train, one per stage of training; "val": ..., "test": ...}.
+
+    config: the values of a run. pixels: of `resized_pixels`. share: workers, rank, world_size.
+    """
+    share = {"image_size": config["image_size"], **share}
+    training = {"resize_size": config["resize_size"], "seed": config["seed"], "pixels": pixels, **share}
+    sizes = {config["warm_batch_size"], config["batch_size"]}
+    loaders = {size: train_loader(splits["train"], size, **training) for size in sizes}
+    of_images = {name: test_loader(splits[name], config["batch_size"], **share) for name in ("val", "test")}
+    return loaders | of_images
 
 
 def _loader(dataset: Dataset, workers: int, **kwargs: Any) -> DataLoader:

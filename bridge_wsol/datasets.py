@@ -29,6 +29,7 @@ import numpy as np
 
 from .data import SIDEWAYS, Split, decode, is_image, open_image, read_localization, read_split, turn_of
 from .demo import draw_demo, draw_pretraining
+from .processes import ordered_map
 from .utils import (
     InputError,
     Parser,
@@ -36,7 +37,6 @@ from .utils import (
     default_workers,
     first_line,
     one_line_errors,
-    ordered_map,
     write_json,
     write_text,
     writing,
@@ -112,6 +112,13 @@ def read_lines(path: Path) -> list[str]:
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
+
+
+def download(dataset: str, data_root: Path) -> None:
+    """--download of train.py. Raises InputError for a data set that this program does not download."""
+    if dataset != "CUB":
+        raise InputError(f"--download: only CUB can be downloaded, not {dataset}: see docs/data.md")
+    download_cub(data_root)
 
 
 def download_cub(data_root: Path) -> None:

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .utils import default_workers, ordered_map, write_text, writing
+from .processes import ordered_map
+from .utils import default_workers, write_text, writing
 
 SIZE = 128  # of a picture; training crops 7/8 of it, as 224 of 256
 SCALE = 2  # drawn larger, then averaged: smooth edges

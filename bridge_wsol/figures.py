@@ -32,9 +32,8 @@ from torch import Tensor, nn
 from . import cam, drawing
 from .boxes import LEVELS, iou_matrix, level_boxes, scale_boxes
 from .data import Masks, Split, load_masks, load_rgb, test_loader, to_input
-from .datasets import load_splits
 from .drawing import with_suffix
-from .evaluation import MapBatch, evaluate_maps, load_run, names_of, read_json, read_results
+from .evaluation import MapBatch, evaluate_maps, load_run, names_of, read_json, read_results, run_splits
 from .experiments import markdown
 from .losses import feature_norm, minmax
 from .methods import CAM
@@ -163,9 +162,7 @@ def open_runs(args: argparse.Namespace) -> list[Run]:
     for folder, name in zip(args.runs, names_of(args)):
         model, method, checkpoint = load_run(folder, args.checkpoint, device)
         config = checkpoint["config"]
-        data_root, splits = args.data_root or config["data_root"], args.splits or config["splits"]
-        source = config["dataset"], Path(data_root), Path(splits)
-        split = load_splits(*source, (args.split,), config["val_per_class"])[0][args.split]
+        split = run_splits(folder, checkpoint, (args.split,), args.data_root, args.splits)[args.split]
         runs.append(Run(folder, name, model.eval(), method, config, split, config["image_size"]))
     return runs
 
@@ -425,7 +422,8 @@ def boxes(args: argparse.Namespace) -> None:
 
 # --------------------------------------------------------------------------------------------- Fig. A5, sweep
 
-METRICS = {"gt_known_loc": "GT-known Loc", "pxap": "PxAP"}  # pxap: of data sets with masks only
+# The first one that a file has: PxAP without boxes, Top-1 cls without boxes and masks.
+METRICS = {"gt_known_loc": "GT-known Loc", "pxap": "PxAP", "top1_cls": "Top-1 cls"}
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
@@ -437,7 +435,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
     content = read_json(path, made_by)
     try:
         rows = sorted(content["values"], key=lambda row: row["value"])
-        (metric,) = {name for row in rows for name in METRICS if name in row}
+        metric = [name for name in METRICS if name in rows[0]][0]
         numbers = [content["preset"], *(n for row in rows for n in (row["value"], *row[metric]))]
         title = " ".join(content[name] for name in ("dataset", "arch", "method"))
         complete = (
@@ -445,7 +443,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
             and all(0 < len(row[metric]) == len(rows[0][metric]) for row in rows)
             and content["param"].isidentifier()
         )
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
         complete = False
     if not complete:
         raise InputError(f"{path}: not a file of a sweep; it is made by: {made_by}")
@@ -606,7 +604,7 @@ COMMANDS = {  # function, files, help
     "histogram": (histogram, PNG_PDF + JSON, "Fig. A2: density of the largest feature norm"),
     "maps": (maps, PNG_PDF, "Fig. A3: image, CAM, F, S"),
     "boxes": (boxes, PNG_PDF + JSON, "Fig. A4: boxes and CAM"),
-    "sweep": (sweep, PNG_PDF, "Fig. A5: GT-known Loc (all contours), or PxAP, against a hyperparameter"),
+    "sweep": (sweep, PNG_PDF, "Fig. A5: GT-known Loc (all contours) against a hyperparameter"),
     "gap": (gap, JSON, "means of F-hat and S inside and outside the object, metrics of CAM, F and S"),
 }
 LEAST = {"cell": 16, "dpi": 10, "workers": 0, "seed": 0}  # values of flags; 1 for the others

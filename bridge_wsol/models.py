@@ -9,11 +9,13 @@ evaluation never runs a network twice. Parameters carry torchvision's names: its
 
 from __future__ import annotations
 
+import random
 import sys
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet, ResNet50_Weights, VGG16_Weights
@@ -274,6 +276,27 @@ def load_tensors(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}, not a dictionary of tensors")
     return value
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch on all devices. Same seed, same machine: same run, bit for bit on the CPU."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = False
+
+
+def random_states() -> dict[str, Any]:
+    """Torch's random states, for a checkpoint: all randomness of a run that (seed, epoch) does not determine."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Restores `random_states`; those of GPUs where there are as many as before."""
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def restore_weights(model: GAPNetwork, state: dict[str, Tensor], path: Path) -> None:

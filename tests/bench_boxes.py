@@ -25,7 +25,7 @@ from bridge_wsol.boxes import iou_matrix, scale_boxes
 from bridge_wsol.data import test_loader
 from bridge_wsol.datasets import load_splits
 from bridge_wsol.metrics import localize
-from bridge_wsol.utils import ordered_map
+from bridge_wsol.processes import ordered_map
 from evaluate import load_run, network_maps
 
 try:

@@ -2,8 +2,8 @@
 
     python tests/bench_eval.py [--arch vgg16] [--images 128] [--workers N] [--device cpu]
 
-Images of CUB's usual size (500 x 375 JPEG) and boxes drawn at random in a temporary folder, a network with random weights at 224 x 224:
-the times do not depend on what it has learned. Each stage is timed alone, then all of them together as evaluate.py runs them.
+Images of CUB's usual size (500 x 375 JPEG) and random boxes in a temporary folder; a network with random
+weights at 224 x 224, on which the times do not depend. Each stage is timed alone, then all of them together.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bridge_wsol.data import Split, test_loader
+from bridge_wsol.evaluation import MapBatch, evaluate_maps, network_maps
 from bridge_wsol.methods import CAM
 from bridge_wsol.metrics import localize
 from bridge_wsol.models import ARCHS, build_model
 from bridge_wsol.utils import default_workers, resolve_device
-from evaluate import MapBatch, evaluate_maps, network_maps
 
 
 def drawn_split(folder: Path, n: int) -> Split:
@@ -118,10 +118,12 @@ def main() -> None:
     total = sum(alone.values())
     for stage, seconds in alone.items():
         print(
-            f"  {stage:<22}{args.images / seconds:9.1f} images/s alone   {100 * seconds / total:5.1f} % of the work"
+            f"  {stage:<22}{args.images / seconds:9.1f} images/s alone"
+            f"   {100 * seconds / total:5.1f} % of the work"
         )
     print(
-        f"  {f'all, {args.workers} workers':<22}{args.images / together:9.1f} images/s, {total / together:.2f} x one after another"
+        f"  {f'all, {args.workers} workers':<22}{args.images / together:9.1f} images/s"
+        f", {total / together:.2f} x one after another"
     )
 
 

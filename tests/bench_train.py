@@ -1,11 +1,11 @@
-"""How fast a training step is: ours in float32 and bf16 against a plain float32 eager step with the same mathematics.
+"""Speed of a training step: this program in float32 and bf16 against a plain float32 eager step.
 
     python tests/bench_train.py [--dataset CUB] [--arch vgg16] [--batch-size 8] [--steps 7] [--device cpu]
 
-The plain step: contiguous tensors, no autocast, cosine maps of all classes, SGD parameter by parameter. Same weights, same images, in turns,
-each in a process of its own. Printed: medians of images/s, the ratio to the plain step, peak memory (on the CPU the whole process's), the share
-of what matrix products of the same type reach on this device; that the losses of the first step are equal; and the input's images/s, decoded
-and cached.
+The plain step has the same mathematics with contiguous tensors, no autocast, cosine maps of all classes, and
+SGD parameter by parameter. Same weights and images, in turns, one process per mode. Printed: medians of
+images/s, the ratio to the plain step, peak memory (on the CPU of the whole process), the share of the
+throughput of matrix products of the same type; that the first losses are equal; images/s of the input.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,7 +143,7 @@ def batch(size: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor
 
 
 class Runner:
-    """A process that does steps of one mode when it is told to: memory and the C library's settings are its own."""
+    """A process that does steps of one mode on request: it has its own memory and C library settings."""
 
     def __init__(self, mode: str, flags: list[str]):
         command = [sys.executable, __file__, *flags, "--run", mode]
@@ -236,15 +237,17 @@ def main() -> None:
     )
     classes = CLASSES[args.dataset]
     print(
-        f"{args.arch}, batch {args.batch_size}, 224 x 224, {classes} classes, {name}; {flops / args.batch_size / 1e9:.0f} GFLOP an image"
+        f"{args.arch}, batch {args.batch_size}, 224 x 224, {classes} classes, {name}; "
+        f"{flops / args.batch_size / 1e9:.0f} GFLOP per image"
     )
     reachable = {dtype: matrix_throughput(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     plain = np.median(taken["plain float32"])
     for mode in MODES:
         median, dtype = np.median(taken[mode]), torch.bfloat16 if "bf16" in mode else torch.float32
         print(
-            f"  {mode:<14}{args.batch_size / median:9.2f} images/s   {plain / median:5.2f} x plain   {memory[mode]:6.2f} GB at most"
-            f"   {100 * flops / median / reachable[dtype]:5.1f} % of a matrix product's {reachable[dtype] / 1e12:.2f} TFLOP/s"
+            f"  {mode:<14}{args.batch_size / median:9.2f} images/s   {plain / median:5.2f} x plain"
+            f"   {memory[mode]:6.2f} GB at most   {100 * flops / median / reachable[dtype]:5.1f} %"
+            f" of a matrix product's {reachable[dtype] / 1e12:.2f} TFLOP/s"
         )
     for mode in MODES[1:]:
         difference = max(abs(first[mode][key] - first["plain float32"][key]) for key in first[mode])
@@ -256,9 +259,8 @@ def main() -> None:
         for what, kept in (("decoded", None), ("cached", pixels)):
             loader = train_loader(split, 32, resize_size=256, image_size=224, seed=0, workers=0, pixels=kept)
             list(loader)
-            print(
-                f"  input, one process, {what:<9}{len(split) / seconds(lambda: list(loader), torch.device('cpu')):9.0f} images/s"
-            )
+            images_per_second = len(split) / seconds(partial(list, loader), torch.device("cpu"))
+            print(f"  input, one process, {what:<9}{images_per_second:9.0f} images/s")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A small data set of bright squares and discs, a preset for it, and the real data where BRIDGE_WSOL_TEST_DATA names a folder."""
+"""A small data set with a preset, and the real data of the folder that BRIDGE_WSOL_TEST_DATA names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny_preset(monkeypatch):
-    """CUB's VGG16 preset at a sixteenth of the width on 64 x 64 images, for a data set called `tiny` (and for CUB itself)."""
+    """CUB's VGG16 preset at 1/16 of the width on 64 x 64 images, for a data set `tiny` and for CUB."""
     set_tiny_preset(monkeypatch)
 
 
@@ -66,7 +66,7 @@ def write_split(folder: Path, **files: list[str]) -> None:
 
 
 def make_tiny(root: Path) -> tuple[Path, Path]:
-    """(data root, splits folder): three classes by colour, one bright square on noise an image, boxes and masks."""
+    """(data root, splits folder): three classes by colour; a bright square on noise; boxes and masks."""
     data_root, splits = root / "data", root / "splits"
     rng = np.random.default_rng(0)
     for split, n in (("train", 18), ("val", 6), ("test", 9)):
@@ -147,9 +147,8 @@ def fails(capsys):
             main([str(argument) for argument in argv])
         error = capsys.readouterr().err
         cause = end.value
-        while (
-            cause is not None
-        ):  # frees the data loaders in these frames now: collected later as cycles, their workers are slow to end
+        # Frees the data loaders in these frames now: their workers are slow to end when collected as cycles.
+        while cause is not None:
             traceback.clear_frames(cause.__traceback__)
             cause = cause.__context__
         assert end.value.code == 2

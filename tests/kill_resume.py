@@ -1,9 +1,9 @@
-"""Kills a small run at random moments and resumes it, again and again: it must end byte for byte as the run nobody touched.
+"""Kills a small run at random moments and resumes it: it must end byte for byte as an uninterrupted run.
 
     python tests/kill_resume.py [--kills 20] [--epochs 12] [--seed 0] [--workers 0 2]
 
-SIGKILL while a checkpoint is being written, SIGKILL at any moment, and SIGTERM in turn. Compared: last.pt, best.pt, the results, and log.jsonl
-without what the clock decides.
+SIGKILL while a checkpoint is being written, SIGKILL at any moment, and SIGTERM in turn. Compared: last.pt,
+best.pt, the results, and log.jsonl without times.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def interrupt(flags: list[str], out: Path, how: str, rng: random.Random) -> str:
         raise SystemExit(f"{how}: exit code {process.returncode}\n{errors}")
     log = out / "log.jsonl"
     epochs = len(log.read_text().splitlines()) if log.exists() else 0
-    return f"{how}: exit code {process.returncode}, {epochs} epochs in the log{', a checkpoint half written' if not writing() <= before else ''}"
+    half = ", a checkpoint half written" if not writing() <= before else ""
+    return f"{how}: exit code {process.returncode}, {epochs} epochs in the log{half}"
 
 
 def content(out: Path) -> dict[str, object]:
@@ -99,10 +100,8 @@ def main() -> None:
             whole, with_workers = Path(folder) / f"whole_{workers}", [*flags, "--workers", str(workers)]
             finish(with_workers, whole)
             for i in range(args.kills):
-                print(
-                    f"{workers} workers, {i + 1}: {interrupt(with_workers, out, ('writing', 'SIGKILL', 'SIGTERM')[i % 3], rng)}",
-                    flush=True,
-                )
+                how = ("writing", "SIGKILL", "SIGTERM")[i % 3]
+                print(f"{workers} workers, {i + 1}: {interrupt(with_workers, out, how, rng)}", flush=True)
                 if (
                     out / "results_last_test.json"
                 ).exists():  # it got to its end between two kills: once more, elsewhere

@@ -4,11 +4,6 @@ import functools
 import itertools
 import json
 import math
-import shutil
-import sys
-import threading
-import time
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,14 +17,13 @@ from torch import nn
 
 import evaluate
 import train
-from bridge_wsol import baselines, demo, evaluation, experiments, optim
+from bridge_wsol import demo, evaluation, optim
 from bridge_wsol.baselines import attention_based_dropout, hide, mix, seed_loss, seeds, thresholded_average
 from bridge_wsol.cam import normalize
 from bridge_wsol.data import Split
 from bridge_wsol.losses import alignment_losses, consistency_loss
 from bridge_wsol.methods import METHODS
 from bridge_wsol.models import load_pretrained, restore_weights
-from bridge_wsol.utils import alone
 
 COMPARED = ("acol", "adl", "eil", "cutmix", "pas", "calm", "has", "spg", "bridge+cutmix")
 LABELS = torch.tensor([2, 0])
@@ -996,137 +990,7 @@ def test_bad_percentiles(trained, fails, tmp_path):
     fails(evaluate.main, [*flags, "--percentile", "val"], "--percentile val", "neither boxes nor masks")
 
 
-# ---------------------------------------------------------------------------------------------- the comparison, the example
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """The comparison's scripts run here, where the tiny preset is; what was called comes back."""
-    calls = []
-
-    def run_script(script, *arguments):
-        calls.append((script, *map(str, arguments)))
-        {"train.py": train, "evaluate.py": evaluate}[script].main([str(argument) for argument in arguments])
-
-    monkeypatch.setattr(baselines, "run_script", run_script)
-    return calls
-
-
-def test_the_comparison_trains_what_is_missing_and_tabulates_what_was_measured(
-    tiny, in_this_process, tmp_path, capsys, fails
-):
-    runs, calls = tmp_path / "runs", in_this_process
-    ablated = "pas:pas_nwc=off,pas_theta=-1"
-    arguments = ["--methods", "cam", "cam+ivr", ablated, "--runs", str(runs), *tiny]
-    experiments.main([*arguments, "--seeds", "0"])
-    assert [call[0] for call in calls] == ["train.py", "evaluate.py", "train.py"]
-
-    calls.clear()
-    interrupted = runs / "pas_pas_nwc=off_pas_theta=-1_seed0"  # as after one epoch of two
-    assert json.loads((interrupted / "config.json").read_text())["config"]["pas_nwc"] == {
-        "value": "off",
-        "source": "flag",
-    }
-    shutil.rmtree(interrupted)
-    train.main(
-        [
-            *tiny,
-            "--method",
-            "pas",
-            "--pas-nwc",
-            "off",
-            "--pas-theta",
-            "-1",
-            "--epochs",
-            "1",
-            "--out",
-            str(interrupted),
-        ]
-    )
-    for path in interrupted.glob("results_*"):
-        path.unlink()
-    capsys.readouterr()
-    experiments.main([*arguments, "--seeds", "0", "1"])
-    trained = [
-        (call[call.index("--method") + 1], call[call.index("--seed") + 1])
-        for call in calls
-        if call[0] == "train.py"
-    ]
-    assert trained == [("pas", "0"), ("cam", "1"), ("pas", "1")]
-
-    table, said = (runs / "table.md").read_text(), capsys.readouterr().out
-    assert table in said and said.count("resumed after epoch 1") == 1
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert [line[0] for line in lines[2:]] == ["cam", "cam+ivr", ablated]
-    for line, file in zip(
-        lines[2:],
-        (
-            "cam_seed{}/results_last_test",
-            "cam_seed{}/results_last_test_ivr_val",
-            f"{interrupted.name[:-1]}{{}}/results_last_test",
-        ),
-    ):
-        metrics = [json.loads((runs / f"{file.format(seed)}.json").read_text())["metrics"] for seed in (0, 1)]
-        expected = {
-            "MaxBoxAccV2": [m["max_box_acc_v2"]["mean"] for m in metrics],
-            "IoU 70": [m["max_box_acc_v2"]["70"] for m in metrics],
-            "GT-known": [m["max_box_acc"] for m in metrics],
-            "Top-1 cls": [m["top1_cls"] for m in metrics],
-            "PxAP": [m["pxap"] for m in metrics],
-        }
-        for heading, (a, b) in expected.items():
-            spread = (2 * ((a - (a + b) / 2) ** 2)) ** 0.5  # over n - 1 = 1
-            assert line[lines[0].index(heading)] == f"{(a + b) / 2:.1f} ± {spread:.1f}"
-        assert line[1] == "2" and float(line[-1].split(" ± ")[0]) > 0
-
-    fails(experiments.main, [*arguments, "--seeds", "0", "--lr", "0.1"], runs / "flags.json", "--runs")
-    for name in ("cam+sum", "bridge:", "bridge:lambda_sim", "bridge:p=0,", "+ivr"):
-        fails(experiments.main, ["--methods", name], f"--methods {name}")
-    everything = experiments.row_of("bridge+cutmix:lambda_sim=0,p=0.25+ivr")
-    assert everything == (
-        "bridge+cutmix",
-        ["--lambda-sim=0", "--p=0.25"],
-        "ivr",
-        "bridge+cutmix_lambda_sim=0_p=0.25",
-    )
-    fails(experiments.main, ["--method", "cam"], "--method", "--methods")
-    assert {experiments.row_of(row)[0] for row in experiments.ROWS} == METHODS.keys()
-
-
-def test_comparisons_at_the_same_time_share_the_runs(tmp_path, monkeypatch):
-    """Another call is at cam's first seed: that one comes last, is waited for, and is not trained twice."""
-    order, other = [], ExitStack()
-    (tmp_path / "cam_seed0").mkdir()
-    other.enter_context(alone(tmp_path / "cam_seed0"))
-
-    def finish(row, seed, run, checkpoint, flags):
-        order.append((row.method, seed))
-        if len(order) == 3:  # the other call ends while this one waits
-            threading.Timer(0.3, other.close).start()
-        return run / "results.json"
-
-    monkeypatch.setattr(baselines, "finish", finish)
-    monkeypatch.setattr(
-        baselines, "measured", lambda results, log: dict.fromkeys((*experiments.COLUMNS, "images/s"), 1.0)
-    )
-    waits = []
-    monkeypatch.setattr(baselines, "alone", lambda run, wait: waits.append(wait) or alone(run, wait))
-    started = time.monotonic()
-    text = experiments.compare(["cam", "bridge"], [0, 1], tmp_path, "last", [])
-    assert (
-        order == [("bridge", 0), ("cam", 1), ("bridge", 1), ("cam", 0)] and time.monotonic() - started > 0.3
-    )
-    assert waits == [False] * 4 + [True]
-    assert text == (tmp_path / "table.md").read_text() and text.count("| 2 | 1.0 ± 0.0 |") == 2
-
-
-@pytest.mark.skipif(not shutil.which("false"), reason="no program here that only fails")
-def test_a_script_that_fails_ends_the_comparison(fails, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    arguments = ["--methods", "cam", "--seeds", "7", "--epochs", "1", "--runs", str(tmp_path)]
-    fails(
-        experiments.main, arguments, "train.py ended with exit code 1", "--method cam --seed 7", "--epochs 1"
-    )
+# ------------------------------------------------------------------------------------------------------------- the example
 
 
 def test_the_readme_s_own_method(tiny, tmp_path, fails):

@@ -373,7 +373,7 @@ def test_download_problems_are_one_line(server, fails, monkeypatch, tmp_path):
         "refused",
     )
     fails(
-        train.main, ["--dataset", "ILSVRC", "--download", "--data-root", tmp_path], "--download fetches CUB"
+        train.main, ["--dataset", "ILSVRC", "--download", "--data-root", tmp_path], "--download: only CUB"
     )
 
 
@@ -692,7 +692,7 @@ def test_folders_that_are_no_data_set_are_named(tmp_path, fails):
     fails(
         train.main,
         [*flags, "unheard-of"],
-        "no preset for --dataset unheard-of",
+        "--dataset unheard-of --arch vgg16: no preset",
         "a folder of your own images",
     )
 
@@ -1032,7 +1032,7 @@ def test_a_checkpoint_without_a_part_is_named(trained, fails, part, value):
         evaluate.main,
         [run, "--device", "cpu"],
         run / "best.pt",
-        f"not a checkpoint of train.py ({part} is missing or of the wrong kind)",
+        f"not a checkpoint of train.py ({part} is missing or has the wrong type)",
     )
 
 

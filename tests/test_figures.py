@@ -463,7 +463,12 @@ def test_long_loops_show_how_far_they_are_unless_quiet(trained, tmp_path, capsys
 def write_sweep(path, results, *, metric="gt_known_loc", **changes):
     """A file as experiments sweep writes it. results: {value: [percent of each seed]}."""
     values = [
-        {"value": value, "seeds": list(range(len(numbers))), metric: numbers, "top1_cls": numbers}
+        {
+            "value": value,
+            "seeds": list(range(len(numbers))),
+            "top1_cls": [99.0] * len(numbers),
+            metric: numbers,
+        }
         for value, numbers in results.items()
     ]
     content = {"dataset": "CUB", "arch": "vgg16", "method": "bridge", "param": "lambda_sim", "preset": 0.5}
@@ -525,7 +530,9 @@ def test_several_sweeps_are_panels_and_nothing_is_cut_off(drawn, tmp_path, width
             param="p",
             preset=1,
         ),
-        write_sweep(tmp_path / "d.json", {1: [40.0], 2: [41.0]}, param="warm_epochs", preset=1),
+        write_sweep(
+            tmp_path / "d.json", {1: [40.0], 2: [41.0]}, metric="top1_cls", param="warm_epochs", preset=1
+        ),
     ]
     draw("sweep", *files, "--width", width, "--dpi", 100, "--out", tmp_path / "s")
     panels = [panel for panel in drawn[0].axes if panel.get_visible()]
@@ -536,7 +543,7 @@ def test_several_sweeps_are_panels_and_nothing_is_cut_off(drawn, tmp_path, width
         "warm epochs",
     ]
     assert [panel.get_ylabel() for panel in panels] == [
-        f"{m}, %" for m in ("GT-known Loc",) * 2 + ("PxAP", "GT-known Loc")
+        f"{metric}, %" for metric in ("GT-known Loc", "GT-known Loc", "PxAP", "Top-1 cls")
     ]
     titles = [panel.get_legend().get_title().get_text() for panel in panels]
     assert titles == ["CUB vgg16 bridge"] * 2 + ["OpenImages vgg16 bridge", "CUB vgg16 bridge"]

@@ -1,11 +1,14 @@
-"""What long runs meet: several processes, signals, losses that are not finite, full disks; and the cache of decoded images."""
+"""Long runs: several processes, signals, non-finite losses, full disks, the cache, the progress line."""
 
+import io
+import itertools
 import multiprocessing
 import os
 import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -70,7 +73,7 @@ def test_two_processes_are_one_with_the_same_batches(trained, tmp_path):
             assert a[name] == pytest.approx(b[name], abs=1e-5), name
     assert both.stdout.count("epoch 1/2") == both.stdout.count("written to") == 1  # one of them speaks
 
-    # The same weights, evaluated by one process and by two: exactly the same results; 9 images are not divisible by 2.
+    # The same weights, evaluated by one process and by two, give the same results; 9 is not divisible by 2.
     shutil.copytree(tmp_path / "one", tmp_path / "again")
     for name in ("best", "last"):
         (tmp_path / "again" / f"results_{name}_test.json").unlink()
@@ -85,9 +88,11 @@ def test_a_process_that_dies_ends_the_job_with_a_line(trained, tmp_path):
     flags, _ = trained
     job = torchrun(*flags, "--epochs", "3", "--out", tmp_path / "dies", die_at=8, rank=1)
     # The other process meets the lost connection or torchrun's SIGTERM, whichever is first.
-    said = [line for line in job.stderr.splitlines() if line.startswith(("error: ", "stopped in epoch 2"))]
+    said = [
+        line for line in job.stderr.splitlines() if line.startswith(("error: ", "interrupted in epoch 2"))
+    ]
     assert job.returncode != 0 and len(said) == 1, job.stderr
-    assert ("process 0 of 2" in said[0] or said[0].startswith("stopped")) and "--resume" in said[0]
+    assert ("process 0 of 2" in said[0] or said[0].startswith("interrupted")) and "--resume" in said[0]
     torch.load(tmp_path / "dies" / "last.pt", weights_only=True)
 
 
@@ -97,6 +102,28 @@ def test_an_error_of_all_processes_is_said_once(trained, tmp_path):
     job = torchrun(*flags, "--out", tmp_path / "new")
     said = [line for line in job.stderr.splitlines() if line.startswith("error: ")]
     assert job.returncode != 0 and len(said) == 1 and "class_labels.txt:1" in said[0]
+
+
+def test_two_machines_are_one(trained, tmp_path):
+    """Two torchrun agents on loopback, one process each, as on two machines."""
+    flags, _ = trained
+    flags = [*flags, *NO_DROPOUT, "--epochs", "2"]
+    train.main([*flags, "--out", str(tmp_path / "one")])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    agents = []
+    for node in ("0", "1"):
+        where = ["--nnodes", "2", "--node_rank", node, "--master_addr", "127.0.0.1", "--master_port", port]
+        launch = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc_per_node", "1"]
+        command = [*launch, "--", PROGRAM, "0", "0", *flags, "--out", str(tmp_path / "two")]
+        agents.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT))
+    printed = [agent.communicate(timeout=120)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0]
+    assert "epoch 2/2" in printed[0] and not printed[1]  # the first process alone prints
+    one, two = (weights(tmp_path / name / "last.pt") for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("n, batch_size, world_size", [(18, 4, 2), (17, 8, 4), (5, 4, 3), (3, 8, 4)])
@@ -133,7 +160,7 @@ def test_a_signal_inside_an_epoch_saves_and_the_run_goes_on_as_if_nothing_had_ha
         return whole(*args)
 
     monkeypatch.setattr(train.TrainingStep, "forward", forward)
-    with pytest.raises(utils.Stopped, match="epoch 2 after step 2 of 3: the same command with --resume"):
+    with pytest.raises(utils.Stopped, match="epoch 2, step 2 of 3: rerun with --resume"):
         train.main([*flags, "--out", str(tmp_path / "stopped")])
     assert len(lines_of(tmp_path / "stopped")) == 1 and not same_weights(run, tmp_path / "stopped")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -151,9 +178,11 @@ def test_a_signal_during_validation_repeats_it(trained, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         whole = evaluation.network_maps
         patch.setattr(
-            train, "network_maps", lambda *a, **k: (os.kill(os.getpid(), signal.SIGTERM), whole(*a, **k))[1]
+            evaluation,
+            "network_maps",
+            lambda *a, **k: (os.kill(os.getpid(), signal.SIGTERM), whole(*a, **k))[1],
         )
-        with pytest.raises(utils.Stopped, match="epoch 1 after step 5 of 5"):
+        with pytest.raises(utils.Stopped, match="epoch 1, step 5 of 5"):
             train.main([*flags, "--out", str(tmp_path / "stopped")])
     assert lines_of(tmp_path / "stopped") == [] if (tmp_path / "stopped" / "log.jsonl").exists() else True
     train.main([*flags, "--out", str(tmp_path / "stopped"), "--resume"])
@@ -175,7 +204,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(trained, tmp_path, mon
     monkeypatch.setattr(train.TrainingStep, "forward", forward)
     epoch, step = {2: (1, 2), 6: (2, 1)}[at]
     with pytest.raises(
-        InputError, match=rf"epoch {epoch}, step {step} of .*not finite \(.*l_ce \d.*l_drop nan.*--lr"
+        InputError, match=rf"non-finite loss in epoch {epoch}, step {step}/.* \(.*l_ce \d.*l_drop nan.*--lr"
     ) as error:
         train.main([*flags, "--out", str(tmp_path / "new")])
     assert len(steps) == at and "top1" not in str(error.value)
@@ -185,12 +214,13 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(trained, tmp_path, mon
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(trained, fails, tmp_path):
-    """A limit on the size of files stands in for a full disk: the write fails in the middle of the checkpoint."""
+    """A limit on the size of files stands in for a full disk: the checkpoint's write fails half-way."""
     flags, run = trained
     before = (run / "last.pt").read_bytes()
+    limit = len(before) // 2
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2}, {len(before) // 2})); sys.argv = sys.argv[1:];"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.argv = sys.argv[1:];"
         "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     done = subprocess.run(
@@ -277,7 +307,7 @@ def test_a_run_on_the_gpu_learns_what_the_cpu_learns(trained, tmp_path):
 def test_workers_do_not_outlive_a_killed_process():
     program = """
 import os, signal, time
-from bridge_wsol.utils import ordered_map
+from bridge_wsol.processes import ordered_map
 
 def work(_):
     time.sleep(0.02)
@@ -327,7 +357,7 @@ print(min(faults() for _ in range(5)))  # the first times fill the heap
     assert after < before / 20, (before, after)
 
 
-# ------------------------------------------------------------------------------------------ several runs at the same time
+# ------------------------------------------------------------------------- several runs at the same time
 
 
 FORK = multiprocessing.get_context("fork")  # quicker than a new interpreter
@@ -397,3 +427,90 @@ def test_two_writers_of_a_file_do_not_meet_and_what_a_killed_one_left_is_removed
         path.parent / ".table1.md.0123abcd.part",
         path,
     ]
+
+
+# ------------------------------------------------------------------------------------------ progress
+
+
+class Stderr(io.StringIO):
+    def __init__(self, terminal):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """clock(seconds) lets time pass for Progress."""
+    now = [100.0]
+    monkeypatch.setattr(utils.time, "monotonic", lambda: now[0])
+
+    def wait(seconds):
+        now[0] += seconds
+
+    return wait
+
+
+def show_each_second(clock, seconds, total):
+    with utils.Progress("drawing", total) as progress:
+        for second in range(1, seconds + 1):
+            clock(1)
+            progress.show(2 * second, lambda: ", well")
+
+
+def test_a_terminal_shows_one_line_at_most_twice_a_second_and_erases_it(monkeypatch, clock):
+    monkeypatch.setattr(sys, "stderr", Stderr(terminal=True))
+    with utils.Progress("drawing", 40) as progress:
+        for done in range(1, 31):
+            clock(0.125)
+            progress.show(done, lambda: ", well")
+    lines = sys.stderr.getvalue().split("\r")[1:]
+    assert len(lines) == 8 and "\n" not in sys.stderr.getvalue()  # seven in 3.75 seconds, then nothing
+    assert lines[0] == "drawing: 4 of 40 images, 8.0/s, 0h00m04s left, well\x1b[K" and lines[-1] == "\x1b[K"
+
+
+def test_a_log_gets_a_line_a_minute_and_one_at_the_end(monkeypatch, clock):
+    monkeypatch.setattr(sys, "stderr", Stderr(terminal=False))
+    show_each_second(clock, seconds=150, total=300)
+    lines = sys.stderr.getvalue().splitlines()
+    assert lines == [
+        "drawing: 120 of 300 images, 2.0/s, 0h01m30s left, well",
+        "drawing: 240 of 300 images, 2.0/s, 0h00m30s left, well",
+        "drawing: 300 of 300 images, 2.0/s, 0h00m00s left",
+    ]
+
+
+def test_short_jobs_quiet_ones_and_other_processes_write_nothing(monkeypatch, clock):
+    monkeypatch.setattr(sys, "stderr", Stderr(terminal=False))
+    show_each_second(clock, seconds=59, total=300)
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.Progress, "quiet", True)
+        show_each_second(clock, seconds=150, total=300)
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "rank", lambda: 1)
+        show_each_second(clock, seconds=150, total=300)
+    assert sys.stderr.getvalue() == ""
+
+
+def test_training_and_evaluation_show_how_far_they_are(trained, tmp_path, monkeypatch):
+    flags, _ = trained
+    monkeypatch.setattr(sys, "stderr", Stderr(terminal=True))
+    times = itertools.count()
+    monkeypatch.setattr(
+        utils.time, "monotonic", lambda: float(next(times))
+    )  # each look at the clock takes 1 s
+    train.main([*flags, "--out", str(tmp_path / "shown")])
+    shown = sys.stderr.getvalue()
+    for pattern in (
+        r"\repoch 1/2: 1 of 5 steps, .*left  loss \d\.\d{4}  l_ce .*  l_drop .* images/s, .* in the run\x1b",
+        r"\repoch 2/2: 3 of 3 steps, .*l_sim .*l_norm ",
+        r"\rtiny val: 6 of 6 images",
+        r"\rtiny test: 9 of 9 images",
+    ):
+        assert re.search(pattern, shown), pattern
+    sys.stderr = Stderr(terminal=True)
+    train.main([*flags, "--out", str(tmp_path / "quiet"), "--quiet"])
+    assert sys.stderr.getvalue() == "" and same_run(tmp_path / "shown", tmp_path / "quiet")
+    utils.Progress.quiet = False

@@ -105,5 +105,5 @@ def test_vanilla_is_the_same_run_without_the_losses():
 
 
 def test_unknown_pairs_are_answered_with_those_there_are():
-    with pytest.raises(InputError, match="OpenImages --arch resnet50; .*CUB vgg16, CUB resnet50"):
+    with pytest.raises(InputError, match="OpenImages --arch resnet50: no preset; .*CUB vgg16, CUB resnet50"):
         optim.preset("OpenImages", "resnet50")

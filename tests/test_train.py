@@ -1,4 +1,4 @@
-"""The two scripts end to end on the small data set: files, identities between runs, resume, and one line for every bad input."""
+"""The two scripts end to end on the small data set: files, identities, resume, one line for bad input."""
 
 import csv
 import json
@@ -24,7 +24,8 @@ from bridge_wsol.boxes import iou_matrix, scale_boxes
 from bridge_wsol.data import test_loader, to_input
 from bridge_wsol.datasets import load_splits
 from bridge_wsol.models import load_tensors, save_checkpoint
-from bridge_wsol.utils import InputError, ordered_map
+from bridge_wsol.processes import ordered_map
+from bridge_wsol.utils import InputError
 
 
 def read_json(path):
@@ -254,7 +255,7 @@ def test_a_fixed_threshold_is_a_fraction_of_each_map_s_maximum(trained, tmp_path
 
 
 def test_a_fixed_threshold_for_score_maps(tiny, tmp_path, capsys):
-    """Each map is 0.6 in its image's box and 0.3 around it: a threshold between the two is right, one below both draws the whole image.
+    """Each map is 0.6 in its image's box and 0.3 around it: a threshold between the two is right.
 
     log leaves a maximum below 1 (0.6 -> 0.968, 0.3 -> 0.925), of which T is a fraction."""
     split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("test",))[0]["test"]
@@ -456,7 +457,7 @@ def test_batch_size_changes_after_the_warm_stage(tiny, tmp_path, monkeypatch):
     sizes = []
     whole = train.train_one_epoch
     monkeypatch.setattr(
-        train, "train_one_epoch", lambda *a: sizes.append((a[4], a[1].batch_sampler.batch_size)) or whole(*a)
+        train, "train_one_epoch", lambda *a: sizes.append((a[2], a[1].batch_sampler.batch_size)) or whole(*a)
     )
     train.main([*tiny, "--out", str(tmp_path / "run")])
     train.main([*tiny, "--batch-size", "6", "--out", str(tmp_path / "both")])
@@ -530,7 +531,7 @@ def test_other_normalizations_get_their_own_thresholds_and_file(trained):
     assert result["normalize"] == "ivr" and result["metrics"]["max_box_acc_v2_at_val_threshold"] is not None
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ------------------------------------------------------------------------------------------ bad input
 
 
 def test_bad_input_to_train(tiny, fails, tmp_path):
@@ -547,7 +548,7 @@ def test_bad_input_to_train(tiny, fails, tmp_path):
     fails(
         train.main,
         [*tiny, *out, "--dataset", "OpenImages", "--arch", "resnet50"],
-        "no preset for --dataset OpenImages --arch resnet50",
+        "--dataset OpenImages --arch resnet50: no preset",
     )
     fails(train.main, [*tiny, *out, "--arch", "vgg19"], "--arch")
     fails(train.main, [*tiny, "--out", tmp_path / "file" / "run"], tmp_path / "file", "cannot be")
@@ -613,7 +614,12 @@ def test_a_run_whose_loss_is_not_finite_stops_and_keeps_its_checkpoint(trained, 
     checkpoint["model"]["fc.bias"][0] = float("nan")
     torch.save(checkpoint, run / "last.pt")
     before = (run / "last.pt").read_bytes()
-    fails(train.main, [*flags, "--out", run, "--resume", "--epochs", 3], "epoch 3", "not finite", "l_ce nan")
+    fails(
+        train.main,
+        [*flags, "--out", run, "--resume", "--epochs", 3],
+        "non-finite loss in epoch 3",
+        "l_ce nan",
+    )
     assert (run / "last.pt").read_bytes() == before
 
 
@@ -712,7 +718,7 @@ def test_the_scripts_themselves_end_with_one_line_and_exit_code_2(tmp_path):
         assert process.returncode == 2 and said.count("\n") == 1 and "nowhere" in said
 
 
-# ------------------------------------------------------------------------------------------------------------ real birds
+# ------------------------------------------------------------------------------------------ real birds
 
 
 @pytest.mark.parametrize("method", ["bridge", pytest.param("cam", marks=pytest.mark.slow)])
