@@ -1,7 +1,11 @@
-"""The figures by their content: pixels where they should be, numbers that other code of the program or a hand computed."""
+"""The figures by their content: pixels at their places; numbers from other code, or computed by hand."""
 
 import csv
+import itertools
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 import evaluate
-from bridge_wsol import data, drawing, evaluation, figures
+from bridge_wsol import data, drawing, evaluation, figures, utils
 from bridge_wsol.data import Split, load_masks, test_loader, to_input
 from bridge_wsol.datasets import load_splits
 
@@ -43,7 +47,7 @@ def drawn(monkeypatch):
     return made
 
 
-# -------------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- pictures
 
 
 def lightness(rgb):
@@ -94,14 +98,14 @@ def test_box_pixels_have_the_stated_colours_at_the_stated_places(k):
         for x, y in ((xs.min(), ys.min()), (xs.min(), ys.max()), (xs.max(), ys.min()), (xs.max(), ys.max())):
             assert mask[y, x]
         assert not mask[(y0 + 5) * k : (y1 - 4) * k, (x0 + 5) * k : (x1 - 4) * k].any()
-    # Solid and dashed, but for where they cross.
+    # The blue outline is solid, the green one dashed, except where they cross.
     share = {
         name: mask[y * k, x0 * k : (x1 + 1) * k].mean()
         for name, mask, (x0, y, x1, _) in (("blue", blue, truth[0]), ("green", green, predicted))
     }
     assert share["blue"] == 1 and 0.55 < share["green"] < 0.85
     assert (picture[: 100 * k][~blue & ~green] == 100).all()
-    # Under it the map, 60 % of its colours over 40 % of the image; IoU 30 x 40 / (3000 + 2500 - 1200) on it in white on black.
+    # Below: 60 % of the map's colour, 40 % of the image. White on black: IoU 30 x 40 / (3000 + 2500 - 1200).
     assert picture[110 * k, 90 * k].tolist() == [round(0.4 * 100 + 0.6 * c) for c in (13, 8, 135)]
     assert picture[190 * k, 90 * k].tolist() == [round(0.4 * 100 + 0.6 * c) for c in (240, 249, 33)]
     corner = picture[100 * k : 110 * k, : 40 * k]
@@ -110,7 +114,7 @@ def test_box_pixels_have_the_stated_colours_at_the_stated_places(k):
 
 def test_the_best_of_several_truths_is_printed(monkeypatch):
     texts = []
-    monkeypatch.setattr(figures.ImageDraw.ImageDraw, "text", lambda self, at, text, **_: texts.append(text))
+    monkeypatch.setattr(drawing.ImageDraw.ImageDraw, "text", lambda self, at, text, **_: texts.append(text))
     grey = Image.new("RGB", (100, 100))
     drawing.localization(
         grey, np.zeros((100, 100)), np.array([0, 0, 49, 49]), np.array([[60, 60, 99, 99], [0, 0, 99, 49]])
@@ -126,17 +130,32 @@ def test_a_long_label_is_drawn_smaller_not_cut():
     assert 100 < picture.width <= 150 and (pixels[:, -1] == 255).all() and (pixels < 60).any()
 
 
+def test_the_legend_of_boxes_fits_into_a_narrow_picture():
+    def texts(width):
+        picture = Image.new("RGB", (width, 40), "white")
+        drawing.box_legend(picture, 11, 0, 0, width)
+        pixels = np.asarray(picture).astype(int)
+        green = np.flatnonzero((pixels == drawing.PREDICTION).all(-1).any(0))
+        grey = (np.ptp(pixels, axis=-1) == 0) & (pixels[..., 0] < 128)
+        return green[0], np.flatnonzero(grey.any(0))
+
+    for width in (195, 400):
+        start, columns = texts(width)
+        left, right = columns[columns < start], columns[columns > start]
+        assert start == width // 2 and len(left) > 30 and start - left[-1] > 3 and right[-1] < width - 3
+
+
 def test_a_grid_shows_every_cell_whole():
     colours = [[(10 * i + j, 200, 50) for j in range(5)] for i in range(1, 5)]
     rows = [[Image.new("RGB", (30, 40), colour) for colour in row] for row in colours]
     rows[2][0] = None
-    picture = figures._grid(
+    picture = drawing.grid(
         rows,
         columns=list("abcde"),
         groups=[("", 1), ("one", 2), ("a name that is far too long for two columns", 2)],
         names=["r"] * 4,
         group_rows=2,
-        foot=figures._colour_bars,
+        foot=drawing.colour_bars,
         foot_lines=2,
     )
     pixels = np.asarray(picture)
@@ -158,14 +177,14 @@ def test_a_grid_shows_every_cell_whole():
     assert (picture.width, picture.height) < (260, 300)
 
 
-# ------------------------------------------------------------------------------------------------------- curves, histogram
+# ------------------------------------------------------------------------------------------ curves, histogram
 
 
 def test_flatness_by_hand():
     curve = [0.0] * 255
     curve[40:44] = [94.9, 95.0, 96.0, 95.0]
     curve[44:50] = [94.9, 97.0, 100.0, 100.0, 95.0, 90.0]
-    curve[60] = 99.0  # near the maximum too, but behind a break
+    curve[60] = 99.0  # near the maximum too, but behind a gap
     assert figures.flatness(curve) == (45, 48, 4 / 255)
     assert figures.flatness([7.0] * 255) == (0, 254, 1.0)
     assert figures.flatness([0.0] * 255)[2] is None
@@ -187,7 +206,7 @@ def test_curves_mark_the_maxima_of_the_results(trained, drawn, tmp_path, width):
         assert ours[delta]["threshold"] == result["thresholds"][delta]
     assert theirs["30"]["maximum"] == 40 and theirs["30"]["flatness"] == pytest.approx(
         13 / 255
-    )  # 38 of 40: the last 254 / 20 steps
+    )  # at least 38 of 40: the last 254 / 20 steps
 
     panels = drawn[0].axes
     assert len(panels) == 3
@@ -255,7 +274,7 @@ def test_the_same_runs_give_the_same_bytes(trained, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     _, run = trained
     for folder, time in (("one", "1000000000"), ("two", "1700000000")):
-        monkeypatch.setenv("SOURCE_DATE_EPOCH", time)  # what matplotlib would write as the date
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", time)  # the date that matplotlib would write
         draw("curves", run, "--out", tmp_path / folder / "curves")
         draw("maps", run, "--random", 2, "--cell", 64, "--out", tmp_path / folder / "maps", *CPU)
     for name in ("curves.png", "curves.pdf", "curves.json", "maps.png", "maps.pdf"):
@@ -265,7 +284,7 @@ def test_the_same_runs_give_the_same_bytes(trained, tmp_path, monkeypatch):
 
 
 def network_of(run, tmp_path):
-    """(model, its test images normalized, labels, split): by hand, not through figures.py."""
+    """(model, normalized test images, labels, split), made without figures.py."""
     model, _, _ = evaluation.load_run(run, "best", torch.device("cpu"))
     split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("test",))[0]["test"]
     images, labels, _ = next(iter(test_loader(split, 9, image_size=64, workers=0)))
@@ -299,15 +318,15 @@ def test_histogram_of_the_largest_norms(trained, drawn, tmp_path):
     assert len(drawn) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------ maps, boxes
+# ------------------------------------------------------------------------------------------------ maps, boxes
 
 
 def test_maps_show_the_image_the_map_and_its_factors(trained, tmp_path, monkeypatch):
     _, run = trained
     grids = []
-    whole = figures._grid
+    whole = drawing.grid
     monkeypatch.setattr(
-        figures, "grid", lambda rows, **layout: grids.append((rows, layout)) or whole(rows, **layout)
+        drawing, "grid", lambda rows, **layout: grids.append((rows, layout)) or whole(rows, **layout)
     )
     draw(
         "maps",
@@ -352,7 +371,7 @@ def test_maps_show_the_image_the_map_and_its_factors(trained, tmp_path, monkeypa
                 expected = np.asarray(scale(values.astype(np.float32), 64)).astype(int)
                 assert (
                     np.abs(np.asarray(cell).astype(int) - expected).max(-1) <= 3
-                ).mean() > 0.99  # but for the line's rounding
+                ).mean() > 0.99  # except where rounding moves the black line
     assert Image.open(tmp_path / "m.png").size[0] > 7 * 64
 
     draw("maps", run, "--random", 3, "--seed", 5, "--cell", 64, "--below", "--out", tmp_path / "m", *CPU)
@@ -392,7 +411,7 @@ def test_boxes_are_those_of_the_evaluation_and_the_worst_come_first(trained, tmp
         assert f"images: {' '.join(expected)}\n" in capsys.readouterr().out
         assert [entry["image"] for entry in read_json(tmp_path / f"{flag[2:]}.json")["boxes"]] == expected
 
-    # In the picture: the first image's truth, scaled to the map (64) and to the cell (k x 64), in its colours.
+    # The first image of the picture has its boxes, scaled from the map (64 pixels) to the cell (224).
     entry = read_json(tmp_path / "worst.json")["boxes"][0]
     pixels = np.asarray(Image.open(tmp_path / "worst.png").convert("RGB"))
     (x0, y0, x1, y1), (px0, py0, px1, py1) = entry["truth"][0], entry["box"]
@@ -412,7 +431,164 @@ def test_boxes_are_those_of_the_evaluation_and_the_worst_come_first(trained, tmp
     )
 
 
-# -------------------------------------------------------------------------------------------------------------------- gap
+def test_four_random_images_without_a_choice(trained, tmp_path, capsys):
+    _, run = trained
+    for command in ("maps", "boxes"):
+        draw(command, run, "--cell", 32, "--out", tmp_path / "default", *CPU)
+        shown = re.search("images: (.*)", capsys.readouterr().out)[1].split()
+        assert len(set(shown)) == 4
+        draw(command, run, "--random", 4, "--cell", 32, "--out", tmp_path / "four", *CPU)
+        assert re.search("images: (.*)", capsys.readouterr().out)[1].split() == shown
+        draw(command, run, "--seed", 1, "--cell", 32, "--out", tmp_path / "other", *CPU)
+        assert re.search("images: (.*)", capsys.readouterr().out)[1].split() != shown
+    assert (tmp_path / "default.png").read_bytes() == (tmp_path / "four.png").read_bytes()
+
+
+def test_long_loops_show_how_far_they_are_unless_quiet(trained, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    _, run = trained
+    monkeypatch.setattr(utils.time, "monotonic", itertools.count(step=100).__next__)  # every line is due
+    monkeypatch.setattr(utils.Progress, "quiet", False)
+    for command in ("histogram", "maps", "boxes", "gap"):
+        draw(command, run, "--batch-size", 2, "--out", tmp_path / "x", *CPU)
+        lines = capsys.readouterr().err.splitlines()
+        assert any(line.startswith(f"{run.name}: 2 of ") for line in lines), lines
+        draw(command, run, "--batch-size", 2, "--out", tmp_path / "x", "--quiet", *CPU)
+        assert capsys.readouterr().err == ""
+
+
+# ------------------------------------------------------------------------------------------------------ sweep
+
+
+def write_sweep(path, results, *, metric="gt_known_loc", **changes):
+    """A file as experiments sweep writes it. results: {value: [percent of each seed]}."""
+    values = [
+        {
+            "value": value,
+            "seeds": list(range(len(numbers))),
+            "top1_cls": [99.0] * len(numbers),
+            metric: numbers,
+        }
+        for value, numbers in results.items()
+    ]
+    content = {"dataset": "CUB", "arch": "vgg16", "method": "bridge", "param": "lambda_sim", "preset": 0.5}
+    path.write_text(json.dumps(content | {"checkpoint": "best", "values": values} | changes))
+    return path
+
+
+def line_of(panel, marker):
+    (line,) = (line for line in panel.lines if line.get_marker() == marker)
+    return line
+
+
+def test_a_sweep_of_one_seed_is_a_curve_with_a_star_at_the_preset(drawn, tmp_path, capsys):
+    file = write_sweep(tmp_path / "s.json", {2.0: [70.5], 0.5: [80.25]})  # sorted when it is read
+    draw("sweep", file, "--out", tmp_path / "s.pdf")
+    (panel,) = drawn[0].axes
+    curve, star = line_of(panel, "o"), line_of(panel, "*")
+    assert list(curve.get_xdata()) == [0.5, 2] and list(curve.get_ydata()) == [80.25, 70.5]
+    assert list(star.get_xdata()) == [0.5] and list(star.get_ydata()) == [80.25]
+    assert panel.get_xlabel() == r"$\lambda_{\mathrm{sim}}$" and panel.get_ylabel() == "GT-known Loc, %"
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["preset: 0.5"]
+    assert not panel.containers and panel.get_legend().get_title().get_text() == ""
+    assert Image.open(tmp_path / "s.png").size == (round(3.3 * 300), round(2.2 * 300))
+    written = capsys.readouterr().out.splitlines()
+    assert written == [f"written to {tmp_path / name}" for name in ("s.png", "s.pdf")]
+    before = (tmp_path / "s.png").read_bytes()
+    draw("sweep", file, "--out", tmp_path / "s")
+    assert (tmp_path / "s.png").read_bytes() == before
+
+
+def test_a_sweep_over_seeds_shows_mean_and_deviation(drawn, tmp_path):
+    results = {0.5: [5.0, 25.0], 1.0: [10.0, 30.0]}
+    draw("sweep", write_sweep(tmp_path / "s.json", results, preset=0.75), "--out", tmp_path / "s")
+    (panel,) = drawn[0].axes
+    (bars,) = panel.containers
+    assert list(bars.lines[0].get_xdata()) == [0.5, 1] and list(bars.lines[0].get_ydata()) == [15, 20]
+    (segments,) = bars.lines[2]
+    for (low, high), mean in zip(segments.get_segments(), (15, 20)):
+        assert [low[1], high[1]] == pytest.approx([mean - 200**0.5, mean + 200**0.5])  # n - 1 in the variance
+    texts = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert sorted(texts) == ["mean ± deviation, 2 seeds", "preset: 0.75"]
+    assert not [
+        line for line in panel.lines if line.get_marker() == "*"
+    ]  # the preset is no value of the sweep
+    assert [list(line.get_xdata()) for line in panel.lines if line.get_linestyle() == ":"] == [[0.75, 0.75]]
+
+
+@pytest.mark.parametrize("width, columns", [(3.3, 1), (6.9, 3)])
+def test_several_sweeps_are_panels_and_nothing_is_cut_off(drawn, tmp_path, width, columns):
+    backend_agg = pytest.importorskip("matplotlib.backends.backend_agg")
+    files = [
+        write_sweep(tmp_path / "a.json", {0.25: [60.0, 61.0], 0.5: [70.0, 75.0]}),
+        write_sweep(tmp_path / "b.json", {0.1: [50.0], 0.9: [51.0]}, param="tau_fg", preset=0.9),
+        write_sweep(
+            tmp_path / "c.json",
+            {1: [40.0], 2: [41.0]},
+            metric="pxap",
+            dataset="OpenImages",
+            param="p",
+            preset=1,
+        ),
+        write_sweep(
+            tmp_path / "d.json", {1: [40.0], 2: [41.0]}, metric="top1_cls", param="warm_epochs", preset=1
+        ),
+    ]
+    draw("sweep", *files, "--width", width, "--dpi", 100, "--out", tmp_path / "s")
+    panels = [panel for panel in drawn[0].axes if panel.get_visible()]
+    assert [panel.get_xlabel() for panel in panels] == [
+        r"$\lambda_{\mathrm{sim}}$",
+        r"$\tau_{\mathrm{fg}}$",
+        "p",
+        "warm epochs",
+    ]
+    assert [panel.get_ylabel() for panel in panels] == [
+        f"{metric}, %" for metric in ("GT-known Loc", "GT-known Loc", "PxAP", "Top-1 cls")
+    ]
+    titles = [panel.get_legend().get_title().get_text() for panel in panels]
+    assert titles == ["CUB vgg16 bridge"] * 2 + ["OpenImages vgg16 bridge", "CUB vgg16 bridge"]
+    renderer = backend_agg.FigureCanvasAgg(drawn[0]).get_renderer()
+    boxes = [panel.get_tightbbox(renderer) for panel in panels]
+    assert len({round(panel.get_position().x0, 2) for panel in panels}) == columns
+    for i, box in enumerate(boxes):
+        assert min(box.x0, box.y0) >= -1
+        assert box.x1 <= drawn[0].bbox.x1 + 1 and box.y1 <= drawn[0].bbox.y1 + 1
+        for other in boxes[i + 1 :]:
+            over = (
+                min(box.x1, other.x1) - max(box.x0, other.x0),
+                min(box.y1, other.y1) - max(box.y0, other.y0),
+            )
+            assert min(over) <= 1, over
+        assert min(panels[i].get_window_extent().width, panels[i].get_window_extent().height) > 80
+
+
+def test_a_bad_sweep_file_is_one_line_that_names_it(fails, tmp_path):
+    pytest.importorskip("matplotlib")
+    good, bad = write_sweep(tmp_path / "good.json", {1: [2.0]}), tmp_path / "bad.json"
+    whole = read_json(good)
+    row = whole["values"][0]
+    fails(figures.main, ["sweep", bad], bad, "experiments sweep")
+    broken = [
+        {key: value for key, value in whole.items() if key != name} for name in whole if name != "checkpoint"
+    ]
+    broken += [whole | {"preset": preset} for preset in ("much", None, True, float("nan"), 10**400)]
+    broken += [whole | {"param": param} for param in (3, "a $b", "")]
+    broken += [
+        whole | {"values": values}
+        for values in ([], None, 3, [3], [None], {"value": 1}, [row, row | {"value": "x"}])
+    ]
+    broken += [
+        whole | {"values": [row, row | {"value": 2, "gt_known_loc": numbers}]}
+        for numbers in ([], None, 3, ["x"], [None], [1, 2], [float("inf")])
+    ]
+    broken += [whole | {"values": [row, {"value": 2, "seeds": [0], "pxap": [1]}]}, whole | {"arch": None}]
+    for text in ["", "[]", "3", *map(json.dumps, broken)]:
+        bad.write_text(text)
+        fails(figures.main, ["sweep", good, bad, "--out", tmp_path / "s"], bad, "experiments sweep")
+    assert not list(tmp_path.glob("s.*"))
+
+
+# -------------------------------------------------------------------------------------------------------- gap
 
 
 def test_regions_and_numbers_by_hand(tmp_path):
@@ -435,7 +611,8 @@ def test_regions_and_numbers_by_hand(tmp_path):
     split.masks[0] = type(data.Masks([], []))(["mask.png"], ["ignore.png"])
     run = figures.Run(tmp_path, "run", nn.Identity(), None, {}, split, 8)
     found = figures.regions(run, 0, (4, 4))
-    # Boxes at half size: x 2 ... 5, y 3 ... 4 has the centres (3, 3) and (5, 3); x 0 ... 1, y 0 ... 1 the one at (1, 1).
+    # Boxes at half size: x 2 ... 5, y 3 ... 4 holds the centres (3, 3) and (5, 3).
+    # x 0 ... 1, y 0 ... 1 holds the centre (1, 1).
     inside = np.zeros((4, 4), dtype=bool)
     inside[1, 1] = inside[1, 2] = inside[0, 0] = True
     assert (found["box"][0] == inside).all() and (found["box"][1] == ~inside).all()
@@ -490,7 +667,7 @@ def test_gap_of_a_run_against_loops_and_the_evaluator(trained, tmp_path, capsys)
     table = capsys.readouterr().out
     assert f"| MaxBoxAccV2 by CAM | {result['metrics']['max_box_acc_v2']['mean']:.1f} |" in table
 
-    # F and S as any other method's score maps through the evaluator.
+    # evaluate.py on files with F and S as score maps.
     model, images, labels, split = network_of(run, tmp_path)
     with torch.no_grad():
         features, weight = model(images).features.numpy(), model.fc.weight.numpy()
@@ -514,7 +691,7 @@ def test_gap_of_a_run_against_loops_and_the_evaluator(trained, tmp_path, capsys)
             of_maps["pxap"], abs=0.05
         )
 
-    # Inside and outside, location by location.
+    # Means inside and outside, with a loop over locations.
     F_hat = (F - F.min((1, 2), keepdims=True)) / np.ptp(F, axis=(1, 2), keepdims=True)
     of_image = {"box": [], "mask": []}
     for i in range(9):
@@ -522,12 +699,12 @@ def test_gap_of_a_run_against_loops_and_the_evaluator(trained, tmp_path, capsys)
         mask = load_masks(split.root, split.masks[i], 64)[0]
         n = F.shape[1]
         cells = [(r, c, (2 * r + 1) * 32 // n, (2 * c + 1) * 32 // n) for r in range(n) for c in range(n)]
-        for kind, is_in in (
-            ("box", lambda y, x: x0 <= x <= x1 and y0 <= y <= y1),
-            ("mask", lambda y, x: mask[y, x]),
+        for kind, pixels in (
+            ("box", {(y, x) for y in range(y0, y1 + 1) for x in range(x0, x1 + 1)}),
+            ("mask", set(zip(*np.nonzero(mask)))),
         ):
-            inside = [(r, c) for r, c, y, x in cells if is_in(y, x)]
-            outside = [(r, c) for r, c, y, x in cells if not is_in(y, x)]
+            inside = [(r, c) for r, c, y, x in cells if (y, x) in pixels]
+            outside = [(r, c) for r, c, y, x in cells if (y, x) not in pixels]
             of_image[kind].append(
                 [
                     np.mean([S[i][at] for at in inside]) if inside else np.nan,
@@ -555,7 +732,7 @@ def test_a_network_without_linear_classifier_has_no_factors(trained, fails, tmp_
         method.predict = lambda model, images, labels: (model(images).logits, model(images).features[:, 0])
         return model, method, checkpoint
 
-    monkeypatch.setattr(evaluate, "load_run", without_fc)
+    monkeypatch.setattr(figures, "load_run", without_fc)
     for command in (["gap", run], ["maps", run, "--random", 1]):
         fails(
             figures.main,
@@ -566,27 +743,28 @@ def test_a_network_without_linear_classifier_has_no_factors(trained, fails, tmp_
         )
 
 
-# -------------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 
-def test_without_matplotlib(trained, in_process, fails, tmp_path, monkeypatch):
-    flags, run = trained
+def test_without_matplotlib(trained, fails, tmp_path, monkeypatch):
+    _, run = trained
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     fails(figures.main, ["curves", run], "matplotlib", "pip install -e '.[figures]'")
     fails(figures.main, ["histogram", run, *CPU], "pip install")
-    fails(figures.main, ["sweep", "--param", "p", "--values", "1", *flags], "pip install")
-    assert not in_process
+    fails(figures.main, ["sweep", tmp_path / "s.json"], "pip install")
     for command in (
         ["maps", run, "--random", 1, *CPU],
         ["boxes", run, "--random", 1, *CPU],
-        ["table", run],
         ["gap", run, *CPU],
     ):
         draw(*command, "--out", tmp_path / "x")
 
 
 def test_the_command_itself_from_anywhere(tmp_path):
-    code = "import sys, bridge_wsol.figures; assert 'matplotlib' not in sys.modules; sys.argv[0] = 'x'; import runpy; runpy.run_module('bridge_wsol.figures', run_name='__main__')"
+    code = (
+        "import runpy, bridge_wsol.figures; assert 'matplotlib' not in sys.modules; "
+        "runpy.run_module('bridge_wsol.figures', run_name='__main__')"
+    )
     command = [
         sys.executable,
         "-W",
@@ -600,10 +778,26 @@ def test_the_command_itself_from_anywhere(tmp_path):
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "nowhere" in ended.stderr, ended.stderr
 
 
-def test_only_the_package(fails, trained, tmp_path, monkeypatch):
+def test_only_the_package(trained, tmp_path):
+    """figures works from an installed package, without train.py and evaluate.py beside it."""
     _, run = trained
-    monkeypatch.setattr(figures, "__file__", str(tmp_path / "site-packages" / "bridge_wsol" / "figures.py"))
-    fails(figures.main, ["gap", run, *CPU], tmp_path / "site-packages" / "evaluate.py", "clone")
+    site = tmp_path / "site-packages"
+    shutil.copytree(
+        REPOSITORY / "bridge_wsol", site / "bridge_wsol", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for command in ("gap", "boxes"):
+        flags = [command, str(run), "--out", str(tmp_path / command), *CPU]
+        ended = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "bridge_wsol.figures", *flags],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(site)},
+        )
+        assert ended.returncode == 0 and ended.stderr == "", ended.stderr
+    assert read_json(tmp_path / "gap.json")["runs"][0]["images"] == 9
+    assert len(read_json(tmp_path / "boxes.json")["boxes"]) == 4
+    assert not list(site.rglob("train.py")) and not list(site.rglob("evaluate.py"))
 
 
 def test_bad_input_to_figures(trained, fails, tmp_path):
@@ -619,7 +813,7 @@ def test_bad_input_to_figures(trained, fails, tmp_path):
     fails(figures.main, ["curves", run, "--names", "a", "b"], "2 names for 1 runs")
     fails(figures.main, ["curves", run, "--frobnicate"], "--frobnicate")
     fails(figures.main, ["boxes", run, "--images", "test/77.png", *CPU], "test/77.png", "test/00.png")
-    fails(figures.main, ["boxes", run, *CPU], "--worst")
+    fails(figures.main, ["boxes", run, "--worst", 1, "--best", 1, *CPU], "--best", "--worst")
     fails(figures.main, ["boxes", run, "--worst", 0, *CPU], "--worst 0")
     fails(figures.main, [], "command")
     results = run / "results_best_test.json"
@@ -634,10 +828,7 @@ def test_bad_input_to_figures(trained, fails, tmp_path):
     ):
         results.write_text(damaged)
         fails(figures.main, ["curves", run], results, "evaluate.py")
-        fails(figures.main, ["table", run], results, "evaluate.py")
     masks_only = read_json(run / "results_last_test.json") | {"curves": None, "thresholds": None}
     results.write_text(json.dumps(masks_only))
     fails(figures.main, ["curves", run], "no boxes")
     fails(figures.main, ["boxes", run, "--random", 1, *CPU], "no boxes")
-    (run / "config.json").write_text('{"config": 3}')
-    fails(figures.main, ["table", run], run / "config.json")
