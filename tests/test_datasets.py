@@ -724,7 +724,7 @@ def test_folders_that_are_no_data_set_are_named(tmp_path, fails):
         train.main,
         [*flags, "unheard-of"],
         "--dataset unheard-of --arch vgg16: no preset",
-        "a folder of your own images",
+        "a folder of images",
     )
 
 

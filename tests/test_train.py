@@ -240,7 +240,7 @@ def test_a_fixed_threshold_is_a_fraction_of_each_map_s_maximum(trained, tmp_path
     split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("test",))[0]["test"]
     hits = []
     for index in range(9):
-        v = plain_boxes.quantise(np.load(tmp_path / "maps" / f"{split.ids[index]}.npy")).astype(int)
+        v = plain_boxes.quantize(np.load(tmp_path / "maps" / f"{split.ids[index]}.npy")).astype(int)
         labels, n = ndimage.label(ndimage.binary_fill_holes(v > int(0.35 * v.max())), plain_boxes.EIGHT)
         box = (0, 0, 0, 0)
         if n:
