@@ -740,7 +740,7 @@ def test_a_folder_without_boxes_trains_and_chooses_by_classification(
     monkeypatch.chdir(tmp_path)
     train.main(own_flags("own", run))
     assert (
-        "val has no boxes: the best epoch is the one with the highest Top-1 classification"
+        "val has no boxes: the best epoch is the one with the best Top-1 classification"
         in capsys.readouterr().out
     )
     config = read_json(run / "config.json")
