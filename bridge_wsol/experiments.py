@@ -33,7 +33,7 @@ import torch
 
 from .baselines import METHODS
 from .cam import NORMALIZATIONS
-from .datasets import download_cub, load_splits
+from .datasets import download, load_splits
 from .drawing import with_suffix
 from .evaluation import names_of, read_config, read_log, read_results
 from .optim import FREE_ON_RESUME, parse_args, resolve_config
@@ -144,8 +144,8 @@ def plan(rows: Iterable[Row], args: argparse.Namespace) -> list[Run]:
 def check_data(run: Run) -> None:
     """Reads the lists of the run's data set. Draws or downloads the data set first, as train.py would."""
     config, Progress.quiet = run.config, run.given.quiet
-    if run.given.download and config.dataset == "CUB":
-        download_cub(Path(config.data_root))
+    if run.given.download:
+        download(config.dataset, Path(config.data_root))
     names = ("train", "val", "test")
     load_splits(config.dataset, Path(config.data_root), Path(config.splits), names, config.val_per_class)
 

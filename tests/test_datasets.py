@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from conftest import make_tiny, set_tiny_preset, write_split
+from conftest import REPOSITORY, make_tiny, set_tiny_preset, write_split
 from PIL import Image, ImageOps
 
 import evaluate
@@ -48,6 +48,21 @@ def test_cub_lists_are_the_published_ones_line_for_line(real_data, tmp_path):
             published = (real_data / "wsol-metadata" / "CUB" / split / f"{name}.txt").read_text().splitlines()
             built = (tmp_path / "CUB" / split / f"{name}.txt").read_text().splitlines()
             assert built == [line for line in published if int(line[:3]) <= 10]
+
+
+def test_the_lists_of_ten_classes_are_cub_s_with_five_images_per_class_held_out(real_data, tmp_path):
+    names = ("train", "val", "test")
+    of_cub, _ = load_splits("CUB", real_data, tmp_path, names, val_per_class=5)
+    shipped, record = load_splits("CUB10", real_data, REPOSITORY / "data_splits", names)
+    assert {name: len(split) for name, split in shipped.items()} == {"train": 250, "val": 50, "test": 243}
+    assert record["num_classes"] == 10 and "10 of CUB's 200 classes" in record["lists"]
+    for name in names:
+        ours, theirs = shipped[name], of_cub[name]
+        assert ours.ids == theirs.ids and ours.root == theirs.root
+        np.testing.assert_array_equal(ours.labels, theirs.labels)
+        np.testing.assert_array_equal(ours.sizes, theirs.sizes)
+        assert all((ours.boxes[i] == theirs.boxes[i]).all() for i in range(len(theirs)))
+    assert np.bincount(shipped["val"].labels).tolist() == [5] * 10
 
 
 def test_lists_follow_the_official_files_they_were_built_from(real_data, tmp_path):

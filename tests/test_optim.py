@@ -104,6 +104,16 @@ def test_vanilla_is_the_same_run_without_the_losses():
     )
 
 
+@pytest.mark.parametrize("arch", ["vgg16", "resnet50"])
+def test_ten_classes_have_cub_s_values_of_the_losses(arch):
+    ten, cub = (optim.preset(name, arch) for name in ("CUB10", "CUB"))
+    for name in (*"lambda_sim lambda_norm lambda_drop tau_fg tau_bg gamma p norm_class".split(),):
+        assert ten[name][0] == cub[name][0] and ten[name][1].endswith(cub[name][1])
+    differ = {name for name in ten if ten[name][0] != cub.get(name, (None,))[0]}
+    schedule = {"lr", "lr_new", "epochs", "warm_epochs", "decay_at", "batch_size", "val_every"}
+    assert differ <= schedule and all(ten[name][1] == optim.OURS for name in differ)
+
+
 def test_unknown_pairs_are_answered_with_those_there_are():
     with pytest.raises(InputError, match="OpenImages --arch resnet50: no preset; .*CUB vgg16, CUB resnet50"):
         optim.preset("OpenImages", "resnet50")
