@@ -52,7 +52,7 @@ PRESETS: dict[tuple[str, str], dict[str, tuple[Any, str]]] = {
         "warm_batch_size": (32, CODE), "batch_size": (32, CODE),
         "norm_class": ("max", CODE), "stride": (8, CHOE),
     },
-    # The first ten classes of CUB, with CUB's values for the losses. CUB's learning rates are too high for them.
+    # The first ten classes of CUB, with CUB's values for the losses. CUB's learning rates are too high here.
     # The rates were chosen for the CAM baseline on val (VGG16, one seed) and serve all methods. ResNet50 has
     # CUB's rates divided by 8, the factor that VGG16 got; they are not tuned.
     ("CUB10", "vgg16"): {
