@@ -4,7 +4,7 @@
     python evaluate.py --score-maps DIR --dataset CUB --split test         any method's maps, same protocol
     python evaluate.py runs/CUB_vgg16_bridge --images photo.jpg folder/    boxes and pictures for your images
 
-Prints a table and writes RUN/results_<checkpoint>_<split>.json. One forward pass per image.
+Prints a table and writes RUN/results_<checkpoint>_<split>.json; for score maps results_<DIR>_<split>.json.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     text = 'percentile for pas (default 0.9) or ivr (0.45), in [0, 1); "val": select ivr\'s on val'
     add("--percentile", type=_percentile, metavar="Q", help=text)
     text = (
-        "fixed threshold, a fraction of each map's maximum, in [0, 1): adds GT-known and Top-k Loc of the "
-        "largest contour at T (the rule of CVPR 2016); with --images: replaces the threshold chosen on val"
+        "fixed threshold, a fraction of each map's maximum, in [0, 1): adds GT-known and Top-k Loc of "
+        "the largest contour at T (the rule of CAM, CVPR 2016); with --images: instead of val's threshold"
     )
     add("--threshold", type=float, metavar="T", help=text)
 
@@ -200,7 +200,9 @@ def evaluate_folder(args: argparse.Namespace) -> None:
     title = f"{args.dataset} {args.split}, score maps of {args.score_maps}"
     head = {"dataset": args.dataset, "split": args.split, **dict.fromkeys(("arch", "method", "checkpoint"))}
     head |= {"normalize": args.normalize} | ({} if q is None else {"percentile": {"value": q}})
-    out = args.out or Path(f"results_{args.score_maps.resolve().name}_{args.split}.json")
+    name = f"{args.score_maps.resolve().name}_{args.split}"
+    name += "" if args.normalize == "minmax" else f"_{args.normalize}"
+    out = args.out or Path(f"results_{name}.json")
     finish(args, maps, split, title, head, out, out.with_suffix(""))
 
 

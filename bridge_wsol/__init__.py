@@ -1,13 +1,13 @@
 """bridge-wsol: "Bridging the Gap between Classification and Localization for WSOL" (Kim et al., CVPR 2022).
 
-The rooms by floor. An import goes down or stays on its floor; train.py and evaluate.py are above all.
+The modules by layer. A module imports from its own layer or a lower one; train.py and evaluate.py from all.
 
     many runs   experiments  rows x seeds of train.py: comparison, ablation, sweep; tables
     pictures    figures      Figs. A1-A5 and the gap in numbers, from runs and results
                 drawing      images, maps and boxes as pictures, with Pillow alone
     evaluation  evaluation   score maps -> metrics, files of a run, Localizer
     methods     methods      what a method is; CAM; Bridge, the paper's total loss
-                baselines    the nine compared systems
+                baselines    the compared systems, a class each
     the paper   losses       section 3: L_sim, L_norm, L_drop, attentive dropout
                 cam          CAM = |w| * F * S (Fig. A3), resize, normalization
                 models       VGG16-GAP, ResNet50; files of weights
@@ -17,7 +17,7 @@ The rooms by floor. An import goes down or stays on its floor; train.py and eval
     images      data         list format, decoding, loaders, cache
                 datasets     CUB, ILSVRC, OpenImages, one's own folder, drawn ones; check
                 demo         the drawn birds
-    ground      processes    torchrun, signals, worker processes
+    basics      processes    torchrun, signals, worker processes
                 utils        errors, progress, devices, files
 
 Conventions:

@@ -363,8 +363,7 @@ class CALM(CAM, name="calm"):
     calm_loss: "ml" is -log p(y|x). "em" (default, our choice) is -log of the joint, weighted by the detached
     responsibilities p(z|x,y). On CUB the authors report a higher accuracy with em.
     calm_normalizer: "detached" makes the sum under p(z|x) a constant for the gradient (authors). "exact" is
-    the default (our choice): with "detached", the features of the demo's VGG16 grew 25-fold in four epochs
-    and its classification failed.
+    the default (our choice): with "detached", an earlier training on the demo lost its classification.
 
     Our choice, too: softplus (the authors' code has ReLU, which can give 0/0), and the joint as the map
     (their localization code is not released). Upsampling is bilinear (authors). The joint has a heavy tail:

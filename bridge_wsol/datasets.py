@@ -94,9 +94,7 @@ DATASETS = {
     # The first ten classes of CUB. val: five images per class of CUB's train. The repository has the lists.
     "CUB10": DataSet(
         "CUB_200_2011/images",
-        build=lambda _, lists: (
-            f"{lists}: 10 of CUB's 200 classes; results do not compare with published ones"
-        ),
+        build=lambda _, lists: f"{lists}: 10 of CUB's 200 classes; {NOT_COMPARABLE}",
     ),
     "ILSVRC": DataSet(
         "ILSVRC",
@@ -232,7 +230,8 @@ def _prepare(
     if kind.draw:
         kind.draw(data_root, splits_dir)
     elif not data_root.is_dir():
-        raise InputError(f"--data-root {data_root}: no such folder")
+        lists = f", and {folder} has no lists of {', '.join(lists_suffice)}" if lists_suffice else ""
+        raise InputError(f"--data-root {data_root}: no such folder{lists}")
     record = {"lists": kind.build(data_root, folder)} if kind.build else {}
     if not folder.is_dir():
         raise InputError(

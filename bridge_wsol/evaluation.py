@@ -520,16 +520,16 @@ class Found(NamedTuple):
 
     box: list[int] | None  # x0, y0, x1, y1, in pixels of the image as shown, corners inside; None: empty map
     top5: list[dict[str, Any]]  # "class" from 0, "name" where known, "probability"; the best first
-    score_map: (
-        np.ndarray
-    )  # of the Top-1 class, size x size (224) float32 in [0, 1]: stretch it over the image
+    # Of the Top-1 class, float32 in [0, 1], at the run's image_size (224 x 224): stretch it over the image.
+    score_map: np.ndarray
 
 
 class Localizer:
     """A trained run, for images of one's own: box of the Top-1 class, five best classes, score map.
 
-    The box is the largest contour at `threshold`, a fraction of the map's maximum in [0, 1). Default: the
-    threshold chosen on val for this normalization, else FALLBACK_THRESHOLD, and `note` tells why.
+    The box is the largest contour at `threshold`, in [0, 1): as an argument a fraction of the map's maximum.
+    Default: the threshold chosen on val for this normalization, a fraction of [0, 1]; else
+    FALLBACK_THRESHOLD of the maximum, and `note` tells why.
 
     run: a folder that train.py wrote. checkpoint: "best" or "last". amp: default the run's.
     normalize, percentile: of `cam.normalize`. data_root, splits, batch_size, workers: for val, which is

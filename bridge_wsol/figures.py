@@ -616,7 +616,8 @@ def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
     if command == "sweep":
         add("files", nargs="+", type=Path, metavar="FILE", help="JSON files of experiments sweep")
     else:
-        add("runs", nargs="+", type=Path, metavar="RUN", help="folders that train.py wrote")
+        files = ", or results files of evaluate.py" if command == "curves" else ""
+        add("runs", nargs="+", type=Path, metavar="RUN", help=f"folders that train.py wrote{files}")
         add("--names", nargs="+", metavar="NAME", help="a name per run (default: the folders' names)")
         add("--split", choices=("test", "val"), default="test", help="default test")
         add("--checkpoint", choices=("best", "last"), default="best", help="default best")

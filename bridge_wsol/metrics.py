@@ -43,8 +43,7 @@ def label_ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Rank of each image's label among its predictions, 0 for the best: logits N x K, labels N -> N int64.
 
     Of equal logits, the lower class ranks first, as in argmax. An image with a NaN logit has rank K, after
-    all
-    classes: it is never Top-1. With K < 5, all ranks are below 5, so that Top-5 includes every image.
+    all classes: it is never Top-1. With K < 5, all ranks are below 5, so Top-5 includes every image.
     """
     own = np.take_along_axis(logits, labels[:, None], 1)
     before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < labels[:, None]))

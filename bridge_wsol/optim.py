@@ -295,7 +295,7 @@ def _add_values(parser: argparse.ArgumentParser, methods: dict[str, Any]) -> Non
     text = "S in L_norm: target = ground-truth class, max = maximum over classes"
     add("--norm-class", choices=("target", "max"), help=text)
 
-    where = "Sources of the defaults: `preset` of each class in bridge_wsol/baselines.py."
+    where = "Meaning, unit and source of each: the docstring of its class in bridge_wsol/baselines.py."
     add = parser.add_argument_group("one compared method's values", where).add_argument
     for name, (value, text) in method_values(methods).items():
         add(f"--{name.replace('_', '-')}", type=type(value), metavar="X", help=text)
@@ -319,8 +319,13 @@ def method_values(methods: dict[str, Any]) -> dict[str, tuple[Any, str]]:
                 continue
             defaults = "; ResNet50 ".join(dict.fromkeys(str(values[name][0]) for values in of_archs))
             range_ = allowed.get(name, ())
-            words = [" or ".join(range_)] if isinstance(value, str) else ["in [{}, {}]".format(*range_)]
-            own[name] = value, " ".join([f"{method}:", *(words if range_ else []), f"(default {defaults})"])
+            if isinstance(value, str):
+                allows = " or ".join(range_)
+            elif range_[1] == float("inf"):
+                allows = f"at least {range_[0]}"
+            else:
+                allows = f"in [{range_[0]}, {range_[1]}]"
+            own[name] = value, f"{method}: {allows} (default {defaults})"
     return own
 
 

@@ -1,4 +1,4 @@
-"""What three or more rooms use: errors, progress, devices, files that are never half-written."""
+"""Helpers of several modules: errors, progress, devices, files that are never half-written."""
 
 from __future__ import annotations
 
