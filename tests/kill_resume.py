@@ -108,7 +108,7 @@ def main() -> None:
                     compare(whole, out, with_workers)
                     out = Path(folder) / f"killed_{workers}_{i}"
             compare(whole, out, with_workers)
-            print(f"{workers} workers: as if nobody had touched it")
+            print(f"{workers} workers: equal to the uninterrupted run in every byte")
 
 
 def compare(whole: Path, out: Path, flags: list[str]) -> None:
@@ -116,7 +116,7 @@ def compare(whole: Path, out: Path, flags: list[str]) -> None:
     ours, theirs = content(whole), content(out)
     different = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
     if different:
-        raise SystemExit(f"{out.name}: {', '.join(different)} differ from the run that nobody touched")
+        raise SystemExit(f"{out.name}: {', '.join(different)} differ from the uninterrupted run")
 
 
 if __name__ == "__main__":
