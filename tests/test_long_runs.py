@@ -105,6 +105,7 @@ def test_an_error_of_all_processes_is_said_once(trained, tmp_path):
     assert job.returncode != 0 and len(said) == 1 and "class_labels.txt:1" in said[0]
 
 
+@pytest.mark.slow
 def test_two_machines_are_one(trained, tmp_path):
     """Two torchrun agents on loopback, one process each, as on two machines."""
     flags, _ = trained
