@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from bridge_wsol import cam, drawing, evaluation, optim
+from bridge_wsol.baselines import METHODS
 from bridge_wsol.data import Split, decode, image_files, load_score_map, test_loader
 from bridge_wsol.datasets import load_splits
 from bridge_wsol.utils import (
@@ -40,9 +41,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("run", nargs="?", type=Path, metavar="RUN", help="run folder of train.py")
     add("--checkpoint", choices=("best", "last"), default="best", help="default best")
     add("--split", choices=("test", "val"), default="test", help="default test")
-    add(
-        "--score-maps", type=Path, metavar="DIR", help="folder of score maps, instead of RUN; needs --dataset"
-    )
+    text = "folder of score maps, instead of RUN; needs --dataset"
+    add("--score-maps", type=Path, metavar="DIR", help=text)
     add("--dataset", metavar="D", help="with --score-maps: data set of the maps")
     text = "images, or folders of them, to localize with RUN"
     add("--images", type=Path, nargs="+", metavar="PATH", help=text)
@@ -57,16 +57,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "the largest contour at T (the rule of CAM, CVPR 2016); with --images: instead of val's threshold"
     )
     add("--threshold", type=float, metavar="T", help=text)
+    optim.add_method_values(add, optim.map_values(METHODS))
 
     add = parser.add_argument_group("where things are").add_argument
     add("--data-root", type=Path, metavar="DIR", help="default: the run's, or data")
     add("--splits", type=Path, metavar="DIR", help="folder of the lists (default: the run's, or data_splits)")
-    add(
-        "--out",
-        type=Path,
-        metavar="PATH",
-        help="results file; with --images: folder for boxes.json and pictures",
-    )
+    text = "results file; with --images: folder for boxes.json and pictures"
+    add("--out", type=Path, metavar="PATH", help=text)
     add("--save-maps", type=Path, metavar="DIR", help="writes each score map to DIR/<image id>.npy")
     add("--per-image", type=Path, metavar="FILE.csv", help="writes class, IoU and box of every image")
     add("--pictures", type=int, default=0, metavar="N", help="draws N images of the split with boxes and CAM")
@@ -80,6 +77,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--amp", choices=("auto", "bf16", "off"), help=text)
     add("--quiet", action="store_true", help="no progress line on stderr")
     args = parser.parse_args(argv)
+    args.of_map = {x: vars(args)[x] for x in optim.map_values(METHODS) if vars(args)[x] is not None}
     _check(parser, args)
     return args
 
@@ -97,6 +95,8 @@ def _check(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--score-maps needs --dataset")
     if args.score_maps and (args.images or args.save_maps):
         parser.error("--images and --save-maps need a RUN, not --score-maps")
+    if args.of_map and (args.score_maps or args.images):
+        parser.error(f"--{next(iter(args.of_map)).replace('_', '-')} needs a RUN, without --images")
     if args.threshold is not None and not 0 <= args.threshold < 1:
         parser.error(f"--threshold {args.threshold}: must be in [0, 1)")
     if args.dataset and args.run:
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
 def evaluate_run(args: argparse.Namespace) -> None:
     """RUN on a split: table, results file, and the files that were asked for."""
     device = resolve_device(args.device)
-    model, method, checkpoint = evaluation.load_run(args.run, args.checkpoint, device)
+    model, method, checkpoint = evaluation.load_run(args.run, args.checkpoint, device, args.of_map)
     config = checkpoint["config"]
     places = args.data_root, args.splits
     splits = evaluation.run_splits(args.run, checkpoint, ("val", args.split), *places)
@@ -136,20 +136,23 @@ def evaluate_run(args: argparse.Namespace) -> None:
         setting = {"method": method, "device": device, "amp": amp, "image_size": size, "percentile": q}
         return evaluation.network_maps(model, loader, normalization=normalization, **setting)
 
-    # The thresholds in the checkpoint belong to min-max maps.
+    # The thresholds in the checkpoint belong to the run's own maps, with min-max.
     choice, val, workers = {}, splits["val"], {"workers": args.workers}
-    val_levels = (checkpoint["val"] or {}).get("levels") if args.normalize == "minmax" else None
+    own = args.normalize == "minmax" and not args.of_map
+    val_levels = (checkpoint["val"] or {}).get("levels") if own else None
     if q == "val":
         setting = {"image_size": size, "upsampling": method.upsampling, **workers}
         q, choice, val_levels = evaluation.choose_percentile(maps_of(val, None), val, **setting)
-    elif args.normalize != "minmax" and args.split != "val":
+    elif not own and args.split != "val":
         val_levels = evaluation.evaluate_maps(maps_of(val, args.normalize), val, **workers)["levels"]
 
     name = f"{args.checkpoint}_{args.split}" + ("" if args.normalize == "minmax" else f"_{args.normalize}")
     name += "" if args.percentile is None else f"_{args.percentile}"
+    name += "".join(f"_{key}={value}" for key, value in args.of_map.items())
     title = f"{config['dataset']} {args.split}, {config['arch']} {config['method']}"
     title += f", {args.checkpoint} checkpoint (epoch {checkpoint['epoch']})"
-    head = {key: config[key] for key in ("dataset", "arch", "method")} | {"split": args.split}
+    title += "".join(f", {key} {value}" for key, value in args.of_map.items())
+    head = {key: config[key] for key in evaluation.RUN_KEYS} | args.of_map | {"split": args.split}
     head |= {"checkpoint": args.checkpoint, "epoch": checkpoint["epoch"], "normalize": args.normalize}
     split, out = splits[args.split], args.out or args.run / f"results_{name}.json"
     pictures = args.run / f"pictures_{name}"
@@ -207,14 +210,10 @@ def evaluate_folder(args: argparse.Namespace) -> None:
 
 
 def localize_images(args: argparse.Namespace) -> None:
-    """--images: boxes.json and a picture per image, with the box and the five best classes of each.
-
-    Unreadable files are reported and skipped; the exit code is then 1.
-    """
-    setting = {
-        key: getattr(args, key) for key in ("checkpoint", "normalize", "percentile", "threshold", "amp")
-    }
-    setting |= {key: getattr(args, key) for key in ("data_root", "splits", "batch_size", "workers")}
+    """--images: boxes.json, and a picture per image. Skips unreadable files; the exit code is then 1."""
+    names = ("checkpoint", "normalize", "percentile", "threshold", "amp")
+    names += ("data_root", "splits", "batch_size", "workers")
+    setting = {name: getattr(args, name) for name in names}
     localizer = evaluation.Localizer(args.run, args.device, **setting)
     if localizer.note:
         used = f"{localizer.threshold} of the map's maximum is used; --threshold sets another"

@@ -264,7 +264,7 @@ def test(run: Run) -> None:
             title = f"{c.dataset} test, {c.arch} {c.method}, {which} checkpoint (epoch {epoch})"
             say(evaluation.table(title, results[epoch]))
         if rank() == 0:
-            head = {"dataset": c.dataset, "arch": c.arch, "method": c.method, "split": "test"}
+            head = {key: getattr(c, key) for key in evaluation.RUN_KEYS} | {"split": "test"}
             head |= {"checkpoint": which, "epoch": epoch, "normalize": "minmax"}
             evaluation.write_results(run.out / f"results_{which}_test.json", results[epoch], **head)
     say(f"written to {run.out}")

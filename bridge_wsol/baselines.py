@@ -35,6 +35,9 @@ from .utils import InputError
 AUTHORS = "its authors' code"
 COMMON_CODE = "the common code's default"
 
+# Data sets with classes of one kind, for CALM's map.
+BIRDS = ("CUB", "CUB10", "demo", "demo-pretrain")
+
 
 # ---- Erasing and mixing
 
@@ -320,6 +323,7 @@ class PaS(CAM, name="pas"):
     """
 
     allowed = {"pas_theta": (-1, 1), "pas_nwc": ("on", "off")}
+    of_map = ("pas_nwc",)
 
     @classmethod
     def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
@@ -358,26 +362,37 @@ class CALM(CAM, name="calm"):
 
     p(y|x,z) is the softmax over classes of the linear layer at a location. p(z|x) is the softplus of a 1 x 1
     convolution, divided by its sum over locations. The joint is p(y,z|x) = p(y|x,z) p(z|x). The logits are
-    the log of its sum over z. The map is the joint of the label.
+    the log of its sum over z.
+
+    calm_map: "joint" is p(y,z|x) of the label. "location" is p(z|x), the joint summed over all classes. The
+    authors' code can sum the joint over a superclass; "location" is this sum where all classes are of one
+    kind. It is the default on CUB, CUB10 and the demo, where every class is a bird; "joint" elsewhere.
 
     calm_loss: "ml" is -log p(y|x). "em" (default, our choice) is -log of the joint, weighted by the detached
     responsibilities p(z|x,y). On CUB the authors report a higher accuracy with em.
     calm_normalizer: "detached" makes the sum under p(z|x) a constant for the gradient (authors). "exact" is
     the default (our choice): with "detached", an earlier training on the demo lost its classification.
 
-    Our choice, too: softplus (the authors' code has ReLU, which can give 0/0), and the joint as the map
-    (their localization code is not released). Upsampling is bilinear (authors). The joint has a heavy tail:
-    evenly spaced thresholds miss the extent of an object. `evaluate.py --normalize log` spaces them by the
-    logarithm (authors).
+    Our choice, too: softplus (the authors' code has ReLU, which can give 0/0), and the defaults of calm_map
+    (which map their published numbers have is not known: their localization code is not released).
+    Upsampling is bilinear (authors). Both maps have a heavy tail: evenly spaced thresholds miss the extent of
+    an object. `evaluate.py --normalize log` spaces them by the logarithm (authors).
     """
 
     upsampling = "bilinear"
-    allowed = {"calm_loss": ("em", "ml"), "calm_normalizer": ("exact", "detached")}
+    allowed = {
+        "calm_loss": ("em", "ml"),
+        "calm_normalizer": ("exact", "detached"),
+        "calm_map": ("joint", "location"),
+    }
+    of_map = ("calm_map",)
 
     @classmethod
     def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
-        """Adds calm_loss and calm_normalizer."""
-        return super().preset(dataset, arch) | {"calm_loss": ("em", OURS), "calm_normalizer": ("exact", OURS)}
+        """Adds calm_loss, calm_normalizer and calm_map."""
+        own = {"calm_loss": ("em", OURS), "calm_normalizer": ("exact", OURS)}
+        own["calm_map"] = ("location" if dataset in BIRDS else "joint", OURS)
+        return super().preset(dataset, arch) | own
 
     def network(self, num_classes: int) -> GAPNetwork:
         """The CAM baseline's network with a 1 x 1 convolution, the location head."""
@@ -411,9 +426,11 @@ class CALM(CAM, name="calm"):
     def predict(
         self, model: nn.Module, images: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Logits: log p(y|x). Maps: the joint p(y,z|x), in [0, 1]."""
+        """Logits: log p(y|x). Maps: p(y,z|x) or p(z|x) (calm_map), in [0, 1]."""
         log_joint = self.log_joint(model, images)
         logits = log_joint.logsumexp((2, 3))
+        if self.config.calm_map == "location":
+            return logits, log_joint.logsumexp(1).exp()
         return logits, of_class(log_joint, logits.argmax(1) if labels is None else labels).exp()
 
 

@@ -49,6 +49,7 @@ from .utils import (
 )
 
 LEVEL_NAMES = ("30", "50", "70", "largest")  # the chosen levels: all contours by IoU, the largest contour
+RUN_KEYS = ("dataset", "arch", "method", "seed")  # of the configuration, in every results file of a run
 
 # ------------------------------------------------------------------------------------------- score maps
 
@@ -358,10 +359,14 @@ def open_checkpoint(out: Path, resume: bool) -> dict[str, Any] | None:
     return checkpoint
 
 
-def load_run(run: Path, which: str, device: torch.device) -> tuple[nn.Module, CAM, dict[str, Any]]:
+def load_run(
+    run: Path, which: str, device: torch.device, of_map: dict[str, str] | None = None
+) -> tuple[nn.Module, CAM, dict[str, Any]]:
     """(network, method, checkpoint) of RUN/<which>.pt, which = "best" or "last".
 
-    Raises InputError for a folder that is not a run, a damaged checkpoint, or an unknown method.
+    of_map: values of the method's map, instead of those of the run; they are in the checkpoint's "config".
+    Raises InputError for a folder that is not a run, a damaged checkpoint, an unknown method, or a value that
+    is not one of its map.
     """
     path = Path(run) / f"{which}.pt"
     if not path.exists():
@@ -375,6 +380,10 @@ def load_run(run: Path, which: str, device: torch.device) -> tuple[nn.Module, CA
         if config["method"] not in METHODS:
             unknown = f"{path}: a run of the unknown method {config['method']!r}"
             raise InputError(f"{unknown}: import the file that defines its class first")
+        for name in (of_map or {}).keys() - set(METHODS[config["method"]].of_map):
+            flag, method_flag = f"--{name.replace('_', '-')}", f"--method {config['method']}"
+            raise InputError(f"{flag}: {run} was trained with {method_flag}, which has no such value")
+        config |= of_map or {}
         method = METHODS[config["method"]](SimpleNamespace(**config))
         model = method.network(checkpoint["num_classes"])
         restore_weights(model, checkpoint["model"], path)

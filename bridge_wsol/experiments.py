@@ -6,8 +6,9 @@
     python -m bridge_wsol.experiments table RUN [RUN ...]                           tables of existing runs
 
 A row of a table is METHOD[:NAME=VALUE,...][+NORMALIZATION]: a method, values of its run, a normalization of
-its maps. Each row and seed has one run, in RUNS/<row>_seed<N>. Finished runs are skipped, interrupted runs
-are resumed. Flags that this program does not have are passed to train.py.
+its maps. Each row and seed has one run, in RUNS/<row>_seed<N>. Rows that differ only in the normalization or
+in a value of the map (calm_map, pas_nwc) share the run. Finished runs are skipped, interrupted runs are
+resumed. Flags that this program does not have are passed to train.py.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ from .optim import FREE_ON_RESUME, parse_args, resolve_config
 from .utils import InputError, Parser, Progress, Stopped, one_line_errors, write_json, write_text, writing
 
 # The comparison's default rows: the paper's systems and the field's, some with their own normalization.
-ROWS = ("cam cam+ivr has acol spg adl adl+ivr cutmix eil pas pas+pas calm calm+log bridge bridge+ivr").split()
+ROWS = (
+    "cam cam+ivr has acol spg adl adl+ivr cutmix eil pas pas+pas calm:calm_map=joint calm:calm_map=joint+log "
+    "calm:calm_map=location calm:calm_map=location+log bridge bridge+ivr"
+).split()
 
 # Key of a number of a run -> its heading in a table. All are percent except images/s.
 METRICS = {
@@ -78,19 +82,20 @@ class Row(NamedTuple):
 
     method: str
     flags: list[str]  # of train.py, for this row only
+    of_map: dict[str, str]  # values of the map: flags of evaluate.py
     normalization: str
     run: str  # the run folders are <run>_seed<N>
 
 
 class Run(NamedTuple):
-    """One run of train.py, and the normalizations under which it is evaluated."""
+    """One run of train.py, and the rows for which it is evaluated."""
 
     folder: Path
     seed: int
     arguments: list[str]  # of train.py
     given: argparse.Namespace  # the same, parsed
     config: SimpleNamespace  # the resolved configuration
-    normalizations: list[str]
+    rows: list[Row]
 
 
 def row_of(name: str) -> Row:
@@ -105,12 +110,16 @@ def row_of(name: str) -> Row:
             f"--methods {name}: not METHOD[:NAME=VALUE,...][+NORMALIZATION]; METHOD is one of "
             f"{', '.join(METHODS)}, NORMALIZATION one of {', '.join(NORMALIZATIONS)}"
         )
-    flags = [f"--{flag.replace('_', '-')}={value}" for flag, value in pairs]
-    return Row(method, flags, normalization, trained.replace(":", "_").replace(",", "_"))
+    pairs = [(key.replace("-", "_"), value) for key, value in pairs]
+    of_map = {key: value for key, value in pairs if key in METHODS[method].of_map}
+    trained = [(key, value) for key, value in pairs if key not in of_map]
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in trained]
+    run = "_".join([method, *(f"{key}={value}" for key, value in trained)])
+    return Row(method, flags, of_map, normalization, run)
 
 
 def run_folder(runs: Path, row: Row, seed: int) -> Path:
-    """The folder of the run of a row and seed. Rows that differ in the normalization only share it."""
+    """The folder of the run of a row and seed. Rows that differ in the map only share it."""
     return runs / f"{row.run}_seed{seed}"
 
 
@@ -130,9 +139,10 @@ def plan(rows: Iterable[Row], args: argparse.Namespace) -> list[Run]:
                 own = [f"--method={row.method}", *row.flags, f"--seed={seed}", f"--out={folder}", "--resume"]
                 given = parse_args([*args.flags, *own], "", METHODS)
                 config, _ = resolve_config(given, None, METHODS)
-                METHODS[config.method](config)  # checks the method's own values
                 runs[folder] = Run(folder, seed, [*args.flags, *own], given, config, [])
-            runs[folder].normalizations.append(row.normalization)
+            # The class checks the method's own values.
+            METHODS[row.method](SimpleNamespace(**vars(runs[folder].config) | row.of_map))
+            runs[folder].rows.append(row)
     waiting = [run for run in runs.values() if not is_finished(run)]
     if waiting:
         script_path("train.py")
@@ -237,7 +247,7 @@ def finish_all(runs: list[Run], args: argparse.Namespace) -> Iterator[list[int]]
 
 
 def finish(run: Run, checkpoint: str, slot: Slot) -> None:
-    """Trains the run where it is not finished, and evaluates it under its normalizations."""
+    """Trains the run where it is not finished, and evaluates it for its rows."""
     if not is_finished(run):
         run_script("train.py", [*run.arguments, *slot.device], run.folder, slot)
     done = read_results(run.folder, checkpoint, "test")[1].get("epoch")
@@ -245,18 +255,20 @@ def finish(run: Run, checkpoint: str, slot: Slot) -> None:
     machine = {name: vars(run.given).get(name) for name in ("workers", "device", "data_root", "splits")}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in machine.items() if value is not None]
     flags += ["--quiet"] * run.given.quiet
-    for normalization in run.normalizations:
-        path = results_path(run.folder, checkpoint, normalization)
+    for row in run.rows:
+        path = results_path(run.folder, checkpoint, row)
         if path.exists() and read_results(path, checkpoint, "test")[1].get("epoch") == done:
             continue
-        own = ["--checkpoint", checkpoint, "--normalize", normalization]
-        own += ["--percentile", "val"] if normalization == "ivr" else []
+        own = ["--checkpoint", checkpoint, "--normalize", row.normalization]
+        own += ["--percentile", "val"] if row.normalization == "ivr" else []
+        own += [f"--{name.replace('_', '-')}={value}" for name, value in row.of_map.items()]
         run_script("evaluate.py", [str(run.folder), *own, *flags, *slot.device], run.folder, slot)
 
 
-def results_path(folder: Path, checkpoint: str, normalization: str) -> Path:
-    """The file of a run's test results under a normalization; for ivr at the percentile chosen on val."""
-    suffix = {"minmax": "", "ivr": "_ivr_val"}.get(normalization, f"_{normalization}")
+def results_path(folder: Path, checkpoint: str, row: Row) -> Path:
+    """The file of a run's test results for a row; for ivr at the percentile chosen on val."""
+    suffix = {"minmax": "", "ivr": "_ivr_val"}.get(row.normalization, f"_{row.normalization}")
+    suffix += "".join(f"_{name}={value}" for name, value in row.of_map.items())
     return folder / f"results_{checkpoint}_test{suffix}.json"
 
 
@@ -339,7 +351,7 @@ def row_group(label: str, row: Row, seeds: list[int], args: argparse.Namespace) 
     runs = []
     for seed in seeds:
         folder = run_folder(args.runs, row, seed)
-        path = results_path(folder, args.checkpoint, row.normalization)
+        path = results_path(folder, args.checkpoint, row)
         result = read_results(path, args.checkpoint, "test")[1]
         runs.append(numbers(result))
         if speeds := [entry["images_per_second"] for entry in logged(folder)]:

@@ -46,6 +46,7 @@ class CAM:
 
     upsampling: ClassVar[str] = "bicubic"  # of the map to the image size; bicubic is the protocol's
     allowed: ClassVar[dict[str, tuple]] = {}  # hyperparameter -> (minimum, maximum), or the allowed strings
+    of_map: ClassVar[tuple[str, ...]] = ()  # hyperparameters of the map alone: evaluate.py can change them
 
     def __init_subclass__(cls, name: str | None = None) -> None:
         if name is not None:

@@ -297,8 +297,19 @@ def _add_values(parser: argparse.ArgumentParser, methods: dict[str, Any]) -> Non
 
     where = "Meaning, unit and source of each: the docstring of its class in bridge_wsol/baselines.py."
     add = parser.add_argument_group("one compared method's values", where).add_argument
-    for name, (value, text) in method_values(methods).items():
+    add_method_values(add, method_values(methods))
+
+
+def add_method_values(add: Callable[..., Any], values: dict[str, tuple[Any, str]]) -> None:
+    """Adds a flag for each of these `method_values`. add: the parser's add_argument."""
+    for name, (value, text) in values.items():
         add(f"--{name.replace('_', '-')}", type=type(value), metavar="X", help=text)
+
+
+def map_values(methods: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Those of `method_values` that change the map of a trained network and nothing else."""
+    of_map = {name for cls in methods.values() for name in cls.of_map}
+    return {name: value for name, value in method_values(methods).items() if name in of_map}
 
 
 def _add_numbers(add: Callable[..., Any], flags: dict[str, Flag]) -> None:

@@ -119,7 +119,8 @@ def test_forward_backward_and_pretrained_layers(name, arch):
 @torch.inference_mode()
 @pytest.mark.parametrize("name", (*COMPARED, BridgeCutMix))
 def test_maps_without_labels_are_those_of_the_predictions_and_checkpoints_load(name):
-    method, model = make(name)
+    other = {"calm_map": "joint"} if name == "calm" else {}  # p(z|x) is the same for all classes
+    method, model = make(name, **other)
     for parameter in model.parameters():
         parameter.add_(0.05 * torch.randn_like(parameter))
     logits, maps = method.predict(model.eval(), images())
@@ -577,7 +578,7 @@ def calm_factors(model, inputs, detached=False):
 
 @pytest.mark.parametrize("arch", ["vgg16", "resnet50"])
 def test_calm_s_joint_is_a_distribution_over_classes_and_locations(arch):
-    method, model = make("calm", arch)
+    method, model = make("calm", arch, calm_map="joint")
     with torch.inference_mode():
         joint = method.log_joint(model.eval(), images()).exp()
         close(joint.sum((1, 2, 3)), torch.ones(2, dtype=torch.float64))
@@ -586,7 +587,44 @@ def test_calm_s_joint_is_a_distribution_over_classes_and_locations(arch):
         logits, maps = method.predict(model, images(), LABELS)
     close(logits.exp(), joint.sum((2, 3)))
     close(maps, torch.stack([joint[n, label] for n, label in enumerate(LABELS)]))
+    method.config.calm_map = "location"
+    with torch.inference_mode():
+        for labels in (LABELS, None):
+            summed, maps = method.predict(model, images(), labels)
+            close(summed, logits)
+            close(maps, locations)
+            close(maps, joint.sum(1))
     assert method.upsampling == "bilinear" and METHODS["cam"].upsampling == "bicubic"
+
+
+def test_calm_s_map_where_every_class_is_a_bird():
+    found = {data: METHODS["calm"].preset(data, "vgg16")["calm_map"][0] for data in ("CUB", "CUB10", "demo")}
+    assert set(found.values()) == {"location"}
+    for dataset in ("ILSVRC", "OpenImages", "my_photos"):
+        assert METHODS["calm"].preset(dataset, "vgg16")["calm_map"][0] == "joint"
+
+
+def test_another_map_of_a_trained_run(tiny, tmp_path, capsys, fails):
+    """The map values of evaluate.py: metrics and val's thresholds of a run that was trained with them."""
+    results = {}
+    for value in ("joint", "location"):
+        run = tmp_path / value
+        train.main([*tiny, "--method", "calm", "--calm-map", value, "--epochs", "1", "--out", str(run)])
+        results[value] = json.loads((run / "results_last_test.json").read_text())
+    flags = ["--checkpoint", "last", "--device", "cpu", "--workers", "0", "--batch-size", "8"]
+    capsys.readouterr()
+    evaluate.main([str(tmp_path / "joint"), *flags, "--calm-map", "location"])
+    assert ", calm_map location, 9 images" in capsys.readouterr().out
+    found = json.loads((tmp_path / "joint/results_last_test_calm_map=location.json").read_text())
+    assert found.pop("calm_map") == "location" and found == results["location"] != results["joint"]
+    assert found["metrics"]["max_box_acc_v2_at_val_threshold"] is not None
+    assert json.loads((tmp_path / "joint/results_last_test.json").read_text()) == results["joint"]
+
+    fails(evaluate.main, [tmp_path / "joint", "--calm-map", "sum"], "--calm-map sum", "joint or location")
+    fails(evaluate.main, [tmp_path / "joint", "--pas-nwc", "off"], "--pas-nwc", "--method calm")
+    for more in (["--images", "a.jpg"], ["--score-maps", tmp_path, "--dataset", "tiny"]):
+        start = [tmp_path / "joint"] if "--images" in more else []
+        fails(evaluate.main, [*start, *more, "--calm-map", "joint"], "--calm-map")
 
 
 @pytest.mark.parametrize("loss", ["em", "ml"])

@@ -81,17 +81,17 @@ def test_the_comparison_trains_what_is_missing_and_tabulates_what_was_measured(
     tiny, in_this_process, tmp_path, capsys, fails
 ):
     runs, calls = tmp_path / "runs", in_this_process
-    ablated = "pas:pas_nwc=off,pas_theta=-1"
+    ablated = "eil:eil_gamma=0.5,eil_lambda=2"
     arguments = ["compare", "--methods", "cam", "cam+ivr", ablated, "--runs", runs, *tiny]
     run(*arguments, "--seeds", 0)
     assert [call[0] for call in calls] == ["train.py", "evaluate.py", "train.py"]
 
     calls.clear()
-    interrupted = runs / "pas_pas_nwc=off_pas_theta=-1_seed0"  # as after one epoch of two
-    assert read_json(interrupted / "config.json")["config"]["pas_nwc"] == {"value": "off", "source": "flag"}
+    interrupted = runs / "eil_eil_gamma=0.5_eil_lambda=2_seed0"  # as after one epoch of two
+    assert read_json(interrupted / "config.json")["config"]["eil_gamma"] == {"value": 0.5, "source": "flag"}
     shutil.rmtree(interrupted)
-    values = ["--pas-nwc", "off", "--pas-theta", "-1", "--epochs", "1"]
-    train.main([*tiny, "--method", "pas", *values, "--out", str(interrupted)])
+    values = ["--eil-gamma", "0.5", "--eil-lambda", "2", "--epochs", "1"]
+    train.main([*tiny, "--method", "eil", *values, "--out", str(interrupted)])
     for path in interrupted.glob("results_*"):
         path.unlink()
     capsys.readouterr()
@@ -141,17 +141,38 @@ def test_rows(fails, monkeypatch):
     monkeypatch.setitem(METHODS, "bridge+more", METHODS["bridge"])
     everything = experiments.row_of("bridge+more:lambda_sim=0,p=0.25+ivr")
     flags = ["--lambda-sim=0", "--p=0.25"]
-    assert everything == ("bridge+more", flags, "ivr", "bridge+more_lambda_sim=0_p=0.25")
+    assert everything == ("bridge+more", flags, {}, "ivr", "bridge+more_lambda_sim=0_p=0.25")
+    of_map = experiments.row_of("pas:pas_nwc=off,pas_theta=-1")
+    assert of_map == ("pas", ["--pas-theta=-1"], {"pas_nwc": "off"}, "minmax", "pas_pas_theta=-1")
     monkeypatch.undo()
     fails(experiments.main, ["compare", "--method", "cam"], "--method", "--methods")
     rows = {experiments.row_of(row)[0] for row in experiments.ROWS}
     assert rows == METHODS.keys() - {"bridge+cutmix"}
 
 
+def test_rows_that_differ_in_the_map_share_a_run(tiny, in_this_process, tmp_path):
+    maps = {"joint": "", "location": "", "location+log": "_log"}
+    rows, runs = [f"calm:calm_map={name}" for name in maps], tmp_path / "runs"
+    arguments = ["compare", "--methods", *rows, "--seeds", 0, "--runs", runs, *tiny]
+    run(*arguments)
+    assert [call[0] for call in in_this_process] == ["train.py", *["evaluate.py"] * 3]
+    table = {line[0]: line for line in cells((runs / "table.md").read_text())}
+    for row, (name, normalization) in zip(rows, maps.items()):
+        value = name.removesuffix("+log")
+        path = runs / f"calm_seed0/results_last_test{normalization}_calm_map={value}.json"
+        result = read_json(path)
+        assert result["calm_map"] == value and result["normalize"] == (normalization[1:] or "minmax")
+        assert table[row][1] == f"{result['metrics']['max_box_acc_v2']['mean']:.1f}"
+    in_this_process.clear()
+    run(*arguments)
+    assert in_this_process == []
+
+
 def test_all_mistakes_are_reported_before_the_first_run(tiny, in_this_process, fails, tmp_path):
     base = ["compare", "--runs", tmp_path / "r", "--methods", "cam", "bridge", *tiny]
     fails(experiments.main, [*base, "--pas-nwc", "off"], "--pas-nwc", "--method cam")
     fails(experiments.main, [*base, "--methods", "cam", "pas:pas_theta=7"], "--pas-theta 7")
+    fails(experiments.main, [*base, "--methods", "cam", "calm:calm_map=7"], "--calm-map 7", "joint")
     fails(experiments.main, [*base, "--methods", "cam", "bridge:p=2"], "--p 2")
     fails(experiments.main, [*base, "--seeds", 1, 1], "--seeds 1 1", "once")
     fails(experiments.main, [*base, "--jobs", 0], "--jobs 0")
@@ -197,7 +218,7 @@ def test_jobs_are_done_at_the_same_time_and_a_run_by_one_of_them(trained, tmp_pa
 
     def finish_together(of, checkpoint, slot):
         together.wait(timeout=30)  # fails where less than two runs are under way
-        order.append((of.folder.name, of.normalizations, slot.log))
+        order.append((of.folder.name, [row.normalization for row in of.rows], slot.log))
         finish(of, checkpoint, slot)
 
     monkeypatch.setattr(experiments, "finish", finish_together)
