@@ -17,6 +17,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -36,7 +37,7 @@ from .baselines import METHODS
 from .cam import NORMALIZATIONS
 from .datasets import download, load_splits
 from .drawing import with_suffix
-from .evaluation import names_of, read_config, read_log, read_results
+from .evaluation import names_of, read_config, read_json, read_log, read_results
 from .optim import FREE_ON_RESUME, parse_args, resolve_config
 from .utils import InputError, Parser, Progress, Stopped, one_line_errors, write_json, write_text, writing
 
@@ -62,13 +63,15 @@ METRICS = {
     "pxap": "PxAP",
 }
 HEADINGS = METRICS | {"images_per_second": "images/s"}
+# What a sweep measures, the first that the data set has: PxAP without boxes, Top-1 cls without masks, too.
+SWEPT = {"gt_known_loc": "GT-known Loc", "pxap": "PxAP", "top1_cls": "Top-1 cls"}
 
 COMPARED = (
     *("v2_mean", "v2_30", "v2_50", "v2_70", "gt_known_loc_largest", "top1_loc", "v2_at_val"),
     *("pxap", "top1_cls", "images_per_second"),
 )
 FORMS = (
-    ("Localization, %", ("top1_loc", "top5_loc", "gt_known_loc", "top1_cls")),
+    ("Localization, %", ("top1_loc", "top5_loc", "gt_known_loc", "gt_known_loc_largest", "top1_cls")),
     ("MaxBoxAccV2, %", ("v2_30", "v2_50", "v2_70", "v2_mean", "v2_at_val")),
     ("PxAP, % (the form of Table A1)", ("pxap",)),
 )
@@ -375,15 +378,21 @@ class Entry(NamedTuple):
 
 
 def read_entry(run: Path, name: str, args: argparse.Namespace) -> Entry:
-    """Reads a run folder, or the results file of another method."""
+    """Reads a run folder, or a results file: those of seeds share a row if they share name and data set.
+
+    A file's name without --names is that of the file, without _seed<N>.
+    """
     path, result = read_results(run, args.checkpoint, args.split, args.normalize)
-    if path == run:
-        config: dict[str, Any] = {"file": str(run.resolve()), "method": name}
-    else:
+    if path != run:
         free = set(FREE_ON_RESUME) - {"epochs"}
         config = {key: value for key, value in read_config(run).items() if key not in free}
-    seed = config.pop("seed", 0)
-    return Entry(run, name if args.names else config["method"], seed, config, result)
+        seed, name = config.pop("seed", 0), name if args.names else config["method"]
+    elif "seed" in result:
+        seed, name = result["seed"], name.removesuffix(f"_seed{result['seed']}")
+        config = {"method": name} | {key: result.get(key) for key in ("dataset", "arch")}
+    else:
+        seed, config = 0, {"file": str(run.resolve()), "method": name}
+    return Entry(run, name, seed, config, result)
 
 
 def grouped(args: argparse.Namespace) -> list[Group]:
@@ -573,6 +582,30 @@ def sweep(args: argparse.Namespace) -> list[Path]:
     return [with_suffix(out, ".json"), *written]
 
 
+def read_sweep(path: Path) -> dict[str, Any]:
+    """The content of a file of `experiments sweep`, its values ascending, with a "title" and its "metric".
+
+    Raises InputError for any other file.
+    """
+    made_by = "python -m bridge_wsol.experiments sweep"
+    content = read_json(path, made_by)
+    try:
+        rows = sorted(content["values"], key=lambda row: row["value"])
+        metric = [name for name in SWEPT if name in rows[0]][0]
+        numbers = [content["preset"], *(n for row in rows for n in (row["value"], *row[metric]))]
+        title = " ".join(content[name] for name in ("dataset", "arch", "method"))
+        complete = (
+            all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+            and all(0 < len(row[metric]) == len(rows[0][metric]) for row in rows)
+            and content["param"].isidentifier()
+        )
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
+        complete = False
+    if not complete:
+        raise InputError(f"{path}: not a file of a sweep; it is made by: {made_by}")
+    return content | {"title": title, "metric": metric, "values": rows}
+
+
 def swept_preset(args: argparse.Namespace) -> tuple[SimpleNamespace, float]:
     """(configuration without the sweep, its value of args.param). Raises InputError for another parameter."""
     param = args.param.replace("-", "_")
@@ -598,7 +631,9 @@ def table(args: argparse.Namespace) -> list[Path]:
     Runs that differ in the seed only share a row.
     """
     groups = grouped(args)
-    made = [make_table(title, keys, groups, pairs=True) for title, keys in FORMS]
+    several, pair = len({group.pair for group in groups}) > 1, groups[0].pair
+    head = "" if several else f"{pair}, {args.split}. "
+    made = [make_table(head + title, keys, groups, pairs=several) for title, keys in FORMS]
     made = [form for form in made if form.columns]
     text, written = write_tables(args.out, made, csv_text(groups, METRICS), args.digits)
     print(text)

@@ -9,6 +9,7 @@
 
 RUN is a folder that train.py wrote. curves also takes results files of evaluate.py (any method's score maps).
 FILE is a JSON file that `python -m bridge_wsol.experiments sweep` wrote.
+curves, histogram and gap take runs with the same name in --names as one: seeds of the same configuration.
 A figure goes to figures/COMMAND.png and .pdf, or where --out says. curves, histogram, boxes and gap write
 their numbers as JSON, too. The same input gives the same bytes.
 curves, histogram and sweep need matplotlib (the extra `figures`).
@@ -33,11 +34,11 @@ from . import cam, drawing
 from .boxes import LEVELS, iou_matrix, level_boxes, scale_boxes
 from .data import Masks, Split, load_masks, load_rgb, test_loader, to_input
 from .drawing import with_suffix
-from .evaluation import MapBatch, evaluate_maps, load_run, names_of, read_json, read_results, run_splits
-from .experiments import markdown
+from .evaluation import MapBatch, evaluate_maps, load_run, names_of, read_results, run_splits
+from .experiments import SWEPT, markdown, read_sweep, spread
 from .losses import feature_norm, minmax
 from .methods import CAM
-from .metrics import DELTAS
+from .metrics import DELTAS, flatness
 from .models import Output
 from .utils import (
     InputError,
@@ -112,6 +113,15 @@ def figure(args: argparse.Namespace, height: float) -> Iterator[Any]:
 def look(i: int) -> dict[str, Any]:
     """Colour, line style and marker of the i-th run."""
     return {name: looks[i % len(looks)] for name, looks in LOOKS.items()}
+
+
+def print_numbers(names: list[str], rows: list[tuple[str, list[list[float | None]], int]]) -> None:
+    """Prints a table with a column per name. rows: (label, the values of each name, decimals)."""
+    known = [
+        [label, *(spread([x for x in values if x is not None], digits) for values in of_names)]
+        for label, of_names, digits in rows
+    ]
+    print(markdown(["", *names], [row for row in known if set(row[1:]) != {"–"}]), end="")
 
 
 def shortened(name: str, width: float) -> str:
@@ -211,38 +221,44 @@ def score_maps(maps: Tensor, run: Run, mode: str | None = None) -> np.ndarray:
 # -------------------------------------------------------------------------------------------- Fig. A1, curves
 
 
-def flatness(curve: Sequence[float]) -> tuple[int, int, float | None]:
-    """(first, last, width): the levels around the maximum with at least 95 % of its accuracy, without a gap.
-
-    width: a fraction of the thresholds, in (0, 1]; None for a curve that is 0 everywhere.
-    """
-    top = int(np.argmax(curve))
-    near = np.asarray(curve) >= 0.95 * curve[top]
-    breaks = np.flatnonzero(~near)
-    first = int(breaks[breaks < top].max(initial=-1)) + 1
-    last = int(breaks[breaks > top].min(initial=len(curve))) - 1
-    return first, last, (last - first + 1) / len(curve) if curve[top] > 0 else None
-
-
 def maximum(curve: Sequence[float]) -> dict[str, Any]:
     """The maximum of a curve in percent, its threshold, and the range of thresholds that `flatness` finds."""
     (first, last, width), top = flatness(curve), int(np.argmax(curve))
-    found = {"maximum": curve[top], "threshold": top / LEVELS}
+    found = {"maximum": float(curve[top]), "threshold": top / LEVELS}
     return found | {"within_95_percent": [first / LEVELS, last / LEVELS], "flatness": width}
 
 
-def curves(args: argparse.Namespace) -> None:
-    """Fig. A1: accuracy against the threshold. A marker shows each maximum: MaxBoxAccV2 at that IoU."""
-    entries, all_curves = [], []
+def read_curves(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, np.ndarray]]]:
+    """(numbers, {IoU: curve}) of each name; the curve is the mean over the runs with that name.
+
+    "above_first", "below_first": percent of the thresholds at which it is above or below the first name's.
+    Raises InputError for results without boxes.
+    """
+    found: dict[str, list[tuple[Path, dict[str, list[float]]]]] = {}
     for run, name in zip(args.runs, names_of(args)):
         path, result = read_results(run, args.checkpoint, args.split, args.normalize)
-        of_run = result["curves"]
-        if of_run is None:
+        if result["curves"] is None:
             raise InputError(f"{path}: {result['dataset']} has no boxes, so no curves: use maps or gap")
-        maxima = {str(delta): maximum(of_run[str(delta)]) for delta in DELTAS}
-        entries.append({"name": name, "results": str(path), **maxima})
-        all_curves.append(of_run)
+        found.setdefault(name, []).append((path, result["curves"]))
+    entries, all_curves = [], []
+    for name, runs in found.items():
+        means = {str(iou): np.mean([of_run[str(iou)] for _, of_run in runs], axis=0) for iou in DELTAS}
+        all_curves.append(means)
+        numbers = {iou: maximum(mean) for iou, mean in means.items()}
+        for iou, mean in means.items():
+            first = all_curves[0][iou]
+            numbers[iou]["above_first"] = 100 * float((mean > first).mean())
+            numbers[iou]["below_first"] = 100 * float((mean < first).mean())
+        entries.append({"name": name, "results": [str(path) for path, _ in runs], **numbers})
+    return entries, all_curves
 
+
+def curves(args: argparse.Namespace) -> None:
+    """Fig. A1: accuracy against the threshold. A marker shows each maximum: MaxBoxAccV2 at that IoU.
+
+    Prints the numbers of claim C.1: maximum, `flatness`, and the share of thresholds above the first run.
+    """
+    entries, all_curves = read_curves(args)
     beside = args.width > 5  # three panels side by side
     names = [shortened(entry["name"], args.width) for entry in entries]
     columns = min(len(names), max(1, int(args.width // (0.06 * max(map(len, names)) + 0.5))))  # of names
@@ -257,6 +273,15 @@ def curves(args: argparse.Namespace) -> None:
             finish_curves(panel, delta, beside)
         handles = [panels[-1].plot([], [], **look(i))[0] for i in range(len(names))]
         drawn.legend(handles, names, loc="outside upper left", ncols=columns, handlelength=2.6)
+    rows, first = [], entries[0]["name"]
+    for key, what, digits in (
+        ("maximum", "maximum, %", 1),
+        ("flatness", "width within 95 %", 2),
+        ("above_first", f"thresholds above {first}, %", 1),
+        ("below_first", f"thresholds below {first}, %", 1),
+    ):
+        rows += [(f"IoU {iou}: {what}", [[e[str(iou)][key]] for e in entries], digits) for iou in DELTAS]
+    print_numbers([entry["name"] for entry in entries], rows)
     write_json(with_suffix(args.out, ".json"), {"runs": entries})
 
 
@@ -268,8 +293,7 @@ def draw_curve(panel: Any, i: int, curve: Sequence[float], numbers: dict[str, An
     first, last = (round(threshold * LEVELS) for threshold in numbers["within_95_percent"])
     band = slice(first, last + 1)
     panel.plot(thresholds[band], curve[band], color=style["color"], linewidth=5, alpha=0.25)
-    at = round(numbers["threshold"] * LEVELS)
-    panel.plot(thresholds, curve, markevery=[at], label=label, **style)
+    panel.plot(thresholds, curve, markevery=[round(numbers["threshold"] * LEVELS)], label=label, **style)
 
 
 def finish_curves(panel: Any, delta: int, beside: bool) -> None:
@@ -298,14 +322,19 @@ def largest_norms(run: Run, args: argparse.Namespace) -> np.ndarray:
 
 
 def histogram(args: argparse.Namespace) -> None:
-    """Fig. A2: density over the split of the largest feature norm of an image, max_u F_u."""
-    runs = open_runs(args)
-    values = [largest_norms(run, args) for run in runs]
+    """Fig. A2: density over the split of the largest feature norm of an image, max_u F_u.
+
+    Runs with the same name are pooled. Prints the mean, ± the sample deviation of the runs' means.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    for run in open_runs(args):
+        found.setdefault(run.name, []).append(largest_norms(run, args))
+    values = [np.concatenate(of_name) for of_name in found.values()]
     edges = np.histogram_bin_edges(np.concatenate(values), bins=args.bins)
     entries = []
     with figure(args, 2.1 + 0.15 * len(values)) as drawn:
         panel = drawn.subplots()
-        for i, (run, of_run) in enumerate(zip(runs, values)):
+        for i, (name, of_run) in enumerate(zip(found, values)):
             density = np.histogram(of_run, edges, density=True)[0]
             style, filled = look(i), np.flatnonzero(density)
             panel.stairs(density, edges, fill=True, color=style["color"], alpha=0.15)
@@ -314,12 +343,14 @@ def histogram(args: argparse.Namespace) -> None:
             panel.plot(
                 (edges[:-1] + edges[1:]) / 2, density, markevery=markers, **(style | {"linestyle": "none"})
             )
-            label = f"{shortened(run.name, args.width - 1)}: mean {of_run.mean():.3g}"
+            label = f"{shortened(name, args.width - 1)}: mean {of_run.mean():.3g}"
             panel.plot([], [], label=label, **style)
             numbers = {"mean": of_run.mean(), "median": float(np.median(of_run)), "deviation": of_run.std()}
-            entries.append({"name": run.name, "images": len(of_run), **numbers, "density": density.tolist()})
+            numbers["means_of_runs"] = [float(of_seed.mean()) for of_seed in found[name]]
+            entries.append({"name": name, "images": len(of_run), **numbers, "density": density.tolist()})
         panel.set(xlabel=r"$\max_u\,\mathcal{F}_u$", ylabel="density", ylim=(0, None))
         panel.legend(**ABOVE)
+    print_numbers([*found], [("mean of the largest F", [entry["means_of_runs"] for entry in entries], 2)])
     write_json(with_suffix(args.out, ".json"), {"edges": edges.tolist(), "runs": entries})
 
 
@@ -422,33 +453,6 @@ def boxes(args: argparse.Namespace) -> None:
 
 # --------------------------------------------------------------------------------------------- Fig. A5, sweep
 
-# The first one that a file has: PxAP without boxes, Top-1 cls without boxes and masks.
-METRICS = {"gt_known_loc": "GT-known Loc", "pxap": "PxAP", "top1_cls": "Top-1 cls"}
-
-
-def read_sweep(path: Path) -> dict[str, Any]:
-    """The content of a file of `experiments sweep`, its values ascending, with a "title" and its "metric".
-
-    Raises InputError for any other file.
-    """
-    made_by = "python -m bridge_wsol.experiments sweep"
-    content = read_json(path, made_by)
-    try:
-        rows = sorted(content["values"], key=lambda row: row["value"])
-        metric = [name for name in METRICS if name in rows[0]][0]
-        numbers = [content["preset"], *(n for row in rows for n in (row["value"], *row[metric]))]
-        title = " ".join(content[name] for name in ("dataset", "arch", "method"))
-        complete = (
-            all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
-            and all(0 < len(row[metric]) == len(rows[0][metric]) for row in rows)
-            and content["param"].isidentifier()
-        )
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
-        complete = False
-    if not complete:
-        raise InputError(f"{path}: not a file of a sweep; it is made by: {made_by}")
-    return content | {"title": title, "metric": metric, "values": rows}
-
 
 def sweep(args: argparse.Namespace) -> None:
     """Fig. A5: accuracy against the value of a hyperparameter, one panel per file; a star at the preset."""
@@ -484,7 +488,7 @@ def draw_sweep(panel: Any, file: dict[str, Any]) -> None:
     if preset in values:
         star = {"markersize": 13, "color": LOOKS["color"][1], "zorder": 3}
         panel.plot([preset], [mean[values.index(preset)]], "*", **star)
-    panel.set(xlabel=param_label(file["param"]), ylabel=f"{METRICS[file['metric']]}, %")
+    panel.set(xlabel=param_label(file["param"]), ylabel=f"{SWEPT[file['metric']]}, %")
     panel.margins(y=0.15)
 
 
@@ -575,24 +579,26 @@ def gap_of(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def gap(args: argparse.Namespace) -> None:
-    """The gap between classification and localization in numbers: prints a table, and writes JSON."""
-    found = [gap_of(run, args) for run in open_runs(args)]
-    lines = []
+    """The gap between classification and localization in numbers: prints a table, and writes JSON.
+
+    Runs with the same name share a column: mean ± sample deviation.
+    """
+    found, rows = [gap_of(run, args) for run in open_runs(args)], []
+    names = list(dict.fromkeys(entry["name"] for entry in found))
 
     def add(label: str, values: list[float | None], digits: int) -> None:
-        lines.append([label, *("–" if value is None else f"{value:.{digits}f}" for value in values)])
+        of_runs = [(entry["name"], value) for entry, value in zip(found, values)]
+        rows.append((label, [[value for of, value in of_runs if of == name] for name in names], digits))
 
     for kind in REGIONS:
-        if any(entry[kind] for entry in found):
-            for key, label in GAP.items():
-                values = [(entry[kind] or {}).get(key) for entry in found]
-                add(f"{label} ({kind})", values, 1 if "%" in label else 3)
+        for key, label in GAP.items():
+            values = [(entry[kind] or {}).get(key) for entry in found]
+            add(f"{label} ({kind})", values, 1 if "%" in label else 3)
     for label, key in (("MaxBoxAccV2", "max_box_acc_v2"), ("PxAP", "pxap")):
         for name in MAPS:
             values = [entry["localization"][name][key] for entry in found]
-            if any(value is not None for value in values):
-                add(f"{label} by {name}", [v["mean"] if isinstance(v, dict) else v for v in values], 1)
-    print(markdown(["", *(entry["name"] for entry in found)], lines), end="")
+            add(f"{label} by {name}", [v["mean"] if isinstance(v, dict) else v for v in values], 1)
+    print_numbers(names, rows)
     write_json(with_suffix(args.out, ".json"), {"runs": found})
 
 
@@ -642,21 +648,16 @@ def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
         add("--width", type=float, default=COLUMN, metavar="INCHES", help=width)
         add("--dpi", type=int, default=drawing.DPI, help=f"resolution of the PNG (default {drawing.DPI})")
     if command == "curves":
-        add(
-            "--normalize",
-            choices=cam.NORMALIZATIONS,
-            default="minmax",
-            help="of the results (default minmax)",
-        )
+        text = "of the results (default minmax)"
+        add("--normalize", choices=cam.NORMALIZATIONS, default="minmax", help=text)
     elif command == "histogram":
         add("--bins", type=int, default=40, metavar="N", help="number of bins (default 40)")
     elif command == "maps":
         add("--below", action="store_true", help="one run below the other (always with three or more runs)")
     elif command == "boxes":
         add("--columns", type=int, default=4, metavar="N", help="images per row (default 4)")
-    add(
-        "--out", type=Path, metavar="PATH", help=f"files to write, without suffix (default figures/{command})"
-    )
+    text = f"files to write, without suffix (default figures/{command})"
+    add("--out", type=Path, metavar="PATH", help=text)
     add("--quiet", action="store_true", help="show no progress")
 
 

@@ -145,6 +145,20 @@ class BoxAccuracy:
         return found
 
 
+def flatness(curve: Sequence[float]) -> tuple[int, int, float | None]:
+    """(first, last, width): the levels around the maximum with at least 95 % of its accuracy, without a gap.
+
+    curve: the accuracy at each level (claim C.1: how flat it is near its maximum).
+    width: a fraction of the thresholds, in (0, 1]; None for a curve that is 0 everywhere.
+    """
+    top = int(np.argmax(curve))
+    near = np.asarray(curve) >= 0.95 * curve[top]
+    breaks = np.flatnonzero(~near)
+    first = int(breaks[breaks < top].max(initial=-1)) + 1
+    last = int(breaks[breaks > top].min(initial=len(curve))) - 1
+    return first, last, (last - first + 1) / len(curve) if curve[top] > 0 else None
+
+
 def _with_mean(accuracies: dict[str, float]) -> dict[str, float]:
     """The accuracies at the three IoU thresholds and their mean, which is MaxBoxAccV2."""
     of_deltas = {str(delta): accuracies[str(delta)] for delta in DELTAS}

@@ -503,8 +503,8 @@ def test_tables_parse_back_to_the_numbers(trained, tmp_path):
     latex = (tmp_path / "t.tex").read_text()
     for label, (v2, v2_deviation, top1, top1_deviation) in expected.items():
         for (head, body), name, numbers in (
-            (tables[0], "tiny VGG16 Top-1 Loc", (top1, top1_deviation)),
-            (tables[1], "tiny VGG16 MaxBoxAccV2", (v2, v2_deviation)),
+            (tables[0], "Top-1 Loc", (top1, top1_deviation)),
+            (tables[1], "MaxBoxAccV2", (v2, v2_deviation)),
         ):
             assert body[label][head.index(name) - 1] == cell(*numbers, " ± ")
         assert len(tables[2][1][label]) == 1
@@ -513,22 +513,20 @@ def test_tables_parse_back_to_the_numbers(trained, tmp_path):
         assert rows[0].split(" & ")[1] == f"${cell(top1, top1_deviation, chr(32) + chr(92) + 'pm ')}$"
         assert f"${cell(v2, v2_deviation, chr(32) + chr(92) + 'pm ')}$" in rows[1].split(" & ")
     tabulars = re.findall(r"\\begin\{tabular\}\{(lc*)\}(.*?)\\end\{tabular\}", latex, re.S)
-    assert [len(begin) for begin, _ in tabulars] == [5, 6, 2]
+    assert [len(begin) for begin, _ in tabulars] == [6, 6, 2]
     for begin, body in tabulars:
-        assert r"\multicolumn{" + str(len(begin) - 1) + "}{c}{tiny VGG16}" in body
-        assert all(
-            line.count(" & ") == len(begin) - 1
-            for line in body.splitlines()
-            if line.endswith(r"\\") and "multicolumn" not in line
-        )
+        assert "multicolumn" not in body  # one data set and backbone: the title has them
+        assert all(line.count(" & ") == len(begin) - 1 for line in body.splitlines() if line.endswith(r"\\"))
 
 
 def test_a_table_over_two_data_sets_has_a_row_per_method(trained, tmp_path, fails):
     _, source = trained
     other = seeds_of(source, tmp_path, {0: (12.0, 6.0)}, dataset="Open_Images")
     run("table", source, *other, "--out", tmp_path / "t")
+    assert "tiny VGG16 PxAP" in (tmp_path / "t.md").read_text()
     assert (tmp_path / "t.md").read_text().count("| bridge |") == 3
-    assert r"Open\_Images VGG16" in (tmp_path / "t.tex").read_text()
+    latex = (tmp_path / "t.tex").read_text()
+    assert r"\multicolumn{5}{c}{Open\_Images VGG16}" in latex and latex.count(r"\multicolumn") == 6
     fails(
         experiments.main, ["table", source, source, "--out", tmp_path / "t"], source, "seed 0", "one of the"
     )
@@ -546,6 +544,24 @@ def test_a_table_of_results_files_and_names(trained, tmp_path):
     assert "–" in row  # the run has a backbone, the file has none: columns of their own
     run("table", source, file, "--names", "a|b", "c_d", "--out", tmp_path / "t")
     assert r"| a\|b |" in (tmp_path / "t.md").read_text() and r"c\_d & " in (tmp_path / "t.tex").read_text()
+
+
+def test_results_files_of_seeds_share_a_row(trained, tmp_path, fails):
+    _, source = trained
+    files = []
+    for row, seed, value in (("bridge", 0, 50.0), ("bridge", 1, 60.0), ("bridge_p=0.25", 1, 70.0)):
+        run_of_seed = changed(source, tmp_path / f"{row}{seed}", {"v2_mean": value}, seed=seed)
+        result = read_json(run_of_seed / "results_best_test.json")
+        assert result["seed"] == seed
+        files.append(tmp_path / f"{row}_seed{seed}.json")
+        shutil.copy(run_of_seed / "results_best_test.json", files[-1])
+    run("table", *files, "--out", tmp_path / "t", "--digits", 1)
+    lines = cells((tmp_path / "t.md").read_text())
+    head = next(i for i, line in enumerate(lines) if "MaxBoxAccV2" in line)
+    column = lines[head].index("MaxBoxAccV2")
+    found = [(line[0], line[column]) for line in lines[head + 1 : head + 3]]
+    assert found == [("bridge", "55.0 ± 7.1"), ("bridge_p=0.25", "70.0")]  # deviation: 10 / 2 ** 0.5
+    fails(experiments.main, ["table", files[0], files[0]], f"{files[0]}: the same run")
 
 
 def test_bad_input_to_table(trained, tmp_path, fails):

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 import evaluate
-from bridge_wsol import data, drawing, evaluation, figures, utils
+from bridge_wsol import data, drawing, evaluation, figures, metrics, utils
 from bridge_wsol.data import Split, load_masks, test_loader, to_input
 from bridge_wsol.datasets import load_splits
 
@@ -185,10 +185,10 @@ def test_flatness_by_hand():
     curve[40:44] = [94.9, 95.0, 96.0, 95.0]
     curve[44:50] = [94.9, 97.0, 100.0, 100.0, 95.0, 90.0]
     curve[60] = 99.0  # near the maximum too, but behind a gap
-    assert figures.flatness(curve) == (45, 48, 4 / 255)
-    assert figures.flatness([7.0] * 255) == (0, 254, 1.0)
-    assert figures.flatness([0.0] * 255)[2] is None
-    assert figures.flatness([100.0] + [0.0] * 254) == (0, 0, 1 / 255)
+    assert metrics.flatness(curve) == (45, 48, 4 / 255)
+    assert metrics.flatness([7.0] * 255) == (0, 254, 1.0)
+    assert metrics.flatness([0.0] * 255)[2] is None
+    assert metrics.flatness([100.0] + [0.0] * 254) == (0, 0, 1 / 255)
 
 
 @pytest.mark.parametrize("width", [3.3, 6.9])
@@ -224,6 +224,31 @@ def test_curves_mark_the_maxima_of_the_results(trained, drawn, tmp_path, width):
         ) == (delta == "30")
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["ours", "theirs"]
     assert Image.open(tmp_path / "c.png").size[0] == round(width * 300)
+
+
+def test_curves_of_seeds_are_averaged_and_compared_with_the_first_name(trained, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    _, run = trained
+    result, files = read_json(run / "results_best_test.json"), []
+    for name, shift in (("a0", 0), ("a1", 2), ("b0", 4), ("b1", 6)):
+        curve = np.minimum(np.arange(255) / 10, 20) + shift
+        if name == "b1":
+            curve[:51] -= 20  # the mean of b: 10 - 6 = 4 lower than a's at the first 51 of the 255 levels
+        result["curves"] = {iou: curve.tolist() for iou in ("30", "50", "70", "largest")}
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps(result))
+    capsys.readouterr()
+    draw("curves", *files, "--names", "a", "a", "b", "b", "--out", tmp_path / "c")
+    a, b = read_json(tmp_path / "c.json")["runs"]
+    assert a["results"] == [str(path) for path in files[:2]] and (a["name"], b["name"]) == ("a", "b")
+    assert a["50"]["maximum"] == 21 and b["50"]["maximum"] == 25 and b["50"]["threshold"] == 200 / 255
+    assert (a["50"]["above_first"], a["50"]["below_first"]) == (0, 0)
+    assert b["50"]["above_first"] == pytest.approx(80) and b["50"]["below_first"] == pytest.approx(20)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "|  | a | b |" and "| IoU 70: maximum, % | 21.0 | 25.0 |" in printed
+    assert "| IoU 30: thresholds above a, % | 0.0 | 80.0 |" in printed
+    # 0.95 * 21 = 19.95: from level 190 on; 0.95 * 25 = 23.75: from level 188 on.
+    assert "| IoU 50: width within 95 % | 0.25 | 0.26 |" in printed
 
 
 @pytest.mark.parametrize("width", [3.3, 6.9])
@@ -316,6 +341,34 @@ def test_histogram_of_the_largest_norms(trained, drawn, tmp_path):
         inside[-1] |= largest >= edges[-1] * (1 - 1e-6)
         np.testing.assert_allclose(density * np.diff(edges), [m.mean() for m in inside])
     assert len(drawn) == 1
+
+
+def test_histogram_and_gap_of_seeds(trained, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    _, run = trained
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    checkpoint = torch.load(other / "best.pt")
+    checkpoint["model"]["conv6.0.weight"] *= 2
+    checkpoint["model"]["conv6.0.bias"] *= 2
+    torch.save(checkpoint, other / "best.pt")
+    names = ["--names", "a", "a", "b"]
+    capsys.readouterr()
+    draw("histogram", run, other, run, *names, "--out", tmp_path / "h", *CPU)
+    a, b = read_json(tmp_path / "h.json")["runs"]
+    (single,) = b["means_of_runs"]
+    assert a["images"] == 18 and b["images"] == 9 and b["mean"] == pytest.approx(single)
+    assert a["means_of_runs"] == pytest.approx([single, 2 * single], rel=1e-5)
+    assert a["mean"] == pytest.approx(1.5 * single, rel=1e-5)
+    deviation = single / 2**0.5  # of x and 2 x
+    line = f"| mean of the largest F | {1.5 * single:.2f} ± {deviation:.2f} | {single:.2f} |"
+    assert line in capsys.readouterr().out
+    draw("gap", run, other, run, *names, "--out", tmp_path / "g", *CPU)
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["", "a", "b"] or lines[0] == ["a", "b"]
+    found = {line[0]: line[1:] for line in lines[2:]}
+    mean, _, deviation = found["S inside (box)"][0].partition(" ± ")  # S does not depend on the scale of F
+    assert mean == found["S inside (box)"][1] and deviation == "0.000"
 
 
 # ------------------------------------------------------------------------------------------------ maps, boxes
