@@ -556,12 +556,16 @@ def compare(args: argparse.Namespace) -> list[Path]:
 
 
 def sweep(args: argparse.Namespace) -> list[Path]:
-    """Fig. A5: trains a run per value and seed. Writes RUNS/sweep_<param>.* after each seed of all values."""
+    """Fig. A5: trains a run per value and seed. Writes RUNS/sweep_<param>.* after each seed of all values.
+
+    The preset's value has the run folder of `compare`, which the sweeps over several parameters share.
+    """
     preset, value = swept_preset(args)
     args.seeds = args.seeds or [preset.seed]
     param = args.param.replace("-", "_")
     # The value as train.py's integer flags take it: 2, not 2.0.
-    rows = {x: row_of(f"{preset.method}:{param}={repr(x).removesuffix('.0')}") for x in sorted(args.values)}
+    names = {x: f"{preset.method}:{param}={repr(x).removesuffix('.0')}" for x in sorted(args.values)}
+    rows = {x: row_of(preset.method if x == value else name) for x, name in names.items()}
     out = args.runs / f"sweep_{param}"
     runs = plan(rows.values(), args)
     for seeds in finish_all(runs, args):

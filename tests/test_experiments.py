@@ -337,7 +337,7 @@ def test_sweep_does_what_is_missing_and_nothing_else(
     flags, source = trained
     runs, calls = tmp_path / "runs", in_this_process
     asked = ["sweep", "--param", "lambda-sim", "--values", "2", "0.5", "--runs", runs, *flags]
-    done = runs / "bridge_lambda_sim=0.5_seed0"
+    done = runs / "bridge_seed0"
     shutil.copytree(source, done)  # the preset's value: the fixture's run is what the sweep would train
     run(*asked)
     printed = capsys.readouterr().out
@@ -347,7 +347,7 @@ def test_sweep_does_what_is_missing_and_nothing_else(
     head = {"dataset": "tiny", "arch": "vgg16", "method": "bridge", "param": "lambda_sim", "preset": 0.5}
     entries = []
     for value in (0.5, 2.0):
-        folder = runs / f"bridge_lambda_sim={value:g}_seed0"
+        folder = done if value == 0.5 else runs / "bridge_lambda_sim=2_seed0"
         metrics = read_json(folder / "results_best_test.json")["metrics"]
         entries.append(
             {"value": value, "seeds": [0], **{k: [metrics[k]] for k in ("gt_known_loc", "top1_cls")}}
@@ -374,7 +374,7 @@ def test_sweep_does_what_is_missing_and_nothing_else(
     run(*asked, "--epochs", 3)
     assert len(calls) == 4 and read_json(done / "results_last_test.json")["epoch"] == 3
     # Other runs in the folder are not taken for what was asked.
-    fails(experiments.main, asked, "lambda_sim=0.5_seed0", "3 epochs instead of 2", "--runs")
+    fails(experiments.main, asked, "bridge_seed0", "3 epochs instead of 2", "--runs")
     other = [*asked, "--epochs", 3, "--lr", 0.5]
     fails(experiments.main, other, "lr 0.004 instead of 0.5", "--runs")
     # train.py's --p is not short for --param.
@@ -386,8 +386,8 @@ def test_sweep_over_seeds_has_mean_and_deviation(trained, in_this_process, tmp_p
     flags, source = trained
     runs = tmp_path / "runs"
     for seed in (0, 1):
-        for value in ("0.5", "1"):
-            folder, number = runs / f"bridge_lambda_sim={value}_seed{seed}", float(value)
+        for number, row in ((0.5, "bridge"), (1.0, "bridge_lambda_sim=1")):
+            folder = runs / f"{row}_seed{seed}"
             changed(source, folder, {"gt_known_loc": 10 * number + 20 * seed}, seed=seed, lambda_sim=number)
     run("sweep", "--param", "lambda_sim", "--values", 1.0, 0.5, "--seeds", 0, 1, "--runs", runs, *flags)
     assert not in_this_process
@@ -404,7 +404,7 @@ def test_sweep_over_seeds_has_mean_and_deviation(trained, in_this_process, tmp_p
 def test_sweep_of_an_integer_over_masks_with_another_seed(trained, in_this_process, tmp_path):
     flags, source = trained
     nothing = dict.fromkeys(("gt_known_loc", "max_box_acc_v2", "max_box_acc_v2_at_val_threshold"))
-    folder = tmp_path / "runs" / "bridge_warm_epochs=1_seed3"
+    folder = tmp_path / "runs" / "bridge_seed3"
     changed(source, folder, nothing | {"pxap": 40.0}, seed=3)
     for path in folder.glob("results_*_test.json"):
         path.write_text(json.dumps(read_json(path) | {"curves": None, "thresholds": None}))
