@@ -26,13 +26,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bridge_wsol import evaluation, models, optim, processes, utils
+from bridge_wsol import demo, evaluation, figures, models, optim, processes, utils
 from bridge_wsol.baselines import METHODS
 from bridge_wsol.data import Split, resized_pixels, split_loaders, to_input
 from bridge_wsol.datasets import SPLITS, download, is_folder, load_splits
 from bridge_wsol.methods import CAM, Losses
 from bridge_wsol.processes import StopRequest, all_gather, first_process_first, say
-from bridge_wsol.utils import InputError, Progress, Stopped, autocast, rank, world_size, write_text
+from bridge_wsol.utils import Progress, Stopped, autocast, rank, timed, world_size, write_text
 
 
 class TrainingStep(nn.Module):
@@ -74,6 +74,7 @@ class Run:
     best: dict[str, Any] | None = None  # epoch and score on val
     val: dict[str, Any] | None = None  # epoch, metrics and thresholds of the last evaluation on val
     log: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)  # of this process, by stage
     stop: StopRequest = field(default_factory=StopRequest)
 
 
@@ -90,7 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     models.seed_everything(config.seed)
     if args.download:
         first_process_first(lambda: download(config.dataset, Path(config.data_root)))
+    started = time.monotonic()
     run = build(out, config, sources, device, fresh=checkpoint is None)
+    run.seconds["data and network"] = time.monotonic() - started
     try:
         if checkpoint:
             resume(run, checkpoint)
@@ -99,9 +102,15 @@ def main(argv: list[str] | None = None) -> None:
         for epoch in range(run.epoch + 1, config.epochs + 1):
             train_and_validate(run, epoch)
         all_gather(None)  # until the last checkpoint is written
-        test(run)
+        with timed(run.seconds, "evaluation"):
+            test(run)
+            if rank() == 0 and config.pictures and run.splits["test"].boxes:
+                draw(run)
     finally:
         run.stop.close()
+    say("time: " + ", ".join(f"{stage} {utils.duration(spent)}" for stage, spent in run.seconds.items()))
+    if (config.dataset, config.method) == ("demo", "bridge"):
+        say(demo.README_PICTURE.format(run=out))
     processes.leave_processes()
 
 
@@ -127,11 +136,10 @@ def build(out: Path, c: SimpleNamespace, sources: dict[str, str], device: torch.
         if device.type == "cuda":  # batch norm over the global batch; the CPU has no such layer
             step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
         step = nn.parallel.DistributedDataParallel(step)
-    share = {"workers": c.workers, "rank": rank(), "world_size": world_size()}
     pixels = c.cache and first_process_first(
         lambda: resized_pixels(splits["train"], c.resize_size, Path(c.cache), c.workers)
     )
-    loaders = split_loaders(splits, vars(c), pixels, **share)
+    loaders = split_loaders(splits, vars(c), pixels, rank=rank(), world_size=world_size())
     return Run(out, c, sources, record, device, model, method, step, optimizer, splits, loaders)
 
 
@@ -158,7 +166,8 @@ def train_and_validate(run: Run, epoch: int) -> None:
         torch.manual_seed(int(np.random.SeedSequence([c.seed, epoch, rank()]).generate_state(1)[0]))
     images, is_best = len(run.splits["train"]), False
     try:
-        run.state = train_one_epoch(run, loader, epoch)
+        with timed(run.seconds, "training"):
+            run.state = train_one_epoch(run, loader, epoch)
         if run.state.step < len(loader):
             raise Stopped
         entry = {"epoch": epoch, **epoch_means(run.state, images), "lr": rates[0], "lr_new": rates[1]}
@@ -167,7 +176,8 @@ def train_and_validate(run: Run, epoch: int) -> None:
             dist.broadcast(buffer, src=0)
         speed = (1 - steps_before / len(loader)) * images / (time.perf_counter() - started)
         if epoch % c.val_every == 0 or epoch == c.epochs:
-            is_best = validate(run, epoch)
+            with timed(run.seconds, "evaluation"):
+                is_best = validate(run, epoch)
             entry["val"] = run.val["metrics"]
     except Stopped:
         save(run, "last.pt", epoch - 1, run.state)
@@ -214,24 +224,15 @@ def train_one_epoch(run: Run, loader: DataLoader, epoch: int) -> EpochState:
             recent.append((done, {name: value.detach() for name, value in values.items()}))
             for name, value in recent[-1][1].items():
                 sums[name] = sums.get(name, 0) + value * own
-            progress.show(done, partial(progress_note, run, recent[-1][1], whole, epoch, progress))
+            after = run.config.epochs - epoch
+            progress.show(done, partial(evaluation.progress_note, recent[-1][1], whole, progress, after))
             # Reading a value makes the CPU wait for the GPU.
             if run.device.type == "cpu" or done % 20 == 0 or done == len(loader):
-                check_finite(recent, epoch, len(loader))
+                optim.check_finite(recent, epoch, len(loader))
                 recent.clear()
                 if run.stop.seen(run.device):
                     break
     return EpochState(done, sums)
-
-
-def check_finite(recent: list[tuple[int, dict[str, Tensor]]], epoch: int, steps: int) -> None:
-    """Raises InputError for the first of recent steps whose loss is not finite."""
-    finite = torch.stack([values["loss"] for _, values in recent]).isfinite().tolist()
-    if not all(finite):
-        step, values = recent[finite.index(False)]
-        by_name = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items() if name != "top1")
-        problem = f"non-finite loss in epoch {epoch}, step {step}/{steps} ({by_name})"
-        raise InputError(f"{problem}; last.pt was not updated: lower --lr and --lr-new")
 
 
 def validate(run: Run, epoch: int) -> bool:
@@ -270,6 +271,14 @@ def test(run: Run) -> None:
     say(f"written to {run.out}")
 
 
+def draw(run: Run) -> None:
+    """boxes_test.png: ground truth, box and CAM of some test images, in the form of Fig. A4."""
+    out, n = run.out / "boxes_test", run.config.pictures
+    what = ["boxes", str(run.out), "--columns=3", f"--random={n}", f"--device={run.device}", f"--out={out}"]
+    figures.boxes(figures.parse_args(what))
+    say(f"boxes of {n} test images drawn in {out}.png")
+
+
 def save(run: Run, name: str, epoch: int, state: EpochState | None = None) -> None:
     """Writes a checkpoint; the first process alone."""
     checkpoint = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
@@ -284,14 +293,6 @@ def epoch_means(state: EpochState, images: int) -> dict[str, float]:
     """Means over all images: each loss, "loss" (their weighted sum), "top1" in percent."""
     parts = all_gather({name: float(value) for name, value in state.sums.items()})
     return {name: sum(part[name] for part in parts) / images for name in parts[0]}
-
-
-def progress_note(run: Run, values: dict[str, Tensor], batch: int, epoch: int, progress: Progress) -> str:
-    """The losses of the last batch, images/s, and the time left in the run."""
-    speed = (progress.done - progress.first) / (time.monotonic() - progress.started)  # steps/s
-    left = progress.total - progress.done + (run.config.epochs - epoch) * progress.total
-    rates = f"{speed * batch:.1f} images/s, {utils.duration(left / speed)} left in the run"
-    return f"  {evaluation.loss_text(values)}  {rates}"
 
 
 if __name__ == "__main__":

@@ -535,10 +535,12 @@ def split_loaders(
 ) -> dict[str | int, DataLoader]:
     """{batch size: loader of train, one per stage of training; "val": ..., "test": ...}.
 
-    config: the values of a run. pixels: of `resized_pixels`. share: workers, rank, world_size.
+    config: the values of a run. pixels: of `resized_pixels`. share: rank, world_size.
     """
-    share = {"image_size": config["image_size"], **share}
+    share = {"image_size": config["image_size"], "workers": config["workers"], **share}
     training = {"resize_size": config["resize_size"], "seed": config["seed"], "pixels": pixels, **share}
+    if pixels is not None and not torch.cuda.is_available():
+        training["workers"] = 0  # crops of the cache cost little; worker processes would slow the network
     sizes = {config["warm_batch_size"], config["batch_size"]}
     loaders = {size: train_loader(splits["train"], size, **training) for size in sizes}
     of_images = {name: test_loader(splits[name], config["batch_size"], **share) for name in ("val", "test")}

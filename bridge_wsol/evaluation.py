@@ -13,6 +13,7 @@ import argparse
 import csv
 import io
 import json
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ from .models import load_tensors, restore_weights
 from .processes import all_gather, ordered_map
 from .utils import (
     InputError,
+    Progress,
     atomic_write,
     autocast,
     counted,
@@ -677,6 +679,13 @@ def epoch_line(log: list[dict[str, Any]], epochs: int, is_best: bool) -> str:
         )
     left = sum(past["seconds"] for past in log) / len(log) * (epochs - entry["epoch"])
     return f"{line}  {entry['images_per_second']:.1f} images/s  {duration(left)} left"
+
+
+def progress_note(values: dict[str, Any], batch: int, progress: Progress, epochs_after: int) -> str:
+    """The losses of the last batch, images/s, and the time left in the run."""
+    speed = (progress.done - progress.first) / (time.monotonic() - progress.started)  # steps/s
+    left = progress.total - progress.done + epochs_after * progress.total
+    return f"  {loss_text(values)}  {speed * batch:.1f} images/s, {duration(left / speed)} left in the run"
 
 
 def loss_text(values: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from .datasets import NAMES, is_folder
 from .models import ARCHS
@@ -115,7 +115,7 @@ PRESETS: dict[tuple[str, str], dict[str, tuple[Any, str]]] = {
         "warm_batch_size": (32, OURS), "batch_size": (32, OURS),
         "norm_class": ("target", OURS), "stride": (8, OURS), "width": (0.25, OURS),
         "resize_size": (128, OURS), "image_size": (112, OURS),
-        "weights": (DEMO_WEIGHTS, OURS),
+        "weights": (DEMO_WEIGHTS, OURS), "pictures": (6, OURS),
     },
     # The run that pretrained bridge_wsol/demo_vgg16.pth, from scratch.
     ("demo-pretrain", "vgg16"): {
@@ -175,10 +175,13 @@ DEFAULTS = {
     "device": "auto",
     "amp": "auto",
     "cache": None,
+    "pictures": 0,
 }
 
 # Flags that may differ on --resume. Of these, device, amp and val_every can change results.
-FREE_ON_RESUME = ("epochs", "val_every", "workers", "device", "amp", "cache", "data_root", "splits")
+FREE_ON_RESUME = (
+    *("epochs", "val_every", "workers", "device", "amp", "cache", "data_root", "splits", "pictures"),
+)
 # Flags that are no part of the configuration.
 NOT_CONFIG = ("resume", "out", "download", "quiet")
 
@@ -211,6 +214,9 @@ RUN_FLAGS = {
     ),
     "val_every": _at_least(
         int, 1, "evaluate on val every N epochs and after the last (default 1; demo: last only)"
+    ),
+    "pictures": _at_least(
+        int, 0, "draw the boxes of N test images at the end, as in Fig. A4 (default 0; demo: 6)"
     ),
 }
 PAPER_FLAGS = {
@@ -261,7 +267,8 @@ def parse_args(argv: list[str] | None, description: str, methods: dict[str, Any]
     add(
         "--cache",
         metavar="DIR",
-        help="folder for resized training images, 0.2 MB per image (default: no cache)",
+        help="folder for resized training images, 0.2 MB per image (default: no cache; demo: "
+        "DATA_ROOT/cache)",
     )
     add(
         "--download",
@@ -281,7 +288,7 @@ def parse_args(argv: list[str] | None, description: str, methods: dict[str, Any]
         metavar="N",
         help="images per class to hold out from train as val (default: 2 if val has no list)",
     )
-    _add_numbers(add, {name: RUN_FLAGS[name] for name in ("val_every", "workers")})
+    _add_numbers(add, {name: RUN_FLAGS[name] for name in ("val_every", "pictures", "workers")})
 
     _add_values(parser, methods)
     return parser.parse_args(argv)
@@ -351,7 +358,8 @@ def resolve_config(
     """
     flags = {name: value for name, value in vars(args).items() if name not in NOT_CONFIG}
     if interrupted:
-        values, sources = dict(interrupted["config"]), dict(interrupted["sources"])
+        values = DEFAULTS | interrupted["config"]  # an older run has no value of a newer flag
+        sources = dict.fromkeys(DEFAULTS, "default") | interrupted["sources"]
         for name, value in flags.items():
             if name not in FREE_ON_RESUME and value != values[name]:
                 flag = f"--{name.replace('_', '-')} {value}"
@@ -366,6 +374,8 @@ def resolve_config(
         if "batch_size" in flags:
             flags.setdefault("warm_batch_size", flags["batch_size"])
     config = SimpleNamespace(**(values | flags))
+    if config.dataset == "demo" and config.cache is None:  # 79 MB
+        config.cache, sources["cache"] = str(Path(config.data_root) / "cache"), f"preset: {OURS}"
     for name, flag in (RUN_FLAGS | PAPER_FLAGS).items():
         value = getattr(config, name)
         if not flag.allows(value):
@@ -442,3 +452,13 @@ def set_learning_rates(
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     return [group["lr"] for group in optimizer.param_groups]
+
+
+def check_finite(recent: list[tuple[int, dict[str, Tensor]]], epoch: int, steps: int) -> None:
+    """Raises InputError for the first of recent steps whose loss is not finite."""
+    finite = torch.stack([values["loss"] for _, values in recent]).isfinite().tolist()
+    if not all(finite):
+        step, values = recent[finite.index(False)]
+        by_name = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items() if name != "top1")
+        problem = f"non-finite loss in epoch {epoch}, step {step}/{steps} ({by_name})"
+        raise InputError(f"{problem}; last.pt was not updated: lower --lr and --lr-new")

@@ -136,6 +136,14 @@ def counted(items: Iterable[T], what: str, total: int, unit: str = "images") -> 
             progress.show(done)
 
 
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Adds the seconds that the block takes to seconds[stage]."""
+    started = time.monotonic()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - started
+
+
 def duration(seconds: float) -> str:
     """Seconds as 0h05m09s."""
     hours, seconds = divmod(round(seconds), 3600)

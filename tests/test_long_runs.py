@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from test_train import lines_of, read_json, same_run, weights
 import evaluate
 import train
 from bridge_wsol import datasets, demo, evaluation, utils
-from bridge_wsol.data import EpochSampler, TrainImages, resized_pixels, test_loader
+from bridge_wsol.data import EpochSampler, TrainImages, resized_pixels, split_loaders, test_loader
 from bridge_wsol.datasets import load_splits
 from bridge_wsol.utils import InputError, atomic_write
 
@@ -263,6 +264,20 @@ def test_the_cache_changes_nothing_but_the_time(trained, tmp_path):
     assert same_run(run, tmp_path / "again") and [path.stat().st_mtime_ns for path in cache.iterdir()] == [
         made
     ]
+
+
+def test_crops_of_the_cache_need_no_workers_on_the_cpu(trained, monkeypatch):
+    """Worker processes would take the cores from the network. A GPU waits for the input instead."""
+    flags, run = trained
+    splits = load_splits("tiny", Path(flags[3]), Path(flags[5]), ("train", "val", "test"))[0]
+    config = read_json(run / "config.json")["config"]
+    config = {name: entry["value"] for name, entry in config.items()} | {"workers": 2}
+    pixels = np.zeros((18, 72, 72, 3), dtype=np.uint8)
+    for gpu, kept, expected in ((False, pixels, 0), (False, None, 2), (True, pixels, 2)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        loaders = split_loaders(splits, config, kept)
+        of_train = {loader.num_workers for name, loader in loaders.items() if isinstance(name, int)}
+        assert of_train == {expected} and loaders["test"].num_workers == 2
 
 
 def test_the_cache_is_of_these_images(trained, fails, tmp_path):

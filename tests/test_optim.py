@@ -1,5 +1,7 @@
 """Presets, the two groups, the schedule."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -64,7 +66,8 @@ def test_one_step_is_nesterov_sgd_by_hand():
 
 
 def test_presets_of_the_paper_are_complete_and_sourced():
-    names = {frozenset(optim.COMMON | values) - {"weights", "val_every"} for values in optim.PRESETS.values()}
+    own = {"weights", "val_every", "pictures"}
+    names = {frozenset(optim.COMMON | values) - own for values in optim.PRESETS.values()}
     assert len(names) == 1
     for pair in (
         ("CUB", "vgg16"),
@@ -112,6 +115,25 @@ def test_ten_classes_have_cub_s_values_of_the_losses(arch):
     differ = {name for name in ten if ten[name][0] != cub.get(name, (None,))[0]}
     schedule = {"lr", "lr_new", "epochs", "warm_epochs", "decay_at", "batch_size", "val_every"}
     assert differ <= schedule and all(ten[name][1] == optim.OURS for name in differ)
+
+
+def test_the_demo_keeps_its_decoded_images_and_others_do_not():
+    def resolved(*flags):
+        args = optim.parse_args(["--data-root", "there", *flags], "", METHODS)
+        config, sources = optim.resolve_config(args, None, METHODS)
+        return config.cache, sources["cache"]
+
+    assert resolved() == (str(Path("there") / "cache"), f"preset: {optim.OURS}")
+    assert resolved("--cache", "here") == ("here", "flag")
+    assert resolved("--dataset", "CUB") == (None, "default")
+
+
+def test_an_older_run_without_the_newest_flags_can_be_resumed():
+    config, sources = optim.resolve_config(optim.parse_args(["--dataset", "CUB"], "", METHODS), None, METHODS)
+    old = {"config": dict(vars(config)), "sources": dict(sources)}
+    del old["config"]["pictures"], old["sources"]["pictures"]
+    args = optim.parse_args(["--dataset", "CUB", "--resume"], "", METHODS)
+    assert optim.resolve_config(args, old, METHODS)[0] == config
 
 
 def test_unknown_pairs_are_answered_with_those_there_are():

@@ -524,6 +524,19 @@ def test_pictures_and_own_images(trained, tmp_path):
         assert sum(k["probability"] for k in entry["top5"]) == pytest.approx(1)
 
 
+def test_boxes_of_test_images_and_the_time_at_the_end(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    train.main([*tiny, "--epochs", "1", "--pictures", "2", "--out", str(run)])
+    printed = capsys.readouterr().out
+    assert f"boxes of 2 test images drawn in {run / 'boxes_test.png'}" in printed
+    drawn = json.loads((run / "boxes_test.json").read_text())["boxes"]
+    assert len(drawn) == 2 and all(entry["image"].startswith("test/") for entry in drawn)
+    assert Image.open(run / "boxes_test.png").width > 2 * 224
+    stage = r"[a-z ]+ 0h\d\dm\d\ds"
+    assert re.search(rf"^time: {stage}, training 0h\d\dm\d\ds, evaluation 0h\d\dm\d\ds$", printed, re.M)
+    assert "README" not in printed  # the commands for its picture follow the demo's run only
+
+
 def test_other_normalizations_get_their_own_thresholds_and_file(trained):
     _, run = trained
     evaluate.main([str(run), "--normalize", "ivr", "--device", "cpu", "--workers", "0"])
