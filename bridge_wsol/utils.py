@@ -56,14 +56,14 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        sys.exit(_fail(f"out of GPU memory ({first_line(error)}): pass a smaller --batch-size"))
     except RuntimeError as error:
         # gloo and NCCL report a lost process in many ways.
         words = ("connection", "peer", "gloo", "nccl", "timed out", "timeout")
         if world_size() == 1 or not any(word in str(error).lower() for word in words):
             raise
-        _fail(
-            f"process {rank()} of {world_size()}: another process of this job has ended; rerun with --resume"
-        )
+        _fail(f"process {rank()} of {world_size()}: another process has ended; rerun with --resume")
         os._exit(1)  # sys.exit would wait for the lost process
 
 

@@ -22,7 +22,6 @@ from conftest import REPOSITORY
 from PIL import Image
 from test_train import lines_of, read_json, same_run, weights
 
-import evaluate
 import train
 from bridge_wsol import datasets, demo, evaluation, utils
 from bridge_wsol.data import EpochSampler, TrainImages, resized_pixels, split_loaders, test_loader
@@ -311,14 +310,13 @@ def test_classes_without_images_are_a_warning(trained, tmp_path, capsys):
     assert read_json(tmp_path / "new" / "config.json")["data"]["num_classes"] == 5
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_run_on_the_gpu_learns_what_the_cpu_learns(trained, tmp_path):
-    flags, run = trained
-    train.main([*flags, "--device", "cuda", "--amp", "off", *NO_DROPOUT, "--out", str(tmp_path / "gpu")])
-    train.main([*flags, *NO_DROPOUT, "--out", str(tmp_path / "cpu")])
-    for a, b in zip(lines_of(tmp_path / "gpu"), lines_of(tmp_path / "cpu"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-2)
-    evaluate.main([str(tmp_path / "gpu"), "--device", "cuda"])
+def test_out_of_gpu_memory_is_one_line_that_names_the_flag(tiny, fails, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 80 GiB.")
+
+    monkeypatch.setattr(train.TrainingStep, "forward", full)
+    words = "out of GPU memory", "Tried to allocate 2.00 GiB", "smaller --batch-size"
+    fails(train.main, [*tiny, "--out", tmp_path / "run"], *words)
 
 
 def test_workers_do_not_outlive_a_killed_process():
