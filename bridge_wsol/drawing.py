@@ -156,7 +156,7 @@ def draw_result(folder: Path, split: Split, index: int, result: dict[str, Any]) 
         predicted = level_boxes(score_map).largest[result["levels"]["largest"]]
         truth = scale_boxes(split.boxes[index], tuple(split.sizes[index]), size)
     image = load_rgb(split.path(index), size, upright=split.upright)
-    with atomic_write(folder / f"{split.ids[index].replace('/', '_')}.png") as part:
+    with atomic_write(folder / f"{split.ids[index].replace('/', '_').removesuffix('.png')}.png") as part:
         localization(image, score_map, predicted, truth).save(part, format="PNG")
 
 

@@ -509,7 +509,7 @@ def test_pictures_and_own_images(trained, tmp_path):
     _, run = trained
     evaluate.main([str(run), "--pictures", "2", "--device", "cpu", "--workers", "0"])
     pictures = sorted((run / "pictures_best_test").iterdir())
-    assert [path.name for path in pictures] == ["test_00.png.png", "test_08.png.png"]
+    assert [path.name for path in pictures] == ["test_00.png", "test_08.png"]
     assert Image.open(pictures[0]).size == (64, 128)
     photos = tmp_path / "photos"
     photos.mkdir()
