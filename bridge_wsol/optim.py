@@ -314,9 +314,10 @@ def add_method_values(add: Callable[..., Any], values: dict[str, tuple[Any, str]
 
 
 def map_values(methods: dict[str, Any]) -> dict[str, tuple[Any, str]]:
-    """Those of `method_values` that change the map of a trained network and nothing else."""
+    """Those of `method_values` that change the map of a trained network and nothing else, for evaluate.py."""
     of_map = {name for cls in methods.values() for name in cls.of_map}
-    return {name: value for name, value in method_values(methods).items() if name in of_map}
+    values = {name: value for name, value in method_values(methods).items() if name in of_map}
+    return {x: (value, f"{text.split(' (')[0]} (default: the run's)") for x, (value, text) in values.items()}
 
 
 def _add_numbers(add: Callable[..., Any], flags: dict[str, Flag]) -> None:

@@ -621,6 +621,13 @@ def test_another_map_of_a_trained_run(tiny, tmp_path, capsys, fails):
     assert json.loads((tmp_path / "joint/results_last_test.json").read_text()) == results["joint"]
 
     fails(evaluate.main, [tmp_path / "joint", "--calm-map", "sum"], "--calm-map sum", "joint or location")
+    old = torch.load(tmp_path / "joint" / "last.pt")  # of a version without the flag, whose map was the joint
+    del old["config"]["calm_map"]
+    torch.save(old, tmp_path / "joint" / "last.pt")
+    fails(evaluate.main, [tmp_path / "joint", *flags], "last.pt", "calm_map")
+    evaluate.main([str(tmp_path / "joint"), *flags, "--calm-map", "joint"])
+    found = json.loads((tmp_path / "joint/results_last_test_calm_map=joint.json").read_text())
+    assert found.pop("calm_map") == "joint" and found == results["joint"]
     fails(evaluate.main, [tmp_path / "joint", "--pas-nwc", "off"], "--pas-nwc", "--method calm")
     for more in (["--images", "a.jpg"], ["--score-maps", tmp_path, "--dataset", "tiny"]):
         start = [tmp_path / "joint"] if "--images" in more else []
