@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bridge_wsol import demo, evaluation, figures, models, optim, processes, utils
+from bridge_wsol import evaluation, figures, models, optim, processes, utils
 from bridge_wsol.baselines import METHODS
 from bridge_wsol.data import Split, resized_pixels, split_loaders, to_input
 from bridge_wsol.datasets import SPLITS, download, is_folder, load_splits
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         run.stop.close()
     say("time: " + ", ".join(f"{stage} {utils.duration(spent)}" for stage, spent in run.seconds.items()))
     if (config.dataset, config.method) == ("demo", "bridge"):
-        say(demo.README_PICTURE.format(run=out))
+        say(evaluation.README_PICTURE.format(run=out))
     processes.leave_processes()
 
 

@@ -53,11 +53,6 @@ PRETRAINING_COUNTS = {"train": 8000, "val": 320, "test": 320}
 
 Color = tuple[int, int, int]
 
-# What train.py prints after a training on the demo.
-README_PICTURE = """the picture of the README (CAM, F and S of the CAM baseline and of bridge) is made by:
-  python train.py --method cam
-  python -m bridge_wsol.figures maps runs/demo_vgg16_cam {run} --names vanilla bridge --random 3"""
-
 
 class Drawing(NamedTuple):
     """An image with the masks of its object; each SIZE x SIZE."""

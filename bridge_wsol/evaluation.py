@@ -639,6 +639,11 @@ def original_box(box: np.ndarray, size: int, image_size: tuple[int, int]) -> lis
 
 # ------------------------------------------------------------------------------------- what is printed
 
+# After a training on the demo. Not in demo.py: another text of that file draws the demo again.
+README_PICTURE = """the picture of the README (CAM, F and S of the CAM baseline and of bridge) is made by:
+  python train.py --method cam
+  python -m bridge_wsol.figures maps runs/demo_vgg16_cam {run} --names vanilla bridge --random 3"""
+
 
 def table(title: str, result: dict[str, Any]) -> str:
     """The metrics of `evaluate_maps` as text: percent; thresholds as fractions of the 255 levels."""

@@ -179,9 +179,8 @@ DEFAULTS = {
 }
 
 # Flags that may differ on --resume. Of these, device, amp and val_every can change results.
-FREE_ON_RESUME = (
-    *("epochs", "val_every", "workers", "device", "amp", "cache", "data_root", "splits", "pictures"),
-)
+FREE_ON_RESUME = ("epochs", "val_every", "workers", "device", "amp", "cache", "data_root", "splits")
+FREE_ON_RESUME += ("pictures",)
 # Flags that are no part of the configuration.
 NOT_CONFIG = ("resume", "out", "download", "quiet")
 
