@@ -1,11 +1,12 @@
-"""Speed of a training step: this program in float32 and bf16 against a plain float32 eager step.
+"""Speed of a training step: this program against a plain float32 eager step with the same mathematics.
 
     python tests/bench_train.py [--dataset CUB] [--arch vgg16] [--batch-size 8] [--steps 7] [--device cpu]
+                                [--modes "ours bf16" "ours bf16 compiled" ...]
 
-The plain step has the same mathematics with contiguous tensors, no autocast, cosine maps of all classes, and
-SGD parameter by parameter. Same weights and images, in turns, one process per mode. Printed: medians of
+The plain step has contiguous tensors, no autocast, cosine maps of all classes, and SGD parameter by
+parameter. It is always run. Same weights and images, in turns, one process per mode. Printed: medians of
 images/s, the ratio to the plain step, peak memory (on the CPU of the whole process), the share of the
-throughput of matrix products of the same type; that the first losses are equal; images/s of the input.
+throughput of matrix products of the same type; how far the first losses are apart; images/s of the input.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +43,10 @@ from train import TrainingStep
 
 CLASSES = {"CUB": 200, "ILSVRC": 1000, "OpenImages": 100}
 EPOCH = 50  # after the warm stage, with all four losses
-MODES = ("plain float32", "ours float32", "ours bf16")
+PLAIN = "plain float32"
+MODES = (PLAIN, "ours float32", "ours bf16")  # what train.py offers; the others are tried here alone
+TRIED = ("ours bf16 compiled",)
+TRIED_ON_GPU = ("ours TF32", "ours bf16 cudnn.benchmark", "ours bf16 CUDA graph")
 
 
 def plain_losses(output, weight: Tensor, labels: Tensor, c: SimpleNamespace) -> dict[str, Tensor]:
@@ -75,47 +80,53 @@ def make(
     mode: str, dataset: str, arch: str, device: torch.device
 ) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
     """A function that does one step and returns the unweighted losses."""
-    c = SimpleNamespace(
-        **{name: value for name, (value, _) in optim.preset(dataset, arch).items()}, arch=arch
-    )
+    values = {name: value for name, (value, _) in optim.preset(dataset, arch).items()}
+    c = SimpleNamespace(**values, arch=arch)
+    rates = {"lr": c.lr, "lr_new": c.lr_new, "momentum": c.momentum, "nesterov": c.nesterov}
     torch.manual_seed(0)
     method = METHODS["bridge"](c)
     model = method.network(CLASSES[dataset]).to(device).train()
-    if mode == "plain float32":
-        old, new = optim.parameter_groups(model, arch)
-        groups = [{"params": old, "lr": c.lr}, {"params": new, "lr": c.lr_new}]
-        optimizer = torch.optim.SGD(
-            groups, momentum=c.momentum, nesterov=c.nesterov, weight_decay=c.weight_decay, foreach=False
-        )
-    else:
-        model = model.to(memory_format=torch.channels_last)
-        optimizer = optim.build_optimizer(
-            model,
-            arch,
-            lr=c.lr,
-            lr_new=c.lr_new,
-            momentum=c.momentum,
-            nesterov=c.nesterov,
-            weight_decay=c.weight_decay,
-        )
-        step = TrainingStep(model, method)
+    optimizer = optim.build_optimizer(model, arch, **rates, weight_decay=c.weight_decay)
     factors = {"l_ce": 1.0, "l_drop": c.lambda_drop, "l_sim": c.lambda_sim, "l_norm": c.lambda_norm}
 
+    if mode == PLAIN:
+        for group in optimizer.param_groups:
+            group |= {"fused": False, "foreach": False}
+
+        def forward(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return plain_losses(model(images), model.fc.weight, labels, c)
+    else:
+        model.to(memory_format=torch.channels_last)
+        step = TrainingStep(model, method)
+        step = torch.compile(step) if "compiled" in mode else step
+
+        def forward(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            with autocast(device, "bf16" if "bf16" in mode else "off"):
+                terms = step(images, labels, EPOCH).terms
+            return {name: value for name, (_, value) in terms.items()}
+
     def one_step(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        torch.manual_seed(1)  # the same locations dropped
-        if mode == "plain float32":
-            losses = plain_losses(model(images), model.fc.weight, labels, c)
-            optimizer.zero_grad(set_to_none=True)
-        else:
-            optimizer.zero_grad(set_to_none=True)
-            images = images.contiguous(memory_format=torch.channels_last)
-            with autocast(device, "bf16" if mode == "ours bf16" else "off"):
-                losses = {name: value for name, (_, value) in step(images, labels, EPOCH).terms.items()}
+        optimizer.zero_grad(set_to_none=True)
+        losses = forward(images, labels)
         sum(factors[name] * value for name, value in losses.items()).backward()
         optimizer.step()
         return {name: value.detach() for name, value in losses.items()}
 
     return one_step
+
+
+def graphed(one_step: Callable[[Tensor, Tensor], dict[str, Tensor]], images: Tensor, labels: Tensor):
+    """The step as a CUDA graph of these tensors. Its learning rates are those of now."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries choose their algorithms before the capture
+        for _ in range(3):
+            one_step(images, labels)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one_step(images, labels)
+    return graph.replay
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -148,9 +159,9 @@ class Runner:
     def __init__(self, mode: str, flags: list[str]):
         command = [sys.executable, __file__, *flags, "--run", mode]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.first = json.loads(
-            self.process.stdout.readline()
-        )  # the losses of the first step, the FLOPs of one
+        # The losses of the first step; of the plain mode the FLOPs of a step. None: the mode does not run.
+        line = self.process.stdout.readline()
+        self.first = json.loads(line) if line else None
 
     def seconds(self) -> float:
         print("step", file=self.process.stdin, flush=True)
@@ -163,96 +174,36 @@ class Runner:
 
 def serve(mode: str, args: argparse.Namespace, device: torch.device) -> None:
     """What a Runner's process does."""
-    if device.type == "cpu" and mode != "plain float32":
+    if device.type == "cpu" and mode != PLAIN:
         keep_freed_memory()
+    # float32 means float32, except where TF32 is what is measured.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = "TF32" in mode
+    torch.backends.cudnn.benchmark = "cudnn.benchmark" in mode
     step = make(mode, args.dataset, args.arch, device)
     images, labels = batch(args.batch_size, CLASSES[args.dataset], device)
-    with FlopCounterMode(display=False) as counter:
-        losses = step(images, labels)
-    print(
-        json.dumps(
-            {
-                "losses": {name: float(value) for name, value in losses.items()},
-                "flops": counter.get_total_flops(),
-            }
-        ),
-        flush=True,
-    )
+    if mode != PLAIN:
+        images = images.contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(1)  # the same locations dropped
+    with FlopCounterMode(display=False) if mode == PLAIN else nullcontext() as counter:
+        first = {name: float(value) for name, value in step(images, labels).items()}
+    run = graphed(step, images, labels) if "graph" in mode else partial(step, images, labels)
+    print(json.dumps({"losses": first, "flops": counter and counter.get_total_flops()}), flush=True)
     for _ in sys.stdin:
-        print(seconds(lambda: step(images, labels), device), flush=True)
-    peak = (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if device.type == "cpu"
-        else torch.cuda.max_memory_allocated(device)
-    )
-    print(peak / 1e9)
+        print(seconds(run, device), flush=True)
+    if device.type == "cuda":
+        print(torch.cuda.max_memory_allocated(device) / 1e9)
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--dataset", choices=CLASSES, default="CUB", help="whose preset and number of classes"
-    )
-    parser.add_argument("--arch", choices=ARCHS, default="vgg16")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--run", choices=MODES, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    device = resolve_device(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
-        False  # float32 means float32, in all of them
-    )
-    if args.run:
-        serve(args.run, args, device)
-        return
+def reached(mode: str, device: torch.device) -> float:
+    """`matrix_throughput` of the number type of a mode."""
+    torch.backends.cuda.matmul.allow_tf32 = "TF32" in mode
+    return matrix_throughput(torch.bfloat16 if "bf16" in mode else torch.float32, device)
 
-    flags = [
-        "--dataset",
-        args.dataset,
-        "--arch",
-        args.arch,
-        "--batch-size",
-        str(args.batch_size),
-        "--device",
-        str(device),
-    ]
-    runners = {mode: Runner(mode, flags) for mode in MODES}
-    for runner in runners.values():
-        runner.seconds()  # the second step is the first with gradients and momenta of before
-    taken: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for _ in range(args.steps):
-        for mode, runner in runners.items():
-            taken[mode].append(runner.seconds())
-    memory = {mode: runner.end() for mode, runner in runners.items()}
-    first = {mode: runner.first["losses"] for mode, runner in runners.items()}
-    flops = runners["plain float32"].first["flops"]
 
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    classes = CLASSES[args.dataset]
-    print(
-        f"{args.arch}, batch {args.batch_size}, 224 x 224, {classes} classes, {name}; "
-        f"{flops / args.batch_size / 1e9:.0f} GFLOP per image"
-    )
-    reachable = {dtype: matrix_throughput(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
-    plain = np.median(taken["plain float32"])
-    for mode in MODES:
-        median, dtype = np.median(taken[mode]), torch.bfloat16 if "bf16" in mode else torch.float32
-        print(
-            f"  {mode:<14}{args.batch_size / median:9.2f} images/s   {plain / median:5.2f} x plain"
-            f"   {memory[mode]:6.2f} GB at most   {100 * flops / median / reachable[dtype]:5.1f} %"
-            f" of a matrix product's {reachable[dtype] / 1e12:.2f} TFLOP/s"
-        )
-    for mode in MODES[1:]:
-        difference = max(abs(first[mode][key] - first["plain float32"][key]) for key in first[mode])
-        print(f"  losses of the first step, {mode} and plain: at most {difference:.1e} apart")
-
+def measure_input() -> None:
+    """Prints images/s of the training input."""
     with tempfile.TemporaryDirectory() as folder:
         split = drawn_split(Path(folder), 256)
         pixels = resized_pixels(split, 256, Path(folder) / "cache", workers=0)
@@ -261,6 +212,64 @@ def main() -> None:
             list(loader)
             images_per_second = len(split) / seconds(partial(list, loader), torch.device("cpu"))
             print(f"  input, one process, {what:<9}{images_per_second:9.0f} images/s")
+
+
+def parse_args() -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--dataset", choices=CLASSES, default="CUB", help="whose preset and number of classes")
+    add("--arch", choices=ARCHS, default="vgg16")
+    add("--batch-size", type=int, default=8)
+    add("--steps", type=int, default=7)
+    add("--device", default="auto")
+    every = MODES + TRIED + TRIED_ON_GPU
+    text = "default: on the CPU what train.py offers, on a GPU all"
+    add("--modes", choices=every[1:], nargs="+", default=None, metavar="MODE", help=text)
+    add("--run", choices=every, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    device = resolve_device(args.device)
+    if args.run:
+        serve(args.run, args, device)
+        return
+
+    flags = ["--dataset", args.dataset, "--arch", args.arch, "--batch-size", str(args.batch_size)]
+    every = MODES + TRIED + TRIED_ON_GPU if device.type == "cuda" else MODES
+    modes = (PLAIN, *(args.modes or every[1:]))
+    runners = {mode: Runner(mode, [*flags, "--device", str(device)]) for mode in modes}
+    for mode in [mode for mode, runner in runners.items() if not runner.first]:
+        print(f"  {mode}: does not run here (its error is above)")
+        del runners[mode]
+    for runner in runners.values():
+        runner.seconds()  # the second step is the first with gradients and momenta of before
+    taken: dict[str, list[float]] = {mode: [] for mode in runners}
+    for _ in range(args.steps):
+        for mode, runner in runners.items():
+            taken[mode].append(runner.seconds())
+    memory = {mode: runner.end() for mode, runner in runners.items()}
+    first = {mode: runner.first["losses"] for mode, runner in runners.items()}
+    flops = runners[PLAIN].first["flops"]
+
+    gpu = device.type == "cuda" and torch.cuda.get_device_name(device)
+    print(
+        f"{args.arch}, batch {args.batch_size}, 224 x 224, {CLASSES[args.dataset]} classes, "
+        f"{gpu or f'CPU, {torch.get_num_threads()} threads'}; "
+        f"{flops / args.batch_size / 1e9:.0f} GFLOP per image"
+    )
+    plain = np.median(taken[PLAIN])
+    for mode in runners:
+        median, reachable = np.median(taken[mode]), reached(mode, device)
+        apart = max(abs(first[mode][key] - first[PLAIN][key]) for key in first[mode])
+        print(
+            f"  {mode:<26}{args.batch_size / median:9.2f} images/s   {plain / median:5.2f} x plain"
+            f"   {memory[mode]:6.2f} GB at most   {100 * flops / median / reachable:5.1f} %"
+            f" of a matrix product's {reachable / 1e12:.2f} TFLOP/s   first losses {apart:.0e} apart"
+        )
+    measure_input()
 
 
 if __name__ == "__main__":
