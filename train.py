@@ -127,7 +127,7 @@ def build(out: Path, c: SimpleNamespace, sources: dict[str, str], device: torch.
     if fresh:
         load_fc = c.dataset == "ILSVRC"
         first_process_first(lambda: models.load_pretrained(model, c.arch, c.weights, load_fc=load_fc))
-    model.to(device, memory_format=torch.channels_last)
+    model.freeze_blocks(c.frozen_blocks).to(device, memory_format=torch.channels_last)
     rates = {"lr": c.lr, "lr_new": c.lr_new, "momentum": c.momentum, "nesterov": c.nesterov}
     optimizer = optim.build_optimizer(model, c.arch, **rates, weight_decay=c.weight_decay)
 

@@ -46,7 +46,8 @@ class Output(NamedTuple):
 class GAPNetwork(nn.Module):
     """Base class with the forward pass, which includes attentive dropout (main-text section 3).
 
-    Subclasses have `before_dropout`, `after_dropout`, the linear layer `fc`, and `backbone_state_dict`.
+    Subclasses have `before_dropout`, `after_dropout`, the linear layer `fc`, `pretrained_blocks` and
+    `backbone_state_dict`.
     gamma, p: threshold and probability of `losses.attentive_dropout`. None: no dropped pass, as in the CAM
     baseline.
     """
@@ -68,6 +69,19 @@ class GAPNetwork(nn.Module):
         if self.training and self.gamma is not None:
             features_dropped = self.after_dropout(attentive_dropout(shared, self.gamma, self.p))
         return Output(logits, features, features_dropped)
+
+    def freeze_blocks(self, n: int) -> GAPNetwork:
+        """Fixes the weights of the first n of `pretrained_blocks`, and returns the network.
+
+        0: all layers learn, as in the paper. Running statistics of batch norm are not fixed. Raises
+        InputError if there are fewer blocks.
+        """
+        blocks = self.pretrained_blocks()
+        if n > len(blocks):
+            raise InputError(f"--frozen-blocks {n}: this network has {len(blocks)} pretrained blocks")
+        for block in blocks[:n]:
+            block.requires_grad_(False)
+        return self
 
 
 class VGG16GAP(GAPNetwork):
@@ -116,6 +130,11 @@ class VGG16GAP(GAPNetwork):
         """The fourth pool, block 5 and conv6: the last feature map, N x 1024 x h x w at full width."""
         return self.conv6(self.features[self.dropout_at :](shared))
 
+    def pretrained_blocks(self) -> list[nn.Module]:
+        """The five blocks of convolutions between the pools."""
+        ends = [i for i, layer in enumerate(self.features) if isinstance(layer, (nn.MaxPool2d, nn.Identity))]
+        return [self.features[start:end] for start, end in zip([0, *ends], [*ends, None])]
+
     def backbone_state_dict(self) -> dict[str, Tensor]:
         """The pretrained layers (`features`) by torchvision's names: current values, not copies."""
         return {k: v for k, v in self.state_dict().items() if k.startswith("features.")}
@@ -140,6 +159,10 @@ class ResNet50GAP(GAPNetwork, ResNet):
     def after_dropout(self, shared: Tensor) -> Tensor:
         """The other blocks of layer4: the last feature map, N x 2048 x h x w."""
         return self.layer4[1:](shared)
+
+    def pretrained_blocks(self) -> list[nn.Module]:
+        """conv1 with its batch norm, layer1, layer2, layer3: the layers of the lower learning rate."""
+        return [nn.Sequential(self.conv1, self.bn1), self.layer1, self.layer2, self.layer3]
 
     def backbone_state_dict(self) -> dict[str, Tensor]:
         """The pretrained layers (all but fc) by torchvision's names: current values, not copies."""

@@ -176,6 +176,7 @@ DEFAULTS = {
     "amp": "auto",
     "cache": None,
     "pictures": 0,
+    "frozen_blocks": 0,
 }
 
 # Flags that may differ on --resume. Of these, device, amp and val_every can change results.
@@ -217,6 +218,9 @@ RUN_FLAGS = {
     "pictures": _at_least(
         int, 0, "draw the boxes of N test images at the end, as in Fig. A4 (default 0; demo: 6)"
     ),
+    "frozen_blocks": _at_least(
+        int, 0, "keep the weights of the first N blocks as pretrained (default 0, as in the paper; demo: 2)"
+    ),
 }
 PAPER_FLAGS = {
     "lambda_sim": _at_least(float, 0, "weight of L_sim"),
@@ -253,7 +257,7 @@ def parse_args(argv: list[str] | None, description: str, methods: dict[str, Any]
     add("--arch", choices=ARCHS, default="vgg16", help="default vgg16")
     add("--method", choices=methods, default="bridge", help="default bridge, the paper's; cam: CAM baseline")
     add("--weights", metavar="W", help="imagenet (torchvision's; default, but for demo), none, or a file")
-    _add_numbers(add, {"seed": RUN_FLAGS["seed"]})
+    _add_numbers(add, {name: RUN_FLAGS[name] for name in ("frozen_blocks", "seed")})
 
     add = parser.add_argument_group("where things are").add_argument
     add("--data-root", metavar="DIR", help="folder with the data set as distributed (default data)")
@@ -380,6 +384,9 @@ def resolve_config(
         value = getattr(config, name)
         if not flag.allows(value):
             raise InputError(f"--{name.replace('_', '-')} {value}: must be {flag.range}")
+    if config.frozen_blocks and config.weights == "none":
+        problem = f"--weights none: {config.frozen_blocks} frozen blocks would keep random weights"
+        raise InputError(f"{problem}: add --frozen-blocks 0")
     return config, sources | dict.fromkeys(flags, "flag")
 
 

@@ -11,6 +11,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from bridge_wsol import utils
 from bridge_wsol.models import build_model, export_backbone, load_pretrained
+from bridge_wsol.optim import build_optimizer
 from bridge_wsol.utils import InputError
 
 
@@ -109,6 +110,33 @@ def test_gradient_reaches_every_layer_through_both_passes():
     ((output.features - output.features_dropped).abs().mean() + output.logits.sum()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize(
+    "arch, stride, width, n, layers",
+    [
+        ("vgg16", 16, 1 / 16, 0, ()),
+        ("vgg16", 8, 1 / 16, 2, ("features.0.", "features.2.", "features.5.", "features.7.")),
+        ("vgg16", 8, 1 / 16, 5, ("features.",)),
+        ("resnet50", 16, 1.0, 2, ("conv1.", "bn1.", "layer1.")),
+    ],
+)
+def test_frozen_blocks_keep_their_weights_and_all_others_learn(arch, stride, width, n, layers):
+    model = build_model(arch, 3, stride=stride, width=width, gamma=0.5, p=0.9).freeze_blocks(n).train()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(
+        model, arch, lr=0.1, lr_new=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+    model(torch.rand(2, 3, 64, 64)).logits.sum().backward()
+    optimizer.step()
+    kept = {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])}
+    assert kept == {name for name in before if name.startswith(layers)}
+
+
+def test_more_frozen_blocks_than_there_are():
+    model = build_model("vgg16", 3, stride=16, width=1 / 16)
+    with pytest.raises(InputError, match="--frozen-blocks 6: .* 5 pretrained blocks"):
+        model.freeze_blocks(6)
 
 
 def test_vgg16_loads_a_file_in_torchvision_s_format(tmp_path):

@@ -1,5 +1,6 @@
 """Presets, the two groups, the schedule."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_one_step_is_nesterov_sgd_by_hand():
 
 
 def test_presets_of_the_paper_are_complete_and_sourced():
-    own = {"weights", "val_every", "pictures"}
+    own = {"weights", "val_every", "pictures", "frozen_blocks"}
     names = {frozenset(optim.COMMON | values) - own for values in optim.PRESETS.values()}
     assert len(names) == 1
     for pair in (
@@ -131,9 +132,18 @@ def test_the_demo_keeps_its_decoded_images_and_others_do_not():
 def test_an_older_run_without_the_newest_flags_can_be_resumed():
     config, sources = optim.resolve_config(optim.parse_args(["--dataset", "CUB"], "", METHODS), None, METHODS)
     old = {"config": dict(vars(config)), "sources": dict(sources)}
-    del old["config"]["pictures"], old["sources"]["pictures"]
+    for name in ("pictures", "frozen_blocks"):
+        del old["config"][name], old["sources"][name]
     args = optim.parse_args(["--dataset", "CUB", "--resume"], "", METHODS)
     assert optim.resolve_config(args, old, METHODS)[0] == config
+
+
+def test_frozen_blocks_need_pretrained_weights():
+    flags = ["--dataset", "CUB", "--weights", "none"]
+    for more, fits in ((["--frozen-blocks", "1"], False), ([], True)):
+        args = optim.parse_args(flags + more, "", METHODS)
+        with nullcontext() if fits else pytest.raises(InputError, match="random .*: add --frozen-blocks 0"):
+            optim.resolve_config(args, None, METHODS)
 
 
 def test_unknown_pairs_are_answered_with_those_there_are():
