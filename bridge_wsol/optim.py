@@ -107,9 +107,9 @@ PRESETS: dict[tuple[str, str], dict[str, tuple[Any, str]]] = {
     # val_every: only the last epoch is evaluated. The pretrained features localize best before the classes
     # are learned, so the best epoch by localization would be one that hardly classifies.
     ("demo", "vgg16"): {
-        "lr": (3e-4, OURS), "lr_new": (2e-2, OURS),
-        "lambda_sim": (1.0, OURS), "lambda_norm": (1.0, OURS), "lambda_drop": (0.0, OURS),
-        "tau_fg": (0.3, OURS), "tau_bg": (0.2, OURS), "gamma": (0.8, OURS), "p": (0.5, OURS),
+        "lr": (8e-4, OURS), "lr_new": (8e-2, OURS), "frozen_blocks": (2, OURS),
+        "lambda_sim": (1.0, OURS), "lambda_norm": (1.5, OURS), "lambda_drop": (0.3, OURS),
+        "tau_fg": (0.3, OURS), "tau_bg": (0.2, OURS), "gamma": (0.9, OURS), "p": (0.25, OURS),
         "epochs": (10, OURS), "warm_epochs": (0, OURS), "val_every": (10, OURS),
         "decay_at": ([9], OURS), "decay_factor": (0.2, OURS),
         "warm_batch_size": (32, OURS), "batch_size": (32, OURS),
