@@ -290,7 +290,8 @@ def run_script(script: str, arguments: list[str], folder: Path, slot: Slot) -> N
     """
     command = [sys.executable, str(script_path(script)), *arguments]
     log = folder.with_name(f"{folder.name}.log")
-    print(f"{folder}: {script}{f', output in {log}' * slot.log}", flush=True)
+    # One write: print() alone would write the end of the line apart, after another job's line.
+    print(f"{folder}: {script}{f', output in {log}' * slot.log}\n", end="", flush=True)
     with writing(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         output = log.open("a", encoding="utf-8") if slot.log else None
