@@ -262,7 +262,7 @@ def curves(args: argparse.Namespace) -> None:
     beside = args.width > 5  # three panels side by side
     names = [shortened(entry["name"], args.width) for entry in entries]
     columns = min(len(names), max(1, int(args.width // (0.06 * max(map(len, names)) + 0.5))))  # of names
-    lines_above = (len(names) if beside else (len(names) + 1) // 2) * 0.15
+    lines_above = (1 + (len(names) if beside else (len(names) + 1) // 2)) * 0.15
     height = 2.0 + lines_above if beside else (1.45 + lines_above) * len(DELTAS) + 0.2
     height += 0.17 * math.ceil(len(names) / columns)
     with figure(args, height) as drawn:
@@ -298,10 +298,9 @@ def draw_curve(panel: Any, i: int, curve: Sequence[float], numbers: dict[str, An
 
 def finish_curves(panel: Any, delta: int, beside: bool) -> None:
     """Axes and legend of the panel for the IoU of `delta` percent."""
-    top_right = {"transform": panel.transAxes, "ha": "right", "va": "top"}
-    panel.text(0.99, 0.98, f"IoU {delta / 100}", fontweight="bold", **top_right)
     panel.set(xlim=(0, 1), ylim=(0, 105), yticks=[0, 25, 50, 75, 100])
-    panel.legend(handlelength=2.6, ncols=1 if beside else 2, **ABOVE)
+    title = {"title": f"IoU {delta / 100}", "title_fontproperties": {"weight": "bold"}}
+    panel.legend(handlelength=2.6, ncols=1 if beside else 2, **title, **ABOVE)
     if beside or delta == DELTAS[-1]:
         panel.set_xlabel("threshold")
     if not beside or delta == DELTAS[0]:
