@@ -396,6 +396,32 @@ def read_entry(run: Path, name: str, args: argparse.Namespace) -> Entry:
     return Entry(run, name, seed, config, result)
 
 
+def check_pools(args: argparse.Namespace) -> None:
+    """Raises InputError where runs args.runs with the same name are not seeds of one configuration."""
+    pools: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    names = names_of(args)
+    for run, name in zip(args.runs, names):
+        if names.count(name) == 1:
+            continue
+        if run.suffix == ".json":
+            result = read_json(run, "evaluate.py")
+            config = {key: result.get(key) for key in ("dataset", "arch", "method")}
+            config["seed"] = result.get("seed", str(run.resolve()))  # maps of others have no seed
+        else:
+            config = {k: v for k, v in read_config(run).items() if k == "epochs" or k not in FREE_ON_RESUME}
+        for other, known in pools.setdefault(name, []):
+            differing = [key for key in sorted(config.keys() | known) if config.get(key) != known.get(key)]
+            if differing != ["seed"]:
+                values = ", ".join(
+                    f"{key} {known.get(key)} and {config.get(key)}" for key in differing if key != "seed"
+                )
+                raise InputError(
+                    f"{run}: has the name {name}, as {other}, and {values or 'the same seed'}: runs with the "
+                    "same name must differ in the seed only: pass other --names"
+                )
+        pools[name].append((run, config))
+
+
 def grouped(args: argparse.Namespace) -> list[Group]:
     """The runs args.runs, grouped by configuration. Raises InputError for a run that is given twice.
 

@@ -35,7 +35,7 @@ from .boxes import LEVELS, iou_matrix, level_boxes, scale_boxes
 from .data import Masks, Split, load_masks, load_rgb, test_loader, to_input
 from .drawing import with_suffix
 from .evaluation import MapBatch, evaluate_maps, load_run, names_of, read_results, run_splits
-from .experiments import SWEPT, markdown, read_sweep, spread
+from .experiments import SWEPT, check_pools, markdown, read_sweep, spread
 from .losses import feature_norm, minmax
 from .methods import CAM
 from .metrics import DELTAS, flatness
@@ -647,8 +647,7 @@ def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
         add("--width", type=float, default=COLUMN, metavar="INCHES", help=width)
         add("--dpi", type=int, default=drawing.DPI, help=f"resolution of the PNG (default {drawing.DPI})")
     if command == "curves":
-        text = "of the results (default minmax)"
-        add("--normalize", choices=cam.NORMALIZATIONS, default="minmax", help=text)
+        add("--normalize", choices=cam.NORMALIZATIONS, default="minmax", help="default minmax")
     elif command == "histogram":
         add("--bins", type=int, default=40, metavar="N", help="number of bins (default 40)")
     elif command == "maps":
@@ -688,6 +687,8 @@ def main(argv: list[str] | None = None) -> None:
     Progress.quiet = args.quiet
     if args.command in ("curves", "histogram", "sweep"):
         require_matplotlib()  # before the forward passes
+    if args.command in ("curves", "histogram", "gap"):
+        check_pools(args)
     command, suffixes, _ = COMMANDS[args.command]
     command(args)
     for suffix in suffixes:

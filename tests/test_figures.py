@@ -235,6 +235,7 @@ def test_curves_of_seeds_are_averaged_and_compared_with_the_first_name(trained, 
         if name == "b1":
             curve[:51] -= 20  # the mean of b: 10 - 6 = 4 lower than a's at the first 51 of the 255 levels
         result["curves"] = {iou: curve.tolist() for iou in ("30", "50", "70", "largest")}
+        result["seed"] = shift
         files.append(tmp_path / f"{name}.json")
         files[-1].write_text(json.dumps(result))
     capsys.readouterr()
@@ -343,6 +344,31 @@ def test_histogram_of_the_largest_norms(trained, drawn, tmp_path):
     assert len(drawn) == 1
 
 
+def set_config(run, **values):
+    """Changes values in the config.json of a run."""
+    config = read_json(run / "config.json")
+    for name, value in values.items():
+        config["config"][name]["value"] = value
+    (run / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("command", ["curves", "histogram", "gap"])
+def test_runs_of_one_name_that_are_no_seeds_of_one_configuration_are_refused(
+    command, trained, tmp_path, fails
+):
+    if command != "gap":
+        pytest.importorskip("matplotlib")
+    _, run = trained
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    pooled = [command, run, other, "--names", "a", "a"]
+    fails(figures.main, pooled, "has the name a", "and the same seed", "--names")
+    set_config(other, seed=7, lambda_sim=0.125)
+    fails(figures.main, pooled, str(other), "lambda_sim", "and 0.125: runs", "differ in the seed only")
+    set_config(other, lambda_sim=evaluation.read_config(run)["lambda_sim"])
+    figures.check_pools(figures.parse_args([str(value) for value in pooled]))  # a seed: allowed
+
+
 def test_histogram_and_gap_of_seeds(trained, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     _, run = trained
@@ -352,6 +378,7 @@ def test_histogram_and_gap_of_seeds(trained, tmp_path, capsys):
     checkpoint["model"]["conv6.0.weight"] *= 2
     checkpoint["model"]["conv6.0.bias"] *= 2
     torch.save(checkpoint, other / "best.pt")
+    set_config(other, seed=7)
     names = ["--names", "a", "a", "b"]
     capsys.readouterr()
     draw("histogram", run, other, run, *names, "--out", tmp_path / "h", *CPU)
