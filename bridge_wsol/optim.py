@@ -213,7 +213,7 @@ RUN_FLAGS = {
         int, 0, "DataLoader workers, and evaluation workers (default: CPU cores, at most 8)"
     ),
     "val_every": _at_least(
-        int, 1, "evaluate on val every N epochs and after the last (default 1; demo: last only)"
+        int, 1, "evaluate on val every N epochs and after the last (default 1; demo, CUB10: last only)"
     ),
     "pictures": _at_least(
         int, 0, "draw the boxes of N test images at the end, as in Fig. A4 (default 0; demo: 6)"
