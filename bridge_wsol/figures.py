@@ -463,7 +463,7 @@ def sweep(args: argparse.Namespace) -> None:
     # One line of legend fits into 2.2 inches.
     height = count * (2.2 + 0.15 * (titled + (columns > 1 and several_seeds)))
     with figure(args, height) as drawn:
-        panels = drawn.subplots(count, columns, squeeze=False).flatten()
+        panels = drawn.subplots(count, columns, squeeze=False, sharey=not titled).flatten()
         for panel, file in zip(panels, files):
             draw_sweep(panel, file)
             title = {"title": file["title"], "alignment": "left"} if titled else {}
