@@ -38,7 +38,7 @@ from .cam import NORMALIZATIONS
 from .datasets import download, load_splits
 from .drawing import with_suffix
 from .evaluation import names_of, read_config, read_json, read_log, read_results
-from .optim import FREE_ON_RESUME, parse_args, resolve_config
+from .optim import DEFAULTS, FREE_ON_RESUME, parse_args, resolve_config
 from .utils import InputError, Parser, Progress, Stopped, one_line_errors, write_json, write_text, writing
 
 # The comparison's default rows: the paper's systems and the field's, some with their own normalization.
@@ -171,7 +171,7 @@ def is_finished(run: Run) -> bool:
     folder, fix = run.folder, "choose another --runs, or remove this folder"
     if not (folder / "config.json").exists():
         return False
-    there = read_config(folder)
+    there = DEFAULTS | read_config(folder)  # an older run has no value of a newer flag
     for name, value in vars(run.config).items():
         if name not in FREE_ON_RESUME and there.get(name) != json.loads(json.dumps(value)):
             raise InputError(f"{folder}: a run with {name} {there.get(name)} instead of {value}: {fix}")
@@ -386,7 +386,7 @@ def read_entry(run: Path, name: str, args: argparse.Namespace) -> Entry:
     path, result = read_results(run, args.checkpoint, args.split, args.normalize)
     if path != run:
         free = set(FREE_ON_RESUME) - {"epochs"}
-        config = {key: value for key, value in read_config(run).items() if key not in free}
+        config = {k: value for k, value in (DEFAULTS | read_config(run)).items() if k not in free}
         seed, name = config.pop("seed", 0), name if args.names else config["method"]
     elif "seed" in result:
         seed, name = result["seed"], name.removesuffix(f"_seed{result['seed']}")
@@ -408,7 +408,8 @@ def check_pools(args: argparse.Namespace) -> None:
             config = {key: result.get(key) for key in ("dataset", "arch", "method")}
             config["seed"] = result.get("seed", str(run.resolve()))  # maps of others have no seed
         else:
-            config = {k: v for k, v in read_config(run).items() if k == "epochs" or k not in FREE_ON_RESUME}
+            config = DEFAULTS | read_config(run)
+            config = {k: v for k, v in config.items() if k == "epochs" or k not in FREE_ON_RESUME}
         for other, known in pools.setdefault(name, []):
             differing = [key for key in sorted(config.keys() | known) if config.get(key) != known.get(key)]
             if differing != ["seed"]:

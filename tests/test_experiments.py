@@ -195,6 +195,20 @@ def test_a_run_with_more_epochs_than_its_results_is_not_finished(trained, in_thi
     fails(experiments.main, [*asked, "--epochs", 3], folder / "log.jsonl", "epoch")
 
 
+def test_a_run_from_before_a_flag_has_the_flag_s_default(trained, in_this_process, tmp_path):
+    flags, source = trained
+    folder = changed(source, tmp_path / "runs" / "bridge_seed0")
+    values = read_json(folder / "config.json")
+    del values["config"]["frozen_blocks"]
+    (folder / "config.json").write_text(json.dumps(values))
+    newer = changed(source, tmp_path / "bridge_seed1", seed=1)
+    asked = ["compare", "--methods", "bridge", "--seeds", 0, "--runs", tmp_path / "runs", *flags]
+    run(*asked)
+    assert not in_this_process
+    run("table", folder, newer, "--out", tmp_path / "t")
+    assert "over 2 seeds" in (tmp_path / "t.md").read_text()
+
+
 def test_another_normalization_is_evaluated_again_after_more_epochs(trained, in_this_process, tmp_path):
     flags, source = trained
     folder = changed(source, tmp_path / "runs" / "bridge_seed0")
