@@ -378,6 +378,12 @@ class Entry(NamedTuple):
         return self.name, self.result.get("dataset"), self.result.get("arch")
 
 
+def settings(run: Path) -> dict[str, Any]:
+    """The values of a run, seed included, that can change its results. Newer flags have their defaults."""
+    values = DEFAULTS | read_config(run)
+    return {name: value for name, value in values.items() if name == "epochs" or name not in FREE_ON_RESUME}
+
+
 def read_entry(run: Path, name: str, args: argparse.Namespace) -> Entry:
     """Reads a run folder, or a results file: those of seeds share a row if they share name and data set.
 
@@ -385,8 +391,7 @@ def read_entry(run: Path, name: str, args: argparse.Namespace) -> Entry:
     """
     path, result = read_results(run, args.checkpoint, args.split, args.normalize)
     if path != run:
-        free = set(FREE_ON_RESUME) - {"epochs"}
-        config = {k: value for k, value in (DEFAULTS | read_config(run)).items() if k not in free}
+        config = settings(run)
         seed, name = config.pop("seed", 0), name if args.names else config["method"]
     elif "seed" in result:
         seed, name = result["seed"], name.removesuffix(f"_seed{result['seed']}")
@@ -408,8 +413,7 @@ def check_pools(args: argparse.Namespace) -> None:
             config = {key: result.get(key) for key in ("dataset", "arch", "method")}
             config["seed"] = result.get("seed", str(run.resolve()))  # maps of others have no seed
         else:
-            config = DEFAULTS | read_config(run)
-            config = {k: v for k, v in config.items() if k == "epochs" or k not in FREE_ON_RESUME}
+            config = settings(run)
         for other, known in pools.setdefault(name, []):
             differing = [key for key in sorted(config.keys() | known) if config.get(key) != known.get(key)]
             if differing != ["seed"]:
