@@ -126,8 +126,10 @@ def evaluate_run(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
     model, method, checkpoint = evaluation.load_run(args.run, args.checkpoint, device, args.of_map)
     config = checkpoint["config"]
-    places = args.data_root, args.splits
-    splits = evaluation.run_splits(args.run, checkpoint, ("val", args.split), *places)
+    own = args.normalize == "minmax" and not args.of_map
+    val_levels = evaluation.levels_of(checkpoint) if own else None
+    names = (args.split,) if val_levels else ("val", args.split)
+    splits = evaluation.run_splits(args.run, checkpoint, names, args.data_root, args.splits)
     size, amp = config["image_size"], args.amp or config.get("amp", "auto")
     q = cam.PERCENTILES.get(args.normalize) if args.percentile is None else args.percentile
 
@@ -137,13 +139,11 @@ def evaluate_run(args: argparse.Namespace) -> None:
         return evaluation.network_maps(model, loader, normalization=normalization, **setting)
 
     # The thresholds in the checkpoint belong to the run's own maps, with min-max.
-    choice, val, workers = {}, splits["val"], {"workers": args.workers}
-    own = args.normalize == "minmax" and not args.of_map
-    val_levels = (checkpoint["val"] or {}).get("levels") if own else None
+    choice, val, workers = {}, splits.get("val"), {"workers": args.workers}
     if q == "val":
         setting = {"image_size": size, "upsampling": method.upsampling, **workers}
         q, choice, val_levels = evaluation.choose_percentile(maps_of(val, None), val, **setting)
-    elif not own and args.split != "val":
+    elif not val_levels and val.boxes and args.split != "val":
         val_levels = evaluation.evaluate_maps(maps_of(val, args.normalize), val, **workers)["levels"]
 
     name = f"{args.checkpoint}_{args.split}" + ("" if args.normalize == "minmax" else f"_{args.normalize}")

@@ -31,7 +31,7 @@ from bridge_wsol.baselines import METHODS
 from bridge_wsol.data import Split, resized_pixels, split_loaders, to_input
 from bridge_wsol.datasets import SPLITS, download, is_folder, load_splits
 from bridge_wsol.methods import CAM, Losses
-from bridge_wsol.processes import StopRequest, all_gather, first_process_first, say
+from bridge_wsol.processes import StopRequest, all_gather, all_sum, first_process_first, say
 from bridge_wsol.utils import Progress, Stopped, autocast, rank, timed, world_size, write_text
 
 
@@ -130,7 +130,6 @@ def build(out: Path, c: SimpleNamespace, sources: dict[str, str], device: torch.
     model.freeze_blocks(c.frozen_blocks).to(device, memory_format=torch.channels_last)
     rates = {"lr": c.lr, "lr_new": c.lr_new, "momentum": c.momentum, "nesterov": c.nesterov}
     optimizer = optim.build_optimizer(model, c.arch, **rates, weight_decay=c.weight_decay)
-
     step: nn.Module = TrainingStep(model, method)
     if world_size() > 1:
         if device.type == "cuda":  # batch norm over the global batch; the CPU has no such layer
@@ -145,13 +144,15 @@ def build(out: Path, c: SimpleNamespace, sources: dict[str, str], device: torch.
 
 def resume(run: Run, checkpoint: dict[str, Any]) -> None:
     """Restores a run from last.pt and log.jsonl."""
+    evaluation.require_same_data(run.out, checkpoint, run.record)
     models.restore_weights(run.model, checkpoint["model"], run.out / "last.pt")
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
-    models.set_random_states(checkpoint["random_states"])
-    run.epoch, run.best, run.val = checkpoint["epoch"], checkpoint["best"], checkpoint["val"]
-    if checkpoint["progress"]:
-        sums = {name: value.to(run.device) for name, value in checkpoint["progress"]["sums"].items()}
-        run.state = EpochState(checkpoint["progress"]["step"], sums)
+    with evaluation.not_a_checkpoint(run.out / "last.pt", evaluation.FIX_OUT):
+        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        models.set_random_states(checkpoint["random_states"])
+        run.epoch, run.best, run.val = checkpoint["epoch"], checkpoint["best"], checkpoint["val"]
+        if progress := checkpoint["progress"]:
+            sums = progress["sums"].items() if rank() == 0 else ()
+            run.state = EpochState(progress["step"], {name: value.to(run.device) for name, value in sums})
     run.log = evaluation.read_log(run.out, run.epoch)
     within = f", in epoch {run.epoch + 1} after step {run.state.step}" if run.state.step else ""
     say(f"resumed after epoch {run.epoch}{within}")
@@ -214,7 +215,6 @@ def train_one_epoch(run: Run, loader: DataLoader, epoch: int) -> EpochState:
             with autocast(run.device, run.config.amp):
                 terms, logits = run.step(images, labels, epoch)
             loss = sum(weight * value for weight, value in terms.values())
-
             # Gradients are averaged over processes, whose shares of a last, smaller batch may differ.
             (loss * (own * world_size() / whole)).backward()
             run.optimizer.step()
@@ -283,16 +283,16 @@ def save(run: Run, name: str, epoch: int, state: EpochState | None = None) -> No
     """Writes a checkpoint; the first process alone."""
     checkpoint = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
     checkpoint |= {"random_states": models.random_states(), "epoch": epoch, "best": run.best, "val": run.val}
-    checkpoint |= {"progress": state and state._asdict(), "config": vars(run.config), "sources": run.sources}
-    checkpoint |= {"num_classes": run.record["num_classes"], "classes": run.record.get("classes")}
+    progress = state and {"step": state.step, "sums": all_sum(state.sums)}
+    checkpoint |= {"progress": progress, "config": vars(run.config), "sources": run.sources}
+    checkpoint |= {key: run.record.get(key) for key in ("num_classes", "classes", "digests")}
     if rank() == 0:
         models.save_checkpoint(run.out / name, checkpoint)
 
 
 def epoch_means(state: EpochState, images: int) -> dict[str, float]:
     """Means over all images: each loss, "loss" (their weighted sum), "top1" in percent."""
-    parts = all_gather({name: float(value) for name, value in state.sums.items()})
-    return {name: sum(part[name] for part in parts) / images for name in parts[0]}
+    return {name: float(total) / images for name, total in all_sum(state.sums).items()}
 
 
 if __name__ == "__main__":

@@ -75,6 +75,11 @@ class Split:
             masks={new: self.masks[old] for new, old in enumerate(indices) if old in self.masks},
         )
 
+    def digest(self) -> str:
+        """A hash of the images and their labels, in their order."""
+        content = repr((self.ids, self.labels.tolist())).encode("utf-8", "surrogateescape")
+        return hashlib.sha256(content).hexdigest()[:16]
+
     def require_images(self) -> None:
         """Raises InputError if image files are missing. The message names the first one and counts them."""
         missing = self.missing()

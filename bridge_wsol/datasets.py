@@ -140,8 +140,8 @@ def load_splits(
     lists_only: for work without images, such as the evaluation of score maps. Images are not checked. If the
         data is not there, the lists in splits_dir are used as they are. No effect for a folder.
 
-    The record has "num_classes" and, depending on the data set: "lists" and "val" (text), "classes" (their
-    names, if the folders of the train images tell them), "warning".
+    The record has "num_classes", "digests" ({name: `Split.digest`}) and, depending on the data set: "lists"
+    and "val" (text), "classes" (their names, if the folders of the train images tell them), "warning".
     Raises InputError as `read_split` does, for missing images, and for labels outside 0 ... K - 1, where K is
     the number of classes of train.
     """
@@ -152,6 +152,7 @@ def load_splits(
         if check_images and not lists_only:
             for name in names:
                 found[name].require_images()
+    record["digests"] = {name: found[name].digest() for name in names}
     return {name: found[name] for name in names}, record
 
 

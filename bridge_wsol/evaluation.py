@@ -15,6 +15,7 @@ import io
 import json
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +44,7 @@ from .utils import (
     autocast,
     counted,
     duration,
+    first_line,
     rank,
     resolve_device,
     world_size,
@@ -355,10 +357,30 @@ def open_checkpoint(out: Path, resume: bool) -> dict[str, Any] | None:
     if not resume or not (out / "last.pt").exists():
         return None
     checkpoint = load_tensors(out / "last.pt")
-    parts = {"model", "optimizer", "random_states", "epoch", "progress", "best", "val", "config", "sources"}
-    if not parts <= checkpoint.keys():
-        raise InputError(f"{out / 'last.pt'}: not a checkpoint of train.py: pass another --out, or remove it")
+    parts = {"optimizer": dict, "random_states": dict, "sources": dict, "best": dict, "progress": dict}
+    with not_a_checkpoint(out / "last.pt", FIX_OUT):
+        for name, kind in parts.items():
+            if not isinstance(checkpoint[name], (kind, type(None))):
+                raise KeyError(name)
+        if problem := _checkpoint_problem(checkpoint):
+            raise KeyError(problem)
     return checkpoint
+
+
+FIX_OUT = "pass another --out, or remove it"
+
+
+@contextmanager
+def not_a_checkpoint(path: Path, fix: str = "pass a folder that train.py wrote") -> Iterator[None]:
+    """Turns the error of a readable file that is no checkpoint of train.py into an InputError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        missing = isinstance(error, KeyError) and f"{error.args[0]} is missing or has the wrong type"
+        problem = f"not a checkpoint of train.py ({missing or first_line(error)})"
+        raise InputError(f"{path}: {problem}: {fix}") from error
 
 
 def load_run(
@@ -367,17 +389,21 @@ def load_run(
     """(network, method, checkpoint) of RUN/<which>.pt, which = "best" or "last".
 
     of_map: values of the method's map, instead of those of the run; they are in the checkpoint's "config".
-    Raises InputError for a folder that is not a run, a damaged checkpoint, an unknown method, or a value that
-    is not one of its map.
+    Raises InputError for a folder that is not a run, a damaged checkpoint, one from the middle of an epoch,
+    an unknown method, or a value that is not one of its map.
     """
     path = Path(run) / f"{which}.pt"
     if not path.exists():
         raise InputError(f"{path}: no such checkpoint: pass a folder that train.py wrote")
     checkpoint = load_tensors(path)
     problem = _checkpoint_problem(checkpoint)
-    try:
+    with not_a_checkpoint(path):
         if problem:
             raise KeyError(problem)
+        if checkpoint.get("progress"):
+            step = f"epoch {checkpoint['epoch'] + 1}, after step {checkpoint['progress']['step']}"
+            fix = "continue it with train.py --resume, or evaluate --checkpoint best"
+            raise InputError(f"{path}: the run was interrupted in {step}: {fix}")
         config = checkpoint["config"]
         if config["method"] not in METHODS:
             unknown = f"{path}: a run of the unknown method {config['method']!r}"
@@ -389,11 +415,6 @@ def load_run(
         method = METHODS[config["method"]](SimpleNamespace(**config))
         model = method.network(checkpoint["num_classes"])
         restore_weights(model, checkpoint["model"], path)
-    except (KeyError, TypeError, AttributeError) as error:
-        what = str(error).strip("'")
-        raise InputError(
-            f"{path}: not a checkpoint of train.py ({what} is missing or has the wrong type)"
-        ) from error
     return model.to(device, memory_format=torch.channels_last), method, checkpoint
 
 
@@ -411,15 +432,34 @@ def run_splits(
     config = checkpoint["config"]
     data_root, splits_dir = data_root or Path(config["data_root"]), splits_dir or Path(config["splits"])
     splits, record = load_splits(config["dataset"], data_root, splits_dir, names, config["val_per_class"])
+    require_classes(run, checkpoint, record)
+    return splits
+
+
+def require_classes(run: Path, checkpoint: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raises InputError where a run has other classes than its data set has now. record: of `load_splits`."""
+    dataset = checkpoint["config"]["dataset"]
     if record["num_classes"] != checkpoint["num_classes"]:
         trained = f"{run} was trained on {checkpoint['num_classes']} classes"
-        there = f"{splits_dir / config['dataset']} has {record['num_classes']}"
-        raise InputError(f"{trained}, {there}: check --splits")
+        raise InputError(f"{trained}, {dataset} has {record['num_classes']} now: check --splits")
     if checkpoint.get("classes") and record.get("classes") and checkpoint["classes"] != record["classes"]:
-        raise InputError(
-            f"{run} was trained on other classes than {config['dataset']} has now: check --splits"
-        )
-    return splits
+        raise InputError(f"{run} was trained on other classes than {dataset} has now: check --splits")
+
+
+def require_same_data(run: Path, checkpoint: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raises InputError where a run to resume has other classes, or other images of train or val."""
+    require_classes(run, checkpoint, record)
+    digests = checkpoint.get("digests") or record["digests"]  # old checkpoints have none
+    for name in ("train", "val"):
+        if digests[name] != record["digests"][name]:
+            fix = "restore it, or train in another --out"
+            raise InputError(f"{run}: the list of {name} has changed since the run began: {fix}")
+
+
+def levels_of(checkpoint: dict[str, Any]) -> dict[str, int] | None:
+    """The levels that val chose with these weights; None where it has no boxes or was not evaluated then."""
+    val = checkpoint["val"] or {}
+    return val.get("levels") if val.get("epoch") == checkpoint["epoch"] else None
 
 
 def _checkpoint_problem(checkpoint: dict[str, Any]) -> str | None:
@@ -428,6 +468,13 @@ def _checkpoint_problem(checkpoint: dict[str, Any]) -> str | None:
     for name, kind in types.items():
         if not isinstance(checkpoint.get(name, ...), kind):
             return name
+    if checkpoint["num_classes"] < 1:
+        return "num_classes"
+    for name in (*RUN_KEYS, "image_size", "data_root", "splits", "val_per_class"):
+        if name not in checkpoint["config"]:
+            return name
+    if not isinstance(checkpoint["config"]["image_size"], int) or checkpoint["config"]["image_size"] < 1:
+        return "image_size"
     levels = checkpoint["val"] and checkpoint["val"].get("levels", ...)
     if levels is not None:
         if not isinstance(levels, dict) or any(levels.get(n) not in range(LEVELS) for n in LEVEL_NAMES):
@@ -607,11 +654,11 @@ class Localizer:
         self, data_root: Path | None, splits_dir: Path | None, batch_size: int, workers: int
     ) -> tuple[int | None, str]:
         """(the largest contour's level chosen on val, "") or (None, the reason)."""
-        levels = (self.checkpoint["val"] or {}).get("levels")
-        if levels is None:
-            return None, "val has no boxes"
-        if self.normalize == "minmax":
+        levels = levels_of(self.checkpoint)
+        if levels and self.normalize == "minmax":
             return levels["largest"], ""
+        if levels is None and (self.checkpoint["val"] or {}).get("epoch") == self.checkpoint["epoch"]:
+            return None, "val has no boxes"
         try:
             split = run_splits(self.run, self.checkpoint, ("val",), data_root, splits_dir)["val"]
         except InputError as error:
@@ -620,7 +667,7 @@ class Localizer:
         setting = {"method": self.method, "device": self.device, "amp": self.amp, "image_size": self.size}
         setting |= {"normalization": self.normalize, "percentile": self.percentile}
         found = evaluate_maps(network_maps(self.model, loader, **setting), split, workers=workers)
-        return found["levels"]["largest"], ""
+        return (found["levels"]["largest"], "") if found["levels"] else (None, "val has no boxes")
 
 
 def original_box(box: np.ndarray, size: int, image_size: tuple[int, int]) -> list[int] | None:

@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -35,10 +36,22 @@ import torch
 
 from .baselines import METHODS
 from .cam import NORMALIZATIONS
-from .datasets import download, load_splits
+from .datasets import download, is_folder, load_splits
 from .drawing import with_suffix
 from .evaluation import names_of, read_config, read_json, read_log, read_results
-from .optim import DEFAULTS, FREE_ON_RESUME, parse_args, resolve_config
+from .optim import (
+    CHOICES,
+    DEFAULTS,
+    FREE_ON_RESUME,
+    MACHINE,
+    NOT_USED,
+    PAPER_FLAGS,
+    RUN_FLAGS,
+    WEIGHT_OF,
+    method_values,
+    parse_args,
+    resolve_config,
+)
 from .utils import InputError, Parser, Progress, Stopped, one_line_errors, write_json, write_text, writing
 
 # The comparison's default rows: the paper's systems and the field's, some with their own normalization.
@@ -107,13 +120,18 @@ def row_of(name: str) -> Row:
     if normalization not in NORMALIZATIONS or not trained:
         trained, normalization = name, "minmax"
     method, colon, values = trained.partition(":")
-    pairs = [value.split("=") for value in values.split(",")] if colon else []
-    if method not in METHODS or not all(len(pair) == 2 and all(pair) for pair in pairs):
+    # A comma can also belong to a value: has:has_cells=16,32.
+    pairs = [value.split("=") for value in re.split(r",(?=[\w-]+=)", values)] if colon else []
+    complete = all(len(pair) == 2 and all(pair) and pair[1][-1] != "," for pair in pairs)
+    if method not in METHODS or not complete:
         raise InputError(
             f"--methods {name}: not METHOD[:NAME=VALUE,...][+NORMALIZATION]; METHOD is one of "
             f"{', '.join(METHODS)}, NORMALIZATION one of {', '.join(NORMALIZATIONS)}"
         )
     pairs = [(key.replace("-", "_"), value) for key, value in pairs]
+    for key, _ in pairs:
+        if key in (*CHOICES, "seed", "out"):
+            raise InputError(f"--methods {name}: {key} is not a value of a row: use the flag of the command")
     of_map = {key: value for key, value in pairs if key in METHODS[method].of_map}
     trained = [(key, value) for key, value in pairs if key not in of_map]
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in trained]
@@ -147,6 +165,7 @@ def plan(rows: Iterable[Row], args: argparse.Namespace) -> list[Run]:
             METHODS[row.method](SimpleNamespace(**vars(runs[folder].config) | row.of_map))
             runs[folder].rows.append(row)
     waiting = [run for run in runs.values() if not is_finished(run)]
+    check_lists([run for run in runs.values() if run not in waiting])
     if waiting:
         script_path("train.py")
         check_data(waiting[0])
@@ -163,6 +182,19 @@ def check_data(run: Run) -> None:
     load_splits(config.dataset, Path(config.data_root), Path(config.splits), names, config.val_per_class)
 
 
+def check_lists(finished: list[Run]) -> None:
+    """Raises InputError where --splits has another test list than the runs that are finished."""
+    if not finished or "splits" not in finished[0].given or is_folder(finished[0].config.dataset):
+        return
+    config = finished[0].config
+    where = config.dataset, Path(config.data_root), Path(config.splits)
+    now = load_splits(*where, ("test",), config.val_per_class, lists_only=True)[1]["digests"]["test"]
+    for run in finished:
+        then = read_json(run.folder / "config.json", "train.py").get("data", {}).get("digests", {})
+        if then.get("test", now) != now:  # older runs have none
+            raise InputError(f"{run.folder}: a run with another test list than --splits {config.splits} has")
+
+
 def is_finished(run: Run) -> bool:
     """Whether the folder has this run with all its epochs and the test results of both checkpoints.
 
@@ -172,8 +204,11 @@ def is_finished(run: Run) -> bool:
     if not (folder / "config.json").exists():
         return False
     there = DEFAULTS | read_config(folder)  # an older run has no value of a newer flag
+    given = {"amp", "val_every"} & set(run.given.given)
     for name, value in vars(run.config).items():
-        if name not in FREE_ON_RESUME and there.get(name) != json.loads(json.dumps(value)):
+        if name in FREE_ON_RESUME and name not in given:
+            continue
+        if there.get(name) != json.loads(json.dumps(value)):
             raise InputError(f"{folder}: a run with {name} {there.get(name)} instead of {value}: {fix}")
     evaluated = all((folder / f"results_{which}_test.json").exists() for which in ("best", "last"))
     in_results = read_results(folder, "last", "test")[1].get("epoch", 0) if evaluated else 0
@@ -325,6 +360,7 @@ class Group(NamedTuple):
     label: str
     dataset: str
     arch: str | None
+    split: str
     seeds: list[int]
     metrics: dict[str, list[float]]  # keys of HEADINGS, as far as the results have them; one value per seed
 
@@ -347,7 +383,7 @@ def make_group(label: str, result: dict[str, Any], seeds: list[int], runs: list[
     """A Group of these `numbers`, one per seed. result: the results file of one of the runs."""
     metrics = {key: [run[key] for run in runs if key in run] for key in HEADINGS}
     found = {key: values for key, values in metrics.items() if values}
-    return Group(label, result["dataset"], result.get("arch"), seeds, found)
+    return Group(label, result["dataset"], result.get("arch"), result.get("split", "test"), seeds, found)
 
 
 def row_group(label: str, row: Row, seeds: list[int], args: argparse.Namespace) -> Group:
@@ -358,7 +394,8 @@ def row_group(label: str, row: Row, seeds: list[int], args: argparse.Namespace) 
         path = results_path(folder, args.checkpoint, row)
         result = read_results(path, args.checkpoint, "test")[1]
         runs.append(numbers(result))
-        if speeds := [entry["images_per_second"] for entry in logged(folder)]:
+        # An epoch that was interrupted after its last step has 0.
+        if speeds := [entry["images_per_second"] for entry in logged(folder) if entry["images_per_second"]]:
             runs[-1]["images_per_second"] = statistics.median(speeds)
     return make_group(label, result, seeds, runs)
 
@@ -381,7 +418,15 @@ class Entry(NamedTuple):
 def settings(run: Path) -> dict[str, Any]:
     """The values of a run, seed included, that can change its results. Newer flags have their defaults."""
     values = DEFAULTS | read_config(run)
-    return {name: value for name, value in values.items() if name == "epochs" or name not in FREE_ON_RESUME}
+    return {name: value for name, value in values.items() if name not in MACHINE}
+
+
+def file_settings(result: dict[str, Any]) -> dict[str, Any]:
+    """What a results file has of its run, without the seed and without what differs between seeds."""
+    chosen = {"epoch"} if result.get("checkpoint") != "last" else set()
+    chosen |= {"percentile"} if "chosen_on" in (result.get("percentile") or {}) else set()
+    numbers = {"seed", "metrics", "thresholds", "curves"}
+    return {key: value for key, value in result.items() if key not in numbers | chosen}
 
 
 def read_entry(run: Path, name: str, args: argparse.Namespace) -> Entry:
@@ -395,7 +440,7 @@ def read_entry(run: Path, name: str, args: argparse.Namespace) -> Entry:
         seed, name = config.pop("seed", 0), name if args.names else config["method"]
     elif "seed" in result:
         seed, name = result["seed"], name.removesuffix(f"_seed{result['seed']}")
-        config = {"method": name} | {key: result.get(key) for key in ("dataset", "arch")}
+        config = file_settings(result) | {"name": name}
     else:
         seed, config = 0, {"file": str(run.resolve()), "method": name}
     return Entry(run, name, seed, config, result)
@@ -410,7 +455,7 @@ def check_pools(args: argparse.Namespace) -> None:
             continue
         if run.suffix == ".json":
             result = read_json(run, "evaluate.py")
-            config = {key: result.get(key) for key in ("dataset", "arch", "method")}
+            config = file_settings(result)
             config["seed"] = result.get("seed", str(run.resolve()))  # maps of others have no seed
         else:
             config = settings(run)
@@ -430,12 +475,14 @@ def check_pools(args: argparse.Namespace) -> None:
 def grouped(args: argparse.Namespace) -> list[Group]:
     """The runs args.runs, grouped by configuration. Raises InputError for a run that is given twice.
 
-    The label is the name or method; where groups share it, the values in which they differ are added.
+    Runs with different --names are never in one group. The label is the name or method; where groups share
+    it, the values in which they differ are added.
     """
     found: dict[str, list[Entry]] = {}
     for run, name in zip(args.runs, names_of(args)):
         entry = read_entry(run, name, args)
-        same = found.setdefault(json.dumps(entry.config, sort_keys=True), [])
+        key = entry.config | ({"name": name} if args.names else {})
+        same = found.setdefault(json.dumps(key, sort_keys=True), [])
         for other in same:
             if other.seed == entry.seed:
                 raise InputError(
@@ -647,8 +694,10 @@ def swept_preset(args: argparse.Namespace) -> tuple[SimpleNamespace, float]:
     param = args.param.replace("-", "_")
     refuse(args.flags, ("--out", "--resume"), "use --runs")
     preset, sources = resolve_config(parse_args(args.flags, "", METHODS), None, METHODS)
-    numeric = [name for name, value in vars(preset).items() if type(value) in (int, float)]
-    swept = [name for name in numeric if sources[name] != "default"]
+    flags = RUN_FLAGS | PAPER_FLAGS | method_values(METHODS)
+    numeric = [name for name, value in vars(preset).items() if type(value) in (int, float) and name in flags]
+    used = [name for name in numeric if sources.get(WEIGHT_OF.get(name)) != f"preset: {NOT_USED}"]
+    swept = [name for name in used if sources[name] != "default"]
     if param not in swept:
         raise InputError(
             f"--param {args.param}: not a number of the preset: choose one of {', '.join(swept)} "
@@ -667,8 +716,10 @@ def table(args: argparse.Namespace) -> list[Path]:
     Runs that differ in the seed only share a row.
     """
     groups = grouped(args)
-    several, pair = len({group.pair for group in groups}) > 1, groups[0].pair
-    head = "" if several else f"{pair}, {args.split}. "
+    of_pairs, splits = ({getattr(group, name) for group in groups} for name in ("pair", "split"))
+    several = len(of_pairs) > 1
+    head = ", ".join(name for names in (of_pairs, splits) for name in names if len(names) == 1)
+    head += ". " if head else ""
     made = [make_table(head + title, keys, groups, pairs=several) for title, keys in FORMS]
     made = [form for form in made if form.columns]
     text, written = write_tables(args.out, made, csv_text(groups, METRICS), args.digits)

@@ -16,6 +16,7 @@ baselines.py, and the complete file in docs/methods.md. Compute losses and maps 
 
 from __future__ import annotations
 
+from math import isinf
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from .cam import class_activation_map
 from .losses import alignment_losses, consistency_loss, full_precision
 from .models import GAPNetwork, Output, build_model
+from .optim import NOT_USED
 from .utils import InputError
 
 METHODS: dict[str, type[CAM]] = {}  # name -> class; a subclass with a name registers itself
@@ -60,14 +62,13 @@ class CAM:
                 flag = f"--{name.replace('_', '-')} {value}"
                 if isinstance(value, str) and value not in allowed:
                     raise InputError(f"{flag}: must be {' or '.join(allowed)}")
-                if not isinstance(value, str) and not allowed[0] <= value <= allowed[1]:
+                if not isinstance(value, str) and (not allowed[0] <= value <= allowed[1] or isinf(value)):
                     raise InputError(f"{flag}: must be in [{allowed[0]}, {allowed[1]}]")
 
     @classmethod
     def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
         """{name: (value, source)}: the method's hyperparameters, and changes to the data set's preset."""
-        unused = ("lambda_sim", "lambda_norm", "lambda_drop")
-        return {name: (0.0, "not used by this method") for name in unused}
+        return {name: (0.0, NOT_USED) for name in ("lambda_sim", "lambda_norm", "lambda_drop")}
 
     def network(self, num_classes: int) -> GAPNetwork:
         """A network with initial weights, drawn from torch's default generator."""

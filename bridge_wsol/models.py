@@ -280,13 +280,21 @@ def _has_batch_norm(state: dict[str, Tensor]) -> bool:
 def _differences(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
     """What `state` lacks to be loaded as `wanted`, for a message; empty if it fits."""
     missing = [name for name in wanted if not isinstance(state.get(name), Tensor)]
+    there = {name: value for name, value in wanted.items() if name not in missing}
+    unreadable = [name for name, value in there.items() if not _is_like(state[name], value)]
     misshapen = [
         f"{name} ({_shape(state[name])} in the file, {_shape(value)} in the model)"
-        for name, value in wanted.items()
-        if name not in missing and state[name].shape != value.shape
+        for name, value in there.items()
+        if state[name].shape != value.shape
     ]
-    kinds = {"missing": missing, "wrong shape": misshapen}
+    kinds = {"missing": missing, "not dense real numbers": unreadable, "wrong shape": misshapen}
     return "; ".join(f"{kind}: {_shorten(names)}" for kind, names in kinds.items() if names)
+
+
+def _is_like(value: Tensor, wanted: Tensor) -> bool:
+    """Whether the file has values, and real numbers where the model has them."""
+    dense = value.layout == torch.strided and value.device.type == "cpu"
+    return dense and value.is_floating_point() == wanted.is_floating_point()
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -331,8 +339,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # torch raises many types
         raise InputError(f"{path}: damaged, or not a file of tensors ({first_line(error)})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: contains a {type(value).__name__}, not a dictionary of tensors")
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise InputError(f"{path}: contains a {type(value).__name__}, not a dictionary of tensors by name")
     return value
 
 
@@ -382,10 +390,10 @@ def _download(arch: str) -> dict[str, Tensor]:
     weights = IMAGENET_WEIGHTS[arch]
     try:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:  # no network, a full disk, or a wrong checksum
+    except Exception as error:  # no network, a full disk, a wrong checksum, a damaged file in torch's cache
         cache = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
         raise InputError(
-            f"could not download {weights.url} ({error}): download it elsewhere and put it at {cache}, "
+            f"could not load {weights.url} ({first_line(error)}): download it elsewhere, put it at {cache}, "
             "pass --weights FILE, or train from scratch with --weights none"
         ) from error
 

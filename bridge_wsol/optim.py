@@ -179,11 +179,21 @@ DEFAULTS = {
     "frozen_blocks": 0,
 }
 
+# A method without losses of the paper says so in its `preset`, as the source of their weights.
+NOT_USED = "not used by this method"
+WEIGHT_OF = {name: name for name in ("lambda_sim", "lambda_norm", "lambda_drop")}
+WEIGHT_OF |= {"tau_fg": "lambda_sim", "tau_bg": "lambda_sim", "norm_class": "lambda_norm"}
+WEIGHT_OF |= {"gamma": "lambda_drop", "p": "lambda_drop"}
+
 # Flags that may differ on --resume. Of these, device, amp and val_every can change results.
 FREE_ON_RESUME = ("epochs", "val_every", "workers", "device", "amp", "cache", "data_root", "splits")
 FREE_ON_RESUME += ("pictures",)
+# Values that say where and how a run is computed; all others can change its results.
+MACHINE = ("workers", "device", "cache", "data_root", "splits", "pictures")
+# What chooses the preset, and its defaults.
+CHOICES = {"dataset": "demo", "arch": "vgg16", "method": "bridge"}
 # Flags that are no part of the configuration.
-NOT_CONFIG = ("resume", "out", "download", "quiet")
+NOT_CONFIG = ("resume", "out", "download", "quiet", "given")
 
 
 class Flag(NamedTuple):
@@ -196,7 +206,7 @@ class Flag(NamedTuple):
 
 
 def _at_least(kind: type, least: int, text: str) -> Flag:
-    return Flag(kind, f"at least {least}", lambda x: x >= least, text)
+    return Flag(kind, f"at least {least}", lambda x: least <= x < float("inf"), text)
 
 
 def _rate(text: str) -> Flag:
@@ -208,7 +218,7 @@ def _share(text: str) -> Flag:
 
 
 RUN_FLAGS = {
-    "seed": _at_least(int, 0, "random seed (default 0)"),
+    "seed": Flag(int, "in [0, 2^63)", lambda x: 0 <= x < 2**63, "random seed (default 0)"),
     "workers": _at_least(
         int, 0, "DataLoader workers, and evaluation workers (default: CPU cores, at most 8)"
     ),
@@ -241,7 +251,10 @@ PAPER_FLAGS = {
 
 
 def parse_args(argv: list[str] | None, description: str, methods: dict[str, Any]) -> argparse.Namespace:
-    """The flags of train.py; only those that were given are set. methods: the registry, name -> class."""
+    """The flags of train.py. Only those that were given are set, and `given` has their names.
+
+    dataset, arch and method are always set. methods: the registry, name -> class.
+    """
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -250,12 +263,11 @@ def parse_args(argv: list[str] | None, description: str, methods: dict[str, Any]
     add = parser.add_argument_group("what to train").add_argument
     add(
         "--dataset",
-        default="demo",
         metavar="D",
         help=f"{', '.join(NAMES)} (default demo), or a folder of images",
     )
-    add("--arch", choices=ARCHS, default="vgg16", help="default vgg16")
-    add("--method", choices=methods, default="bridge", help="default bridge, the paper's; cam: CAM baseline")
+    add("--arch", choices=ARCHS, help="default vgg16")
+    add("--method", choices=methods, help="default bridge, the paper's; cam: CAM baseline")
     add("--weights", metavar="W", help="imagenet (torchvision's; default, but for demo), none, or a file")
     _add_numbers(add, {name: RUN_FLAGS[name] for name in ("frozen_blocks", "seed")})
 
@@ -294,7 +306,8 @@ def parse_args(argv: list[str] | None, description: str, methods: dict[str, Any]
     _add_numbers(add, {name: RUN_FLAGS[name] for name in ("val_every", "pictures", "workers")})
 
     _add_values(parser, methods)
-    return parser.parse_args(argv)
+    given = vars(parser.parse_args(argv))
+    return argparse.Namespace(**CHOICES | given, given=tuple(given))
 
 
 def _add_values(parser: argparse.ArgumentParser, methods: dict[str, Any]) -> None:
@@ -357,37 +370,54 @@ def resolve_config(
     """(all values of a run, {name: source}); a source is the preset's, "flag" or "default".
 
     args: of `parse_args`. interrupted: the checkpoint of the run to resume, whose values are kept.
-    methods: the registry. Raises InputError for a flag that contradicts that run, and for a value out
-    of range.
+    methods: the registry. Raises InputError for a flag that contradicts that run, that its method does not
+    use, or whose value is out of range.
     """
-    flags = {name: value for name, value in vars(args).items() if name not in NOT_CONFIG}
+    flags = {name: value for name, value in vars(args).items() if name in args.given}
+    flags = {name: value for name, value in flags.items() if name not in NOT_CONFIG}
     if interrupted:
         values = DEFAULTS | interrupted["config"]  # an older run has no value of a newer flag
         sources = dict.fromkeys(DEFAULTS, "default") | interrupted["sources"]
         for name, value in flags.items():
-            if name not in FREE_ON_RESUME and value != values[name]:
+            if name in values and name not in FREE_ON_RESUME and value != values[name]:
                 flag = f"--{name.replace('_', '-')} {value}"
                 raise InputError(f"{flag}: the run to resume has {values[name]}: pass that, or another --out")
     else:
         own = preset(args.dataset, args.arch) | methods[args.method].preset(args.dataset, args.arch)
-        values = DEFAULTS | {name: value for name, (value, _) in own.items()}
-        sources = dict.fromkeys(DEFAULTS, "default")
+        chosen = {name: getattr(args, name) for name in CHOICES}
+        values = DEFAULTS | chosen | {name: value for name, (value, _) in own.items()}
+        sources = dict.fromkeys((*DEFAULTS, *CHOICES), "default")
         sources |= {name: f"preset: {source}" for name, (_, source) in own.items()}
-        for name in method_values(methods).keys() & flags.keys() - own.keys():
-            raise InputError(f"--{name.replace('_', '-')}: not a value of --method {args.method}: remove it")
         if "batch_size" in flags:
             flags.setdefault("warm_batch_size", flags["batch_size"])
     config = SimpleNamespace(**(values | flags))
+    for name in flags:
+        if name not in values or sources.get(WEIGHT_OF.get(name)) == f"preset: {NOT_USED}":
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag}: not a value of --method {config.method}: remove it")
+    if interrupted:
+        _check_epochs(config.epochs, interrupted)
     if config.dataset == "demo" and config.cache is None:  # 79 MB
         config.cache, sources["cache"] = str(Path(config.data_root) / "cache"), f"preset: {OURS}"
     for name, flag in (RUN_FLAGS | PAPER_FLAGS).items():
         value = getattr(config, name)
         if not flag.allows(value):
             raise InputError(f"--{name.replace('_', '-')} {value}: must be {flag.range}")
+    if min(config.decay_at, default=1) < 1 or len(set(config.decay_at)) < len(config.decay_at):
+        epochs = " ".join(map(str, config.decay_at))
+        raise InputError(f"--decay-at {epochs}: must be epochs from 1, each once")
     if config.frozen_blocks and config.weights == "none":
         problem = f"--weights none: {config.frozen_blocks} frozen blocks would keep random weights"
         raise InputError(f"{problem}: add --frozen-blocks 0")
     return config, sources | dict.fromkeys(flags, "flag")
+
+
+def _check_epochs(epochs: int, interrupted: dict[str, Any]) -> None:
+    """Raises InputError where a checkpoint to resume is beyond these epochs, or ends them without val."""
+    done, val = interrupted["epoch"], interrupted["val"] or {}
+    least = done if val.get("epoch") == done and not interrupted["progress"] else done + 1
+    if epochs < least:
+        raise InputError(f"--epochs {epochs}: the run to resume is beyond that: pass at least {least}")
 
 
 def write_config(

@@ -48,6 +48,12 @@ def all_gather(part: T) -> list[T]:
     return parts
 
 
+def all_sum(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Sums over all processes, on the CPU, in every process. The names are those of the first process."""
+    parts = all_gather({name: value.cpu() for name, value in values.items()})
+    return {name: sum(part.get(name, 0) for part in parts) for name in parts[0]}
+
+
 def first_process_first(work: Callable[[], R]) -> R:
     """work() in the first process, then in the others, which find the files it has written.
 

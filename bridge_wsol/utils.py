@@ -161,8 +161,8 @@ def resolve_device(name: str) -> torch.device:
         name = "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=device).tolist()  # "meta" has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
             f"--device {name} cannot be used ({first_line(error)}): pass --device cpu"
         ) from error

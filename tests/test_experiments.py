@@ -145,6 +145,12 @@ def test_rows(fails, monkeypatch):
     of_map = experiments.row_of("pas:pas_nwc=off,pas_theta=-1")
     assert of_map == ("pas", ["--pas-theta=-1"], {"pas_nwc": "off"}, "minmax", "pas_pas_theta=-1")
     monkeypatch.undo()
+    cells_of_has = experiments.row_of("has:has_cells=16,32,has_p=0.4").flags
+    assert cells_of_has == ["--has-cells=16,32", "--has-p=0.4"]
+    for key in ("seed", "method", "dataset"):
+        row = f"bridge:{key}=5"
+        fails(experiments.main, ["compare", "--methods", row], f"--methods {row}", f"{key} is not a value")
+    fails(experiments.main, ["compare", "--methods", "cam:lambda_sim=5"], "--lambda-sim", "--method cam")
     fails(experiments.main, ["compare", "--method", "cam"], "--method", "--methods")
     rows = {experiments.row_of(row)[0] for row in experiments.ROWS}
     assert rows == METHODS.keys() - {"bridge+cutmix"}
@@ -207,6 +213,31 @@ def test_a_run_from_before_a_flag_has_the_flag_s_default(trained, in_this_proces
     assert not in_this_process
     run("table", folder, newer, "--out", tmp_path / "t")
     assert "over 2 seeds" in (tmp_path / "t.md").read_text()
+
+
+@pytest.mark.parametrize("flags", [("--amp", "bf16"), ("--val-every", "2")])
+def test_a_run_with_another_value_that_was_asked_for_is_refused(
+    trained, in_this_process, fails, tmp_path, flags
+):
+    """Without the flag the value may differ: it can change on --resume."""
+    all_flags, source = trained
+    folder = changed(source, tmp_path / "runs" / "bridge_seed0", val_every=3, amp="off")
+    asked = ["compare", "--methods", "bridge", "--seeds", 0, "--runs", tmp_path / "runs", *all_flags]
+    run(*asked)
+    name = flags[0][2:].replace("-", "_")
+    fails(experiments.main, [*asked, *flags], folder, f"a run with {name}", flags[1])
+
+
+def test_a_finished_run_is_of_the_test_list_of_splits(trained, in_this_process, fails, tmp_path):
+    flags, source = trained
+    changed(source, tmp_path / "runs" / "bridge_seed0")
+    asked = ["compare", "--methods", "bridge", "--seeds", 0, "--runs", tmp_path / "runs", *flags]
+    run(*asked)
+    ids = tmp_path / "splits" / "tiny" / "test"
+    for path in ids.glob("*.txt"):  # the last image is gone
+        path.write_text("".join(f"{x}\n" for x in path.read_text().splitlines() if "test/08" not in x))
+    fails(experiments.main, asked, "bridge_seed0", "another test list", "--splits")
+    assert not in_this_process
 
 
 def test_another_normalization_is_evaluated_again_after_more_epochs(trained, in_this_process, tmp_path):
@@ -460,7 +491,9 @@ def test_sweep_flags_that_make_no_sense(tiny, in_this_process, fails, tmp_path):
         "--param learning_rate",
         "lambda_norm",
     )
-    fails(experiments.main, [*base, "--param", "arch", "--values", "1"], "--param arch")
+    for param in ("arch", "stride", "momentum"):
+        fails(experiments.main, [*base, "--param", param, "--values", "1"], f"--param {param}")
+    fails(experiments.main, [*base, *lambda_sim, "--method", "cam"], "--param lambda_sim", "tiny vgg16 cam")
     fails(experiments.main, [*base, *p, "0.5", "1.5"], "--p 1.5", "[0, 1]")
     fails(experiments.main, [*base, *p, "1", "1.0"], "--values")
     fails(experiments.main, [*base, *p, "1", "--resume"], "--resume", "--runs")
@@ -576,6 +609,36 @@ def test_results_files_of_seeds_share_a_row(trained, tmp_path, fails):
     found = [(line[0], line[column]) for line in lines[head + 1 : head + 3]]
     assert found == [("bridge", "55.0 ± 7.1"), ("bridge_p=0.25", "70.0")]  # deviation: 10 / 2 ** 0.5
     fails(experiments.main, ["table", files[0], files[0]], f"{files[0]}: the same run")
+
+
+def test_results_files_of_other_methods_or_splits_do_not_share_a_row(trained, tmp_path):
+    """Files of one name: only those that differ in the seed alone are averaged."""
+    _, source = trained
+    files = []
+    for i, change in enumerate(({}, {"seed": 1, "method": "cam"}, {"seed": 2, "split": "val"})):
+        result = read_json(source / "results_best_test.json") | change
+        result["metrics"]["max_box_acc_v2"]["mean"] = 50.0 + i
+        files.append(tmp_path / str(i) / "results.json")
+        files[-1].parent.mkdir()
+        files[-1].write_text(json.dumps(result))
+    run("table", *files, "--out", tmp_path / "t")
+    text = (tmp_path / "t.md").read_text()
+    assert "±" not in text and "tiny VGG16. MaxBoxAccV2" in text
+    for words, value in (("method bridge, split test", 50), ("method cam", 51), ("split val", 52)):
+        assert any(words in line and f"| {value}.00 |" in line for line in text.splitlines())
+    run("table", files[2], "--out", tmp_path / "t")
+    assert "tiny VGG16, val. MaxBoxAccV2" in (tmp_path / "t.md").read_text()
+
+
+def test_names_keep_runs_apart_and_values_that_can_change_results_do_too(trained, tmp_path):
+    _, source = trained
+    seeds = seeds_of(source, tmp_path, {0: (50.0, 40.0), 1: (60.0, 41.0)})
+    run("table", *seeds, "--names", "A", "B", "--out", tmp_path / "t")
+    assert "±" not in (tmp_path / "t.md").read_text() and "| B |" in (tmp_path / "t.md").read_text()
+    other = changed(source, tmp_path / "other", seed=2, val_every=4)
+    run("table", *seeds, other, "--out", tmp_path / "t")
+    text = (tmp_path / "t.md").read_text()
+    assert "| bridge (val_every 1) | " in text and "| bridge (val_every 4) | " in text
 
 
 def test_bad_input_to_table(trained, tmp_path, fails):

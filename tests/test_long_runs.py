@@ -22,6 +22,7 @@ from conftest import REPOSITORY
 from PIL import Image
 from test_train import lines_of, read_json, same_run, weights
 
+import evaluate
 import train
 from bridge_wsol import datasets, demo, evaluation, utils
 from bridge_wsol.data import EpochSampler, TrainImages, resized_pixels, split_loaders, test_loader
@@ -150,7 +151,7 @@ def test_test_images_are_shared_out_without_repetition(trained, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_inside_an_epoch_saves_and_the_run_goes_on_as_if_nothing_had_happened(
-    trained, tmp_path, number, monkeypatch
+    trained, tmp_path, number, monkeypatch, fails
 ):
     flags, run = trained
     steps, whole = [], train.TrainingStep.forward
@@ -166,6 +167,11 @@ def test_a_signal_inside_an_epoch_saves_and_the_run_goes_on_as_if_nothing_had_ha
         train.main([*flags, "--out", str(tmp_path / "stopped")])
     assert len(lines_of(tmp_path / "stopped")) == 1 and not same_weights(run, tmp_path / "stopped")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    # Its weights are no result of epoch 1, neither for evaluate.py nor at the end of a shorter run.
+    argv = [tmp_path / "stopped", "--checkpoint", "last", "--device", "cpu"]
+    fails(evaluate.main, argv, "last.pt", "epoch 2, after step 2", "--resume", "--checkpoint best")
+    argv = [*flags, "--out", tmp_path / "stopped", "--resume", "--epochs", "1"]
+    fails(train.main, argv, "--epochs 1", "at least 2")
     train.main([*flags, "--workers", "2", "--out", str(tmp_path / "stopped"), "--resume"])
     assert len(steps) == 8 and same_run(run, tmp_path / "stopped")
 

@@ -131,11 +131,70 @@ def test_the_demo_keeps_its_decoded_images_and_others_do_not():
 
 def test_an_older_run_without_the_newest_flags_can_be_resumed():
     config, sources = optim.resolve_config(optim.parse_args(["--dataset", "CUB"], "", METHODS), None, METHODS)
-    old = {"config": dict(vars(config)), "sources": dict(sources)}
+    old = {"config": dict(vars(config)), "sources": dict(sources)} | dict(epoch=0, progress=None, val=None)
     for name in ("pictures", "frozen_blocks"):
         del old["config"][name], old["sources"][name]
     args = optim.parse_args(["--dataset", "CUB", "--resume"], "", METHODS)
     assert optim.resolve_config(args, old, METHODS)[0] == config
+
+
+def resolve(*flags, interrupted=None):
+    return optim.resolve_config(optim.parse_args(list(flags), "", METHODS), interrupted, METHODS)
+
+
+def test_the_source_of_a_default_is_not_a_flag():
+    names = ("dataset", "arch", "method")
+    assert [resolve()[1][name] for name in names] == ["default"] * 3
+    assert [resolve("--dataset", "CUB", "--method", "cam")[1][name] for name in names][::2] == ["flag"] * 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--lambda-sim", "5"),
+        ("--tau-fg", "0.3"),
+        ("--norm-class", "max"),
+        ("--gamma", "0.9"),
+        ("--p", "0.5"),
+        ("--has-p", "0.5"),
+    ],
+)
+def test_a_value_that_the_method_does_not_use_is_refused(flags):
+    with pytest.raises(InputError, match=f"{flags[0]}: not a value of --method cam: remove it"):
+        resolve("--method", "cam", *flags)
+    if flags[0] != "--has-p":
+        resolve("--method", "bridge", *flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--seed", str(2**63)),
+        ("--lambda-sim", "inf"),
+        ("--decay-at", "0"),
+        ("--decay-at", "2", "2"),
+        ("--eil-lambda", "inf", "--method", "eil"),
+    ],
+)
+def test_values_out_of_range_name_their_flag(flags):
+    with pytest.raises(InputError, match=f"{flags[0]} .*: must be"):
+        config, _ = resolve(*flags)
+        METHODS[config.method](config)
+
+
+def test_what_a_run_to_resume_has_behind_it():
+    config, sources = resolve("--dataset", "CUB", "--epochs", "9")
+    at = {"config": vars(config), "sources": sources, "epoch": 3, "progress": None, "val": {"epoch": 3}}
+    within = at | {"progress": {"step": 2}}
+    unseen = at | {"val": {"epoch": 2}}  # --val-every 2
+    for checkpoint, least in ((at, 3), (within, 4), (unseen, 4)):
+        with pytest.raises(InputError, match=f"--epochs {least - 1}: .* at least {least}"):
+            resolve("--epochs", str(least - 1), interrupted=checkpoint)
+        assert resolve("--epochs", str(least), interrupted=checkpoint)[0].epochs == least
+    # dataset, arch and method are those of the run; a value of another method is none of this run's.
+    assert resolve(interrupted=at)[0].dataset == "CUB"
+    with pytest.raises(InputError, match="--adl-gamma: not a value of --method bridge"):
+        resolve("--adl-gamma", "0.5", interrupted=at)
 
 
 def test_frozen_blocks_need_pretrained_weights():

@@ -651,6 +651,57 @@ def test_bad_checkpoints(trained, fails, tmp_path):
     fails(evaluate.main, [tmp_path / "empty"], "not a checkpoint of train.py")
 
 
+def test_thresholds_of_other_weights_are_not_used(trained, capsys):
+    """As after `--val-every 2` in an odd epoch: last.pt has the thresholds of the epoch before."""
+    _, run = trained
+    argv = [str(run), "--checkpoint", "last", "--device", "cpu", "--workers", "0"]
+    evaluate.main(argv)
+    before = capsys.readouterr().out
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    box = evaluation.Localizer(run, "cpu", checkpoint="last").threshold
+    assert checkpoint["val"]["levels"]["largest"] != 254
+    checkpoint["val"] |= {"epoch": 1, "levels": dict.fromkeys(checkpoint["val"]["levels"], 254)}
+    torch.save(checkpoint, run / "last.pt")
+    evaluate.main(argv)
+    assert capsys.readouterr().out == before and "at the thresholds chosen on val" in before
+    assert evaluation.Localizer(run, "cpu", checkpoint="last").threshold == box
+
+
+def test_val_is_not_needed_where_its_thresholds_are_known(trained, tmp_path):
+    _, run = trained
+    shutil.rmtree(tmp_path / "data" / "tiny" / "val")
+    evaluate.main([str(run), "--device", "cpu", "--workers", "0"])
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_a_run_goes_on_with_the_lists_it_began_with(trained, fails, tmp_path, name):
+    flags, run = trained
+    labels = tmp_path / "splits" / "tiny" / name / "class_labels.txt"
+    other = {"0": "1", "1": "0", "2": "2"}
+    lines = [line.split(",") for line in labels.read_text().splitlines()]
+    labels.write_text("".join(f"{image},{other[label]}\n" for image, label in lines))
+    before = (run / "last.pt").read_bytes()
+    argv = [*flags, "--out", run, "--resume", "--epochs", "3"]
+    fails(train.main, argv, f"the list of {name} has changed", "--out")
+    assert (run / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "part", ["optimizer", "random_states", "sources", "config", "val", "num_classes", "progress", "best"]
+)
+def test_a_wrong_checkpoint_to_resume_is_one_line(trained, fails, part):
+    flags, run = trained
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    for wrong in ("text", {"state": {}}, ...):
+        damaged = {name: value for name, value in checkpoint.items() if name != part}
+        damaged |= {} if wrong is ... else {part: wrong}
+        if part in ("best", "progress", "sources") and isinstance(wrong, dict):
+            continue
+        torch.save(damaged, run / "last.pt")
+        argv = [*flags, "--out", run, "--resume", "--epochs", "3"]
+        fails(train.main, argv, run / "last.pt", "not a checkpoint of train.py")
+
+
 def test_a_checkpoint_of_another_architecture_or_class_count(trained, fails, tmp_path):
     _, run = trained
     for name, change, words in (
