@@ -19,7 +19,7 @@ import numpy as np
 
 from bridge_wsol import cam, drawing, evaluation, optim
 from bridge_wsol.baselines import METHODS
-from bridge_wsol.data import Split, decode, image_files, load_score_map, test_loader
+from bridge_wsol.data import Split, decode, image_files, load_score_maps, test_loader
 from bridge_wsol.datasets import load_splits
 from bridge_wsol.utils import (
     InputError,
@@ -79,6 +79,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.of_map = {x: vars(args)[x] for x in optim.map_values(METHODS) if vars(args)[x] is not None}
     _check(parser, args)
+    args.suffix = "" if args.normalize == "minmax" else f"_{args.normalize}"  # of the results file
+    args.suffix += "" if args.percentile is None else f"_{args.percentile}"
     return args
 
 
@@ -95,6 +97,8 @@ def _check(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--score-maps needs --dataset")
     if args.score_maps and (args.images or args.save_maps):
         parser.error("--images and --save-maps need a RUN, not --score-maps")
+    if args.images and (args.save_maps or args.per_image or args.pictures):
+        parser.error("--save-maps, --per-image and --pictures go with a split, not with --images")
     if args.of_map and (args.score_maps or args.images):
         parser.error(f"--{next(iter(args.of_map)).replace('_', '-')} needs a RUN, without --images")
     if args.threshold is not None and not 0 <= args.threshold < 1:
@@ -139,15 +143,14 @@ def evaluate_run(args: argparse.Namespace) -> None:
         return evaluation.network_maps(model, loader, normalization=normalization, **setting)
 
     # The thresholds in the checkpoint belong to the run's own maps, with min-max.
-    choice, val, workers = {}, splits.get("val"), {"workers": args.workers}
+    choice, val, n = {}, splits.get("val"), args.workers
     if q == "val":
-        setting = {"image_size": size, "upsampling": method.upsampling, **workers}
+        setting = {"image_size": size, "upsampling": method.upsampling, "workers": n}
         q, choice, val_levels = evaluation.choose_percentile(maps_of(val, None), val, **setting)
     elif not val_levels and val.boxes and args.split != "val":
-        val_levels = evaluation.evaluate_maps(maps_of(val, args.normalize), val, **workers)["levels"]
+        val_levels = evaluation.evaluate_maps(maps_of(val, args.normalize), val, workers=n)["levels"]
 
-    name = f"{args.checkpoint}_{args.split}" + ("" if args.normalize == "minmax" else f"_{args.normalize}")
-    name += "" if args.percentile is None else f"_{args.percentile}"
+    name = f"{args.checkpoint}_{args.split}{args.suffix}"
     name += "".join(f"_{key}={value}" for key, value in args.of_map.items())
     title = f"{config['dataset']} {args.split}, {config['arch']} {config['method']}"
     title += f", {args.checkpoint} checkpoint (epoch {checkpoint['epoch']})"
@@ -197,16 +200,15 @@ def evaluate_folder(args: argparse.Namespace) -> None:
     if not args.score_maps.is_dir():
         raise InputError(f"--score-maps {args.score_maps}: no such folder")
     q = cam.PERCENTILES.get(args.normalize) if args.percentile is None else args.percentile
-    pairs = ((image, load_score_map(args.score_maps, image)) for image in split.ids)
     setting = {"image_size": optim.image_size(args.dataset), "normalization": args.normalize, "percentile": q}
-    maps = evaluation.pair_maps(pairs, split, **setting)
+    maps = evaluation.pair_maps(load_score_maps(args.score_maps, split), split, **setting)
     title = f"{args.dataset} {args.split}, score maps of {args.score_maps}"
     head = {"dataset": args.dataset, "split": args.split, **dict.fromkeys(("arch", "method", "checkpoint"))}
     head |= {"normalize": args.normalize} | ({} if q is None else {"percentile": {"value": q}})
-    name = f"{args.score_maps.resolve().name}_{args.split}"
-    name += "" if args.normalize == "minmax" else f"_{args.normalize}"
-    out = args.out or Path(f"results_{name}.json")
-    finish(args, maps, split, title, head, out, out.with_suffix(""))
+    name = f"results_{args.score_maps.resolve().name}_{args.split}{args.suffix}.json"
+    out = args.out or Path(name)
+    pictures = out.with_suffix("") if out.suffix else out.with_name(f"{out.name}_pictures")
+    finish(args, maps, split, title, head, out, pictures)
 
 
 def localize_images(args: argparse.Namespace) -> None:
@@ -220,24 +222,23 @@ def localize_images(args: argparse.Namespace) -> None:
         print(f"no threshold was chosen on val ({localizer.note}): {used}")
     folder, files = args.out or args.run / "images", image_files(args.images)
     entries, failed = [], 0
-    for path in counted(files, "images", len(files)):
-        try:
-            image = decode(path, upright=True)
-        except InputError as error:
-            failed += 1
-            sys.stderr.write(f"skipped: {error}\n")
-            continue
-        found = localizer(image)
-        entry = {"image": str(path), "width": image.width, "height": image.height}
-        entries.append(entry | {"box": found.box, "top5": found.top5})
-        with atomic_write(folder / f"{len(entries):05d}_{path.stem}.png") as part:
-            shown = drawing.in_proportion(image, found.score_map, found.box)
-            drawing.localization(*shown).save(part, format="PNG")
-        where = ",".join(map(str, found.box)) if found.box else "none"
-        best = found.top5[0]
-        name, probability = best.get("name", best["class"]), 100 * best["probability"]
-        print(f"{path}: class {name} ({probability:.1f} %), box {where}", flush=True)
-    write_json(folder / "boxes.json", entries)
+    try:
+        for path in counted(files, "images", len(files)):
+            try:
+                image = decode(path, upright=True)
+            except InputError as error:
+                failed += 1
+                sys.stderr.write(f"skipped: {error}\n")
+                continue
+            found = localizer(image)
+            entry = {"image": str(path), "width": image.width, "height": image.height}
+            entries.append(entry | {"box": found.box, "top5": found.top5})
+            with atomic_write(folder / f"{len(entries):05d}_{path.stem[:80]}.png") as part:
+                shown = drawing.in_proportion(image, found.score_map, found.box)
+                drawing.localization(*shown).save(part, format="PNG")
+            print(f"{path}: {found.text()}", flush=True)
+    finally:  # also after Ctrl-C
+        write_json(folder / "boxes.json", entries)
     print(f"{len(entries)} images, threshold {localizer.threshold:.3f}; written to {folder}")
     if failed:
         sys.stderr.write(f"{failed} of {len(files)} images could not be read\n")

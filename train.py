@@ -31,8 +31,8 @@ from bridge_wsol.baselines import METHODS
 from bridge_wsol.data import Split, resized_pixels, split_loaders, to_input
 from bridge_wsol.datasets import SPLITS, download, is_folder, load_splits
 from bridge_wsol.methods import CAM, Losses
-from bridge_wsol.processes import StopRequest, all_gather, all_sum, first_process_first, say
-from bridge_wsol.utils import Progress, Stopped, autocast, rank, timed, world_size, write_text
+from bridge_wsol.processes import StopRequest, all_gather, all_sum, first_process_first, say, timed
+from bridge_wsol.utils import Progress, Stopped, autocast, rank, world_size, write_text
 
 
 class TrainingStep(nn.Module):

@@ -396,6 +396,8 @@ def fixed_level(score_map: np.ndarray, threshold: float) -> int:
     """The level of a fixed threshold: floor(threshold * max v).
 
     score_map H x W in [0, 1]; threshold: a fraction in [0, 1) of the map's maximum. Raises ValueError as
-    `level_boxes` does.
+    `level_boxes` does, and for another threshold.
     """
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold {threshold}: must be in [0, 1)")
     return int(threshold * (int(_heights(score_map).max()) >> 8))

@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -112,6 +113,7 @@ class Split:
 
 # -------------------------------------------------------------------------------------------- the list format
 
+MAX_CLASSES = 10**6  # a larger label is a mistake
 LIST_FILES = ("image_ids", "class_labels", "image_sizes", "localization")
 
 Lists = dict[str, list[str]]  # file name without .txt -> lines
@@ -158,8 +160,12 @@ def _read_labels(path: Path, index: dict[str, int], num_classes: int | None) -> 
     for n, (image, text) in _lines(path, (2,)):
         i = _index_of(image, index, path, n)
         label = parsed[text] if text in parsed else parsed.setdefault(text, _integers([text], path, n)[0])
-        if label < 0 or (num_classes is not None and label >= num_classes):
-            top = "" if num_classes is None else f" to {num_classes - 1}, the classes of train"
+        if not 0 <= label < (MAX_CLASSES if num_classes is None else num_classes):
+            top = (
+                f" to {MAX_CLASSES - 1}"
+                if num_classes is None
+                else f" to {num_classes - 1}, the classes of train"
+            )
             raise InputError(f"{path}:{n}: label {label} is out of range: labels run from 0{top}")
         if labels[i] >= 0:
             raise InputError(f"{path}:{n}: {image[:80]} has a label already")
@@ -232,7 +238,7 @@ def _check_box(box: list[int], size: np.ndarray | None, path: Path, n: int) -> N
 def _lines(path: Path, fields: tuple[int, ...]) -> Iterator[tuple[int, list[str]]]:
     """(line number from 1, comma-separated fields) of each line that is not empty."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # some editors write a byte order mark
             for n, line in enumerate(file, 1):
                 if line := line.strip():
                     values = [line] if fields == (1,) else line.split(",")
@@ -313,8 +319,11 @@ def open_image(path: Path) -> Image.Image:
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
-    """The transpose that the EXIF orientation asks for; None if there is none."""
+    """The transpose that the EXIF orientation asks for; None if there is none. Decodes a TIFF."""
     try:
+        if image.format == "TIFF":  # Pillow turns it when it decodes it
+            image.load()
+            return None
         return TURNS.get(image.getexif().get(0x0112))
     except Exception:  # damaged EXIF data; the pixels may be intact
         return None
@@ -334,15 +343,29 @@ def decode(path: Path, listed: np.ndarray | None = None, upright: bool = False) 
                 f"{path}: {width} x {height} pixels where the list has {listed[0]} x {listed[1]}: "
                 "its boxes would not fit"
             )
-        try:
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-                # 16 bits per pixel: Pillow would clip the values at 255.
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            rgb = image.convert("RGB")
-        except Exception as error:  # Pillow's decoders raise errors of many types for damaged data
-            raise InputError(f"{path}: truncated or damaged image ({first_line(error)})") from error
+        rgb = to_rgb(image, path)
     rgb.info.pop("exif", None)  # the orientation is applied now, or not wanted
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def to_rgb(image: Image.Image, name: Any = "image", upright: bool = False) -> Image.Image:
+    """An image of any mode as RGB. upright: rotated as its EXIF orientation says.
+
+    name: for the InputError about an image that is damaged, or whose values of 32 bits are not 0 ... 255.
+    """
+    try:
+        png = image.format == "PNG"
+        image = ImageOps.exif_transpose(image) if upright else image
+        if image.mode.startswith("I;16") or (image.mode == "I" and png):
+            # 16 bits per pixel: Pillow would clip the values at 255.
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        low, high = image.getextrema() if image.mode in ("I", "F") else (0, 0)  # Pillow clips them, too
+        rgb = image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise errors of many types for damaged data
+        raise InputError(f"{name}: truncated or damaged image ({first_line(error)})") from error
+    if not 0 <= low <= high <= 255 or (image.mode == "F" and 0 < high <= 1):
+        raise InputError(f"{name}: values from {low:g} to {high:g} where 0 ... 255 are expected: convert it")
+    return rgb
 
 
 def load_rgb(path: Path, size: int, listed: np.ndarray | None = None, upright: bool = False) -> Image.Image:
@@ -367,6 +390,16 @@ def load_masks(root: Path, masks: Masks, size: int) -> tuple[np.ndarray, np.ndar
             rows, columns = (np.floor(np.arange(size) * (1 / (size / n))).astype(int) for n in pixels.shape)
             region |= pixels[rows[:, None], columns] > 0.5
     return mask, ignore & ~mask
+
+
+def load_score_maps(folder: Path, split: Split) -> Iterator[tuple[str, np.ndarray]]:
+    """(image id, map) of each image. Raises InputError as `load_score_map`, and for a shared file."""
+    stems = Counter(os.path.splitext(image)[0] for image in split.ids)
+    for image in split.ids:
+        if stems[os.path.splitext(image)[0]] > 1 and not (folder / f"{image}.npy").is_file():
+            problem = "no score map, and other images differ from it in the suffix only"
+            raise InputError(f"{folder / image}.npy: {problem}: name the maps by whole ids")
+        yield image, load_score_map(folder, image)
 
 
 def load_score_map(folder: Path, image: str) -> np.ndarray:
@@ -588,6 +621,9 @@ def resized_pixels(split: Split, size: int, folder: Path, workers: int) -> np.nd
         remove_leftovers(path)
         with atomic_write(path) as part:
             pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(split), size, size, 3))
+            if hasattr(os, "posix_fallocate"):  # a full disk would kill the process that writes to the map
+                with part.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
             resized = ordered_map(_load_resized, [(file, size, split.upright) for file in files], workers)
             for i, image in enumerate(counted(resized, "caching", len(split))):
                 pixels[i] = image

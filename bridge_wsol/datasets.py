@@ -238,6 +238,7 @@ def _prepare(
         raise InputError(
             f"{folder}: no lists of {dataset}: "
             f"pass --splits DIR, a folder that holds {dataset}/train, val and test"
+            + ("" if dataset in NAMES else f"; or start where {dataset} is a folder of images")
         )
     return root, folder, record
 
@@ -510,10 +511,11 @@ def ensure_cub_lists(official: Path, folder: Path) -> str:
 
     The lists of a full CUB must equal the published ones (checksums.json: count and SHA-256). A part of CUB
     is reported as a subset. Lists that were built from other official files are built again. Lists that were
-    not built here stay as they are: they have no built_from.json.
+    not built here, of train or test, stay as they are: they have no built_from.json.
     """
     stamp = folder / "built_from.json"
-    if (folder / "train" / "image_ids.txt").exists() and not stamp.exists():
+    given = any((folder / split / "image_ids.txt").exists() for split in ("train", "test"))
+    if given and not stamp.exists():
         return describe_lists("CUB", folder)
     sources = _cub_sources(official)
     if stamp.exists():

@@ -23,14 +23,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
 from . import cam
 from .baselines import METHODS
 from .boxes import LEVELS, fixed_level, level_boxes, scale_boxes
-from .data import Masks, Split, decode, load_masks, test_loader, to_input
+from .data import Masks, Split, decode, load_masks, test_loader, to_input, to_rgb
 from .datasets import load_splits
 from .losses import full_precision
 from .methods import CAM
@@ -115,7 +115,7 @@ def pair_maps(
 
     A map is H x W, floats in [0, 1], of any size: it is resized (bicubic) to image_size and normalized.
     Raises InputError for an id that is not in the split or comes twice, for images of the split that have not
-    come at the end, and for a map of another form.
+    come at the end, and for a map or logits of another form.
     """
     index_of = {image: index for index, image in enumerate(split.ids)}
     for image, score_map, *logits in pairs:
@@ -128,7 +128,9 @@ def pair_maps(
         maps = cam.resize(torch.from_numpy(score_map)[None], image_size)
         batch = MapBatch([index], cam.normalize(maps, normalization, percentile).numpy())
         if logits:
-            scores, label = np.asarray(logits[0], dtype=float)[None], split.labels[index : index + 1]
+            scores, label = np.array(logits[0], dtype=float, ndmin=2), split.labels[index : index + 1]
+            if scores.shape[:-1] != (1,) or scores.shape[1] <= label[0]:
+                raise InputError(f"{image}: logits must be a list of numbers, one for each class")
             ranks = label_ranks(scores, label).tolist()
             batch = batch._replace(ranks=ranks, predicted=[int(scores.argmax())])
         yield batch
@@ -236,6 +238,8 @@ def evaluate_maps(
     """All metrics of the score maps: {"images", "metrics", "levels", "thresholds", "curves", "kept"}.
 
     Metrics are in percent, and None where boxes, masks or logits are missing. `workers` changes no result.
+    Where some images have no boxes or masks, "images_with_boxes" or "images_with_masks" has the number of the
+    others. Raises InputError where there is nothing to measure, and where some images have no logits.
 
     workers: processes that sweep maps while the network makes the next ones.
     val_levels: levels chosen on val, for the accuracy at thresholds that did not see this split.
@@ -243,6 +247,8 @@ def evaluate_maps(
     threshold: a fixed one, a fraction of each map's maximum, for "fixed_threshold" in the metrics.
     """
     tally, kept, keep = Tally(), {}, set(keep)
+    if threshold is not None and not 0 <= threshold < 1:
+        raise InputError(f"threshold {threshold}: must be in [0, 1)")
 
     def jobs() -> Iterator[Job]:
         for batch in batches:
@@ -278,7 +284,15 @@ def _summary(
     names = ("max_box_acc_v2", "max_box_acc", "gt_known_loc", "gt_known_loc_largest", "top1_loc", "top5_loc")
     names += ("top1_cls", "top5_cls", "max_box_acc_v2_at_val_threshold", "pxap")
     metrics: dict[str, Any] = dict.fromkeys(names)
+    if not split.boxes and not split.masks and not tally.ranks:
+        raise InputError(f"{split.name}: no boxes, masks or logits: there is nothing to measure")
+    if tally.ranks and len(tally.ranks) < len(tally.seen):
+        without = next(split.ids[index] for index in tally.seen if index not in tally.ranks)
+        raise InputError(f"{without}: no logits, but other images have them: pass them for all, or for none")
     result: dict[str, Any] = {"images": len(tally.seen), "metrics": metrics}
+    for name, those in (("boxes", split.boxes), ("masks", split.masks)):
+        if 0 < len(those) < len(tally.seen):
+            result[f"images_with_{name}"] = len(those)
     result |= dict.fromkeys(("levels", "thresholds", "curves"))
     if split.boxes:
         computed = tally.accuracy.compute(val_levels)
@@ -487,7 +501,8 @@ def _checkpoint_problem(checkpoint: dict[str, Any]) -> str | None:
 
 def write_results(path: Path, result: dict[str, Any], **head: Any) -> None:
     """results_<checkpoint>_<split>.json: the head, then images, metrics, thresholds and curves."""
-    write_json(path, head | {k: result[k] for k in ("images", "metrics", "thresholds", "curves")})
+    keys = ("images", "images_with_boxes", "images_with_masks", "metrics", "thresholds", "curves")
+    write_json(path, head | {key: result[key] for key in keys if key in result})
 
 
 def read_json(path: Path, made_by: str) -> dict[str, Any]:
@@ -581,6 +596,11 @@ class Found(NamedTuple):
     # Of the Top-1 class, float32 in [0, 1], at the run's image_size (224 x 224): stretch it over the image.
     score_map: np.ndarray
 
+    def text(self) -> str:
+        """The best class with its probability, and the box."""
+        best, box = self.top5[0], ",".join(map(str, self.box or ["none"]))
+        return f"class {best.get('name', best['class'])} ({100 * best['probability']:.1f} %), box {box}"
+
 
 class Localizer:
     """A trained run, for images of one's own: box of the Top-1 class, five best classes, score map.
@@ -615,6 +635,8 @@ class Localizer:
         self.model.eval()
         config = self.checkpoint["config"]
         self.amp, self.size = amp or config.get("amp", "auto"), config["image_size"]
+        if threshold is not None and not 0 <= threshold < 1:
+            raise InputError(f"threshold {threshold}: must be in [0, 1)")
         self.threshold, self.level, self.note = threshold, None, ""
         if threshold is None:
             self.level, self.note = self._chosen_level(data_root, splits, batch_size, workers)
@@ -623,7 +645,7 @@ class Localizer:
     def __call__(self, images: Any) -> Found | list[Found]:
         """A path or PIL image -> Found; a list of them -> a list. EXIF orientation is applied.
 
-        Raises InputError for a file that cannot be read.
+        Raises InputError for an image that cannot be read.
         """
         if isinstance(images, (str, Path, Image.Image)):
             return self._localize(images)
@@ -632,7 +654,7 @@ class Localizer:
     @torch.inference_mode()
     def _localize(self, image: str | Path | Image.Image) -> Found:
         if isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = to_rgb(image, upright=True)
         else:
             image = decode(Path(image), upright=True)
         pixels = np.array(image.resize((self.size, self.size), Image.Resampling.BILINEAR))
@@ -717,7 +739,11 @@ def table(title: str, result: dict[str, Any]) -> str:
             rows += [(name, fixed[key], note) for name, key in names.items()]
     rows += [("PxAP", m["pxap"], ""), ("Top-1 cls", m["top1_cls"], ""), ("Top-5 cls", m["top5_cls"], "")]
     lines = [f"  {name:<14}{value:6.2f}  {note}".rstrip() for name, value, note in rows if value is not None]
-    return "\n".join([f"{title}, {result['images']} images (percent)", *lines])
+    counts = ", ".join(
+        [f"{result['images']} images"]
+        + [f"{result[key]} with {key[12:]}" for key in result if key.startswith("images_with_")]
+    )
+    return "\n".join([f"{title}, {counts} (percent)", *lines])
 
 
 def epoch_line(log: list[dict[str, Any]], epochs: int, is_best: bool) -> str:

@@ -125,9 +125,10 @@ def print_numbers(names: list[str], rows: list[tuple[str, list[list[float | None
 
 
 def shortened(name: str, width: float) -> str:
-    """The name, cut in the middle where it does not fit into a legend `width` inches wide."""
+    """The name, cut in the middle where it does not fit into a legend `width` inches wide. No formulas."""
     fits = max(9, int((width - 0.6) / 0.06))
-    return name if len(name) <= fits else f"{name[: fits // 2]}…{name[-(fits - fits // 2 - 1) :]}"
+    cut = name if len(name) <= fits else f"{name[: fits // 2]}…{name[-(fits - fits // 2 - 1) :]}"
+    return cut.replace("$", r"\$")
 
 
 # ------------------------------------------------------------------------------------------------------- runs
@@ -362,7 +363,8 @@ def chosen_images(runs: list[Run], args: argparse.Namespace) -> list[str]:
     if args.images:
         return args.images
     if not (args.worst or args.best):
-        order = np.random.default_rng(args.seed).permutation(len(split))
+        drawable = sorted(split.boxes) if args.command == "boxes" else range(len(split))
+        order = np.random.default_rng(args.seed).permutation(drawable)
         return [split.ids[i] for i in sorted(order[: args.random or RANDOM].tolist())]
     level, ious = largest_level(runs[0], args), {}
     for batch in predictions(runs[0], args):
@@ -613,6 +615,7 @@ COMMANDS = {  # function, files, help
     "gap": (gap, JSON, "means of F-hat and S inside and outside the object, metrics of CAM, F and S"),
 }
 LEAST = {"cell": 16, "dpi": 10, "workers": 0, "seed": 0}  # values of flags; 1 for the others
+MOST = {"width": 100, "dpi": 10_000, "cell": 10_000}  # they stay below; the others below 10**6
 
 
 def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
@@ -661,19 +664,16 @@ def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags; `out` is a path without suffix. Raises InputError for a value out of range."""
-    parser = Parser(
-        prog="python -m bridge_wsol.figures",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m bridge_wsol.figures", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, _, what) in COMMANDS.items():
         add_flags(commands.add_parser(name, help=what, description=what, allow_abbrev=False), name)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if type(value) in (int, float) and not LEAST.get(name, 1) <= value < 10**6:
-            least = LEAST.get(name, 1)
-            parser.error(f"--{name.replace('_', '-')} {value}: must be at least {least}, and below 1000000")
+        least, most = LEAST.get(name, 1), MOST.get(name, 10**6)
+        if type(value) in (int, float) and not least <= value < most:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be at least {least}, and below {most}")
     if args.out is None:
         args.out = Path("figures") / args.command
     elif args.out.suffix in (".png", ".pdf", ".json"):

@@ -1,4 +1,4 @@
-"""Several processes and their signals: those of torchrun, and worker processes of one."""
+"""Several processes, their signals and their time: those of torchrun, and worker processes of one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -77,6 +77,14 @@ def say(text: str) -> None:
     """Prints, in the first process alone."""
     if rank() == 0:
         print(text, flush=True)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Adds the seconds that the block takes to seconds[stage]."""
+    started = time.monotonic()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - started
 
 
 class StopRequest:

@@ -11,6 +11,7 @@ import platform
 import secrets
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,9 +45,13 @@ def one_line_errors() -> Iterator[None]:
 
     Where several processes raise the same error, the first one prints it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names of any bytes
     try:
         yield
     except InputError as error:
+        traceback.clear_frames(error.__traceback__)  # ends the workers of data loaders now, not at exit
         # A data loader's worker sends its error as text inside a traceback: the message is the last line.
         sys.exit(_fail(str(error).strip().splitlines()[-1].rsplit(f"{InputError.__name__}: ", 1)[-1]))
     except Stopped as stopped:
@@ -56,6 +61,10 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         sys.exit(130)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(_fail(f"{error.filename}: {error.strerror}"))
     except torch.OutOfMemoryError as error:
         sys.exit(_fail(f"out of GPU memory ({first_line(error)}): pass a smaller --batch-size"))
     except RuntimeError as error:
@@ -134,14 +143,6 @@ def counted(items: Iterable[T], what: str, total: int, unit: str = "images") -> 
         for done, item in enumerate(items, 1):
             yield item
             progress.show(done)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Adds the seconds that the block takes to seconds[stage]."""
-    started = time.monotonic()
-    yield
-    seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - started
 
 
 def duration(seconds: float) -> str:
@@ -225,6 +226,8 @@ def atomic_write(path: Path, one_writer: bool = False) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with writing(path):
+            if path.exists() and not path.is_file():
+                raise OSError("not a regular file")  # /dev/null would be replaced
             path.parent.mkdir(parents=True, exist_ok=True)
             if one_writer:
                 for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
@@ -239,7 +242,7 @@ def atomic_write(path: Path, one_writer: bool = False) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text, all or nothing."""
     with atomic_write(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="surrogateescape")  # file names of any bytes
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -194,6 +194,42 @@ def test_images_of_every_mode_become_rgb(tmp_path):
         assert np.asarray(data.load_rgb(path, 16)).shape == (16, 16, 3)
 
 
+@pytest.mark.parametrize("top, mode", [(70000, "I"), (1.0, "F"), (-1.0, "F")])
+def test_values_that_pillow_would_clip_are_refused(tmp_path, top, mode):
+    kind = {"I": np.int32, "F": np.float32}[mode]
+    Image.fromarray(np.full((4, 4), top, dtype=kind)).save(tmp_path / "x.tif")
+    with pytest.raises(InputError, match=f"x.tif: values from .* to {top:g} where 0 ... 255"):
+        data.decode(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_format_is_turned_once(tmp_path, suffix, orientation):
+    """Pillow turns a TIFF itself when it decodes it (Pillow 13.0.0 fails for uncompressed sideways ones)."""
+    bright = np.zeros((24, 40), dtype=np.uint8)
+    bright[:12, :20] = 255  # top left
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"x{suffix}"
+    Image.fromarray(bright).save(path, exif=exif, **({"compression": "tiff_lzw"} if suffix == ".tif" else {}))
+    # Where the stored top left corner belongs, by the EXIF standard: (row, column) of the quarter.
+    row, column = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}[
+        orientation
+    ]
+    image = np.asarray(data.decode(path, upright=True).convert("L")).astype(int)
+    assert (
+        image.shape
+        == ((24, 40) if orientation < 5 else (40, 24))
+        == datasets.upright_size(tmp_path, path.name)[::-1]
+    )
+    height, width = (n // 2 for n in image.shape)
+    expected = np.zeros_like(image)
+    expected[row * height : (row + 1) * height, column * width : (column + 1) * width] = 255
+    assert np.abs(image - expected).mean() < 12  # JPEG blurs the edges
+    opened = data.to_rgb(Image.open(path), upright=True)
+    assert np.array_equal(np.asarray(opened.convert("L")), image)
+
+
 def test_unreadable_images_are_named(tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     noise = np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)

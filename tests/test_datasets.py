@@ -85,6 +85,10 @@ def test_lists_follow_the_official_files_they_were_built_from(real_data, tmp_pat
     assert (folder / "train" / "image_ids.txt").read_text() != "untouched\n"
     (folder / "built_from.json").unlink()  # lists that came from elsewhere stay
     assert "found in" in datasets.ensure_cub_lists(official, folder)
+    shutil.rmtree(folder / "train")  # also where they are for test alone
+    before = {path: path.read_bytes() for path in folder.rglob("*.txt")}
+    assert "found in" in datasets.ensure_cub_lists(official, folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_lists_of_which_a_part_was_written_are_built_anew(real_data, tmp_path, monkeypatch):

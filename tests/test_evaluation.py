@@ -52,6 +52,33 @@ def test_an_image_object_is_turned_as_its_orientation_says(trained, photos, tmp_
     assert not np.array_equal(of_path.score_map, localizer(photos[0]).score_map)
 
 
+def test_sixteen_bits_as_a_path_and_as_an_object(trained, tmp_path):
+    _, run = trained
+    values = np.random.default_rng(0).integers(0, 2**16, (60, 40)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    of_path, of_image = Localizer(run, device="cpu")(
+        [tmp_path / "deep.png", Image.open(tmp_path / "deep.png")]
+    )
+    np.testing.assert_array_equal(of_path.score_map, of_image.score_map)
+
+
+def test_values_out_of_range_from_python(trained, tmp_path):
+    _, run = trained
+    split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("test",))[0]["test"]
+    maps = [(image, np.zeros((8, 8))) for image in split.ids]
+    for threshold in (-0.1, 1.0):
+        with pytest.raises(InputError, match="must be in \\[0, 1\\)"):
+            Localizer(run, device="cpu", threshold=threshold)
+        with pytest.raises(InputError, match="must be in \\[0, 1\\)"):
+            evaluate_score_maps(maps, split, threshold=threshold)
+    for logits in ([1.0], [[1.0, 2.0, 3.0]] * 2):
+        with pytest.raises(InputError, match="logits must be a list of numbers, one for each class"):
+            evaluate_score_maps(((*pair, logits) for pair in maps[::-1]), split)
+    some = [(*pair, [1.0, 2.0, 3.0]) if i < 3 else pair for i, pair in enumerate(maps)]
+    with pytest.raises(InputError, match="no logits, but other images have them"):
+        evaluate_score_maps(some, split)
+
+
 def test_thresholds_of_a_localizer(trained, photos, tmp_path):
     _, run = trained
     chosen = Localizer(run, device="cpu")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import plain_boxes
@@ -537,6 +538,42 @@ def test_boxes_of_test_images_and_the_time_at_the_end(tiny, tmp_path, capsys):
     assert "README" not in printed  # the commands for its picture follow the demo's run only
 
 
+def test_boxes_are_drawn_on_images_that_have_them(tiny, tmp_path):
+    boxes = tmp_path / "splits" / "tiny" / "test" / "localization.txt"
+    kept = [line for line in boxes.read_text().splitlines() if line.startswith(("test/02", "test/05"))]
+    boxes.write_text("\n".join(kept))
+    run = tmp_path / "run"
+    train.main([*tiny, "--epochs", "1", "--pictures", "6", "--out", str(run)])
+    drawn = read_json(run / "boxes_test.json")["boxes"]
+    assert [entry["image"] for entry in drawn] == ["test/02.png", "test/05.png"]
+
+
+def test_own_images_of_any_name_leave_their_boxes(trained, tmp_path, monkeypatch, fails):
+    """An error in the middle, for example Ctrl-C, keeps what was found."""
+    _, run = trained
+    names = [b"\xff.png", "\u00e9".encode() * 100 + b".png", b"z.png"]
+    photos = os.fsencode(tmp_path / "photos")
+    os.mkdir(photos)
+    for name in names:
+        Image.effect_noise((50, 80), 90).save(os.fsdecode(photos + b"/" + name))
+    with utils.one_line_errors():
+        evaluate.main([str(run), "--images", os.fsdecode(photos), "--device", "cpu"])
+    found = read_json(run / "images" / "boxes.json")
+    assert len(found) == 3 and len(list((run / "images").glob("*.png"))) == 3
+    seen, whole = [], evaluation.Localizer.__call__
+
+    def stop(self, image):
+        seen.append(image)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return whole(self, image)
+
+    monkeypatch.setattr(evaluation.Localizer, "__call__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main([str(run), "--images", os.fsdecode(photos), "--device", "cpu", "--out", "half"])
+    assert read_json(Path("half") / "boxes.json") == found[:2]
+
+
 def test_other_normalizations_get_their_own_thresholds_and_file(trained):
     _, run = trained
     evaluate.main([str(run), "--normalize", "ivr", "--device", "cpu", "--workers", "0"])
@@ -762,7 +799,59 @@ def test_bad_score_maps(tiny, fails, tmp_path):
     assert read_json(tmp_path / "r.json")["images"] == 9
 
 
+def test_how_many_images_have_boxes_is_said(tiny, tmp_path, capsys, fails):
+    split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("test",))[0]["test"]
+    for image in split.ids:
+        (tmp_path / "maps" / image).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "maps" / f"{image}.npy", np.zeros((8, 8)))
+    boxes = tmp_path / "splits" / "tiny" / "test" / "localization.txt"
+    kept = [x for x in boxes.read_text().splitlines() if "masks" not in x and x < "test/03"]
+    argv = ["--score-maps", str(tmp_path / "maps"), *tiny[: tiny.index("--weights")], "--out", "r.json"]
+    boxes.write_text("\n".join(kept))
+    evaluate.main(argv)
+    assert "9 images, 3 with boxes (percent)" in capsys.readouterr().out
+    result = read_json(Path("r.json"))
+    assert (result["images"], result["images_with_boxes"]) == (9, 3) and "images_with_masks" not in result
+    boxes.unlink()
+    Path("r.json").unlink()
+    fails(evaluate.main, argv, "tiny test: no boxes, masks or logits", "nothing to measure")
+    assert not Path("r.json").exists()
+
+
+def test_a_map_for_two_images_is_refused_and_each_percentile_has_its_file(tiny, tmp_path, fails):
+    splits, where = tmp_path / "splits" / "tiny" / "test", tiny[: tiny.index("--weights")]
+    for path in splits.glob("*.txt"):
+        path.write_text(path.read_text().replace("test/01.png", "test/00.jpg"))
+    split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("test",), lists_only=True)[0]["test"]
+    (tmp_path / "maps" / "test").mkdir(parents=True)
+    for image in split.ids:
+        np.save((tmp_path / "maps" / image).with_suffix(".npy"), np.random.rand(8, 8))
+    argv = ["--score-maps", str(tmp_path / "maps"), *where]
+    fails(evaluate.main, argv, "test/00.png.npy", "in the suffix only", "whole ids")
+    for image in ("test/00.png", "test/00.jpg"):
+        np.save(tmp_path / "maps" / f"{image}.npy", np.random.rand(8, 8))
+    for q in ("0.2", "0.6"):
+        evaluate.main([*argv, "--normalize", "ivr", "--percentile", q])
+        assert Path(f"results_maps_test_ivr_{q}.json").exists()
+
+
+def test_a_result_replaces_files_only(trained, tmp_path, fails):
+    _, run = trained
+    os.mkfifo(tmp_path / "pipe")
+    fails(evaluate.main, [run, "--device", "cpu", "--out", tmp_path / "pipe"], "pipe", "not a regular file")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_an_unreadable_place_is_named(trained, fails, monkeypatch):
+    """Python 3.11's Path.exists raises for a folder without permission, and for a name that is too long."""
+    _, run = trained
+    fails(evaluate.main, ["x" * 300], "x" * 300, "File name too long")
+    fails(evaluate.main, [run, "--images", "y" * 300, "--device", "cpu"], "y" * 300, "File name too long")
+
+
 def test_contradicting_flags_of_evaluate(fails, tmp_path):
+    for flag in (["--save-maps", "maps"], ["--per-image", "x.csv"], ["--pictures", "3"]):
+        fails(evaluate.main, [tmp_path, "--images", tmp_path, *flag], flag[0], "--images")
     fails(evaluate.main, [], "RUN", "--score-maps")
     fails(evaluate.main, ["--score-maps", tmp_path], "--dataset")
     fails(evaluate.main, ["run", "--dataset", "CUB"], "--dataset")
