@@ -1,5 +1,6 @@
 """Long runs: several processes, signals, non-finite losses, full disks, the cache, the progress line."""
 
+import errno
 import io
 import itertools
 import multiprocessing
@@ -96,6 +97,20 @@ def test_a_process_that_dies_ends_the_job_with_a_line(trained, tmp_path):
     assert job.returncode != 0 and len(said) == 1, job.stderr
     assert ("process 0 of 2" in said[0] or said[0].startswith("interrupted")) and "--resume" in said[0]
     torch.load(tmp_path / "dies" / "last.pt", weights_only=True)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_their_resumed_epoch_has_the_same_means(trained, tmp_path):
+    flags = [*trained[0], *NO_DROPOUT, "--epochs", "2"]
+    assert torchrun(*flags, "--out", tmp_path / "whole").returncode == 0
+    stopped = [*flags, "--out", tmp_path / "stopped"]
+    assert torchrun(*stopped, die_at=-7, rank=1).returncode != 0  # epoch 2, step 2 of 3
+    progress = torch.load(tmp_path / "stopped" / "last.pt", weights_only=True)["progress"]
+    assert progress["step"] == 2
+    assert torchrun(*stopped, "--resume").returncode == 0
+    for a, b in zip(lines_of(tmp_path / "whole"), lines_of(tmp_path / "stopped"), strict=True):
+        for name in a.keys() - {"val"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-5), name
 
 
 def test_an_error_of_all_processes_is_said_once(trained, tmp_path):
@@ -283,6 +298,19 @@ def test_crops_of_the_cache_need_no_workers_on_the_cpu(trained, monkeypatch):
         loaders = split_loaders(splits, config, kept)
         of_train = {loader.num_workers for name, loader in loaders.items() if isinstance(name, int)}
         assert of_train == {expected} and loaders["test"].num_workers == 2
+
+
+def test_a_full_disk_ends_the_caching_with_a_line(trained, tmp_path, monkeypatch):
+    """Without the reservation of its space a memory-mapped file kills the process (SIGBUS)."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("train",))[0]["train"]
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match="cache/tiny_train.*npy: cannot be written .No space left"):
+        resized_pixels(split, 72, tmp_path / "cache", 0)
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_the_cache_is_of_these_images(trained, fails, tmp_path):

@@ -1,6 +1,8 @@
 """train.py with the tests' preset, as a program of its own: for tests that kill it or start it several times.
 
 python tests/tiny_train.py DIE_AT_STEP RANK train.py's flags        (DIE_AT_STEP 0: lives to the end)
+
+DIE_AT_STEP -7: gets SIGTERM in step 7 instead of SIGKILL.
 """
 
 import os
@@ -23,8 +25,8 @@ if __name__ == "__main__":
 
     def forward(*args):
         steps.append(1)
-        if len(steps) == die_at and os.environ.get("RANK", "0") == rank:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(steps) == abs(die_at) and os.environ.get("RANK", "0") == rank:
+            os.kill(os.getpid(), signal.SIGKILL if die_at > 0 else signal.SIGTERM)
         return whole(*args)
 
     train.TrainingStep.forward = forward
