@@ -37,6 +37,8 @@ COMMON_CODE = "the common code's default"
 
 # Data sets with classes of one kind, for CALM's map.
 BIRDS = ("CUB", "CUB10", "demo", "demo-pretrain")
+# The demo's rates are those of the CAM baseline. With two cross-entropies some seeds fall to chance there.
+HALF_OF_DEMO = {"lr": (4e-4, OURS), "lr_new": (4e-2, OURS)}
 
 
 # ---- Erasing and mixing
@@ -61,8 +63,9 @@ class ACoL(CAM, name="acol"):
 
     @classmethod
     def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
-        """Adds acol_delta."""
-        return super().preset(dataset, arch) | {"acol_delta": (0.7, COMMON_CODE)}
+        """Adds acol_delta. Halves the demo's rates."""
+        own = {"acol_delta": (0.7, COMMON_CODE)} | (HALF_OF_DEMO if dataset == "demo" else {})
+        return super().preset(dataset, arch) | own
 
     def network(self, num_classes: int) -> GAPNetwork:
         """The CAM baseline's network with heads A and B in place of conv6, GAP and fc."""
@@ -179,8 +182,9 @@ class EIL(CAM, name="eil"):
 
     @classmethod
     def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
-        """Adds eil_gamma and eil_lambda."""
-        return super().preset(dataset, arch) | {"eil_gamma": (0.7, AUTHORS), "eil_lambda": (1.0, AUTHORS)}
+        """Adds eil_gamma and eil_lambda. Halves the demo's rates."""
+        own = {"eil_gamma": (0.7, AUTHORS), "eil_lambda": (1.0, AUTHORS)}
+        return super().preset(dataset, arch) | own | (HALF_OF_DEMO if dataset == "demo" else {})
 
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
         """Cross-entropy of the unerased and of the erased pass. The logits are those of the unerased pass."""
@@ -456,11 +460,11 @@ class SPG(CAM, name="spg"):
 
     @classmethod
     def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
-        """Adds spg_h1, spg_l1, ... spg_l3. Halves the demo's rate of new layers."""
+        """Adds spg_h1, spg_l1, ... spg_l3. A quarter of the demo's rate of new layers."""
         pairs = enumerate(((0.7, 0.01), (0.5, 0.05), (0.7, 0.1)), 1)
         own = {f"spg_{end}{i}": (value, COMMON_CODE) for i, pair in pairs for end, value in zip("hl", pair)}
-        if dataset == "demo":  # at 8e-2 it does not learn, or its loss becomes NaN
-            own["lr_new"] = (4e-2, OURS)
+        if dataset == "demo":  # at 8e-2 and 4e-2 some seeds do not learn, or their loss becomes NaN
+            own["lr_new"] = (2e-2, OURS)
         return super().preset(dataset, arch) | own
 
     def network(self, num_classes: int) -> GAPNetwork:
