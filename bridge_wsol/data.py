@@ -160,13 +160,9 @@ def _read_labels(path: Path, index: dict[str, int], num_classes: int | None) -> 
     for n, (image, text) in _lines(path, (2,)):
         i = _index_of(image, index, path, n)
         label = parsed[text] if text in parsed else parsed.setdefault(text, _integers([text], path, n)[0])
-        if not 0 <= label < (MAX_CLASSES if num_classes is None else num_classes):
-            top = (
-                f" to {MAX_CLASSES - 1}"
-                if num_classes is None
-                else f" to {num_classes - 1}, the classes of train"
-            )
-            raise InputError(f"{path}:{n}: label {label} is out of range: labels run from 0{top}")
+        if not 0 <= label < (num_classes or MAX_CLASSES):
+            top = f"{num_classes - 1}, the classes of train" if num_classes else str(MAX_CLASSES - 1)
+            raise InputError(f"{path}:{n}: label {label} is out of range: labels run from 0 to {top}")
         if labels[i] >= 0:
             raise InputError(f"{path}:{n}: {image[:80]} has a label already")
         labels[i] = label

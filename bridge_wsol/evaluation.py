@@ -53,6 +53,7 @@ from .utils import (
 )
 
 LEVEL_NAMES = ("30", "50", "70", "largest")  # the chosen levels: all contours by IoU, the largest contour
+FIX_OUT = "pass another --out, or remove it"
 RUN_KEYS = ("dataset", "arch", "method", "seed")  # of the configuration, in every results file of a run
 
 # ------------------------------------------------------------------------------------------- score maps
@@ -247,8 +248,7 @@ def evaluate_maps(
     threshold: a fixed one, a fraction of each map's maximum, for "fixed_threshold" in the metrics.
     """
     tally, kept, keep = Tally(), {}, set(keep)
-    if threshold is not None and not 0 <= threshold < 1:
-        raise InputError(f"threshold {threshold}: must be in [0, 1)")
+    _check_threshold(threshold)
 
     def jobs() -> Iterator[Job]:
         for batch in batches:
@@ -276,6 +276,11 @@ def evaluate_maps(
     if per_image is not None:
         write_per_image(per_image, split, tally, result["levels"])
     return result
+
+
+def _check_threshold(threshold: float | None) -> None:
+    if threshold is not None and not 0 <= threshold < 1:
+        raise InputError(f"threshold {threshold}: must be in [0, 1)")
 
 
 def _summary(
@@ -371,17 +376,13 @@ def open_checkpoint(out: Path, resume: bool) -> dict[str, Any] | None:
     if not resume or not (out / "last.pt").exists():
         return None
     checkpoint = load_tensors(out / "last.pt")
-    parts = {"optimizer": dict, "random_states": dict, "sources": dict, "best": dict, "progress": dict}
     with not_a_checkpoint(out / "last.pt", FIX_OUT):
-        for name, kind in parts.items():
-            if not isinstance(checkpoint[name], (kind, type(None))):
+        for name in ("optimizer", "random_states", "sources", "best", "progress"):
+            if not isinstance(checkpoint[name], (dict, type(None))):
                 raise KeyError(name)
         if problem := _checkpoint_problem(checkpoint):
             raise KeyError(problem)
     return checkpoint
-
-
-FIX_OUT = "pass another --out, or remove it"
 
 
 @contextmanager
@@ -635,8 +636,7 @@ class Localizer:
         self.model.eval()
         config = self.checkpoint["config"]
         self.amp, self.size = amp or config.get("amp", "auto"), config["image_size"]
-        if threshold is not None and not 0 <= threshold < 1:
-            raise InputError(f"threshold {threshold}: must be in [0, 1)")
+        _check_threshold(threshold)
         self.threshold, self.level, self.note = threshold, None, ""
         if threshold is None:
             self.level, self.note = self._chosen_level(data_root, splits, batch_size, workers)
@@ -741,7 +741,11 @@ def table(title: str, result: dict[str, Any]) -> str:
     lines = [f"  {name:<14}{value:6.2f}  {note}".rstrip() for name, value, note in rows if value is not None]
     counts = ", ".join(
         [f"{result['images']} images"]
-        + [f"{result[key]} with {key[12:]}" for key in result if key.startswith("images_with_")]
+        + [
+            f"{result[k]} with {k.removeprefix('images_with_')}"
+            for k in result
+            if k.startswith("images_with_")
+        ]
     )
     return "\n".join([f"{title}, {counts} (percent)", *lines])
 

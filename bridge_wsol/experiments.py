@@ -44,10 +44,9 @@ from .optim import (
     DEFAULTS,
     FREE_ON_RESUME,
     MACHINE,
-    NOT_USED,
     PAPER_FLAGS,
     RUN_FLAGS,
-    WEIGHT_OF,
+    is_unused,
     method_values,
     parse_args,
     resolve_config,
@@ -696,8 +695,7 @@ def swept_preset(args: argparse.Namespace) -> tuple[SimpleNamespace, float]:
     preset, sources = resolve_config(parse_args(args.flags, "", METHODS), None, METHODS)
     flags = RUN_FLAGS | PAPER_FLAGS | method_values(METHODS)
     numeric = [name for name, value in vars(preset).items() if type(value) in (int, float) and name in flags]
-    used = [name for name in numeric if sources.get(WEIGHT_OF.get(name)) != f"preset: {NOT_USED}"]
-    swept = [name for name in used if sources[name] != "default"]
+    swept = [name for name in numeric if sources[name] != "default" and not is_unused(name, sources)]
     if param not in swept:
         raise InputError(
             f"--param {args.param}: not a number of the preset: choose one of {', '.join(swept)} "

@@ -125,7 +125,7 @@ def print_numbers(names: list[str], rows: list[tuple[str, list[list[float | None
 
 
 def shortened(name: str, width: float) -> str:
-    """The name, cut in the middle where it does not fit into a legend `width` inches wide. No formulas."""
+    """The name, cut in the middle if it does not fit into a legend `width` inches wide; $ is no formula."""
     fits = max(9, int((width - 0.6) / 0.06))
     cut = name if len(name) <= fits else f"{name[: fits // 2]}…{name[-(fits - fits // 2 - 1) :]}"
     return cut.replace("$", r"\$")

@@ -193,7 +193,7 @@ MACHINE = ("workers", "device", "cache", "data_root", "splits", "pictures")
 # What chooses the preset, and its defaults.
 CHOICES = {"dataset": "demo", "arch": "vgg16", "method": "bridge"}
 # Flags that are no part of the configuration.
-NOT_CONFIG = ("resume", "out", "download", "quiet", "given")
+NOT_CONFIG = ("resume", "out", "download", "quiet")
 
 
 class Flag(NamedTuple):
@@ -373,8 +373,7 @@ def resolve_config(
     methods: the registry. Raises InputError for a flag that contradicts that run, that its method does not
     use, or whose value is out of range.
     """
-    flags = {name: value for name, value in vars(args).items() if name in args.given}
-    flags = {name: value for name, value in flags.items() if name not in NOT_CONFIG}
+    flags = {name: getattr(args, name) for name in args.given if name not in NOT_CONFIG}
     if interrupted:
         values = DEFAULTS | interrupted["config"]  # an older run has no value of a newer flag
         sources = dict.fromkeys(DEFAULTS, "default") | interrupted["sources"]
@@ -392,7 +391,7 @@ def resolve_config(
             flags.setdefault("warm_batch_size", flags["batch_size"])
     config = SimpleNamespace(**(values | flags))
     for name in flags:
-        if name not in values or sources.get(WEIGHT_OF.get(name)) == f"preset: {NOT_USED}":
+        if name not in values or is_unused(name, sources):
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{flag}: not a value of --method {config.method}: remove it")
     if interrupted:
@@ -410,6 +409,11 @@ def resolve_config(
         problem = f"--weights none: {config.frozen_blocks} frozen blocks would keep random weights"
         raise InputError(f"{problem}: add --frozen-blocks 0")
     return config, sources | dict.fromkeys(flags, "flag")
+
+
+def is_unused(name: str, sources: dict[str, str]) -> bool:
+    """Whether a value belongs to a loss of the paper that the method does not have."""
+    return sources.get(WEIGHT_OF.get(name)) == f"preset: {NOT_USED}"
 
 
 def _check_epochs(epochs: int, interrupted: dict[str, Any]) -> None:

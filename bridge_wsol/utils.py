@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Around a script's main: InputError prints one line on stderr and exits with 2, a signal with 130.
+    """Around a script's main: one line on stderr; exit code 2 (InputError, an OSError with its file) or 130.
 
     Where several processes raise the same error, the first one prints it.
     """
@@ -163,7 +163,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device).tolist()  # "meta" has no values
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"--device {name} cannot be used ({first_line(error)}): pass --device cpu"
         ) from error
