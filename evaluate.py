@@ -13,30 +13,20 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from bridge_wsol import cam, drawing, evaluation, optim
+from bridge_wsol import cam, config, evaluation, utils
 from bridge_wsol.baselines import METHODS
-from bridge_wsol.data import Split, decode, image_files, load_score_maps, test_loader
-from bridge_wsol.datasets import load_splits
-from bridge_wsol.utils import (
-    InputError,
-    Parser,
-    Progress,
-    atomic_write,
-    counted,
-    default_workers,
-    one_line_errors,
-    resolve_device,
-    write_json,
-)
+from bridge_wsol.data import Split, decode, load_score_maps
+from bridge_wsol.datasets import image_files, load_split
+from bridge_wsol.utils import InputError, flag
+
+OF_MAP = {name: cls.all_values()[name] for cls in METHODS.values() for name in cls.of_map}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags. Raises InputError for flags that contradict each other."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = utils.Parser(description=__doc__, formatter_class=form)
     add = parser.add_argument_group("what to evaluate").add_argument
     add("run", nargs="?", type=Path, metavar="RUN", help="run folder of train.py")
     add("--checkpoint", choices=("best", "last"), default="best", help="default best")
@@ -44,6 +34,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     text = "folder of score maps, instead of RUN; needs --dataset"
     add("--score-maps", type=Path, metavar="DIR", help=text)
     add("--dataset", metavar="D", help="with --score-maps: data set of the maps")
+    text = "with --score-maps: pixels of a side that maps are resized to (default: the data set's, 224)"
+    add("--image-size", type=int, metavar="N", help=text)
     text = "images, or folders of them, to localize with RUN"
     add("--images", type=Path, nargs="+", metavar="PATH", help=text)
 
@@ -51,72 +43,73 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     text = "normalization of the score maps (default minmax, the protocol's)"
     add("--normalize", choices=cam.NORMALIZATIONS, default="minmax", help=text)
     text = 'percentile for pas (default 0.9) or ivr (0.45), in [0, 1); "val": select ivr\'s on val'
-    add("--percentile", type=_percentile, metavar="Q", help=text)
+    add("--percentile", type=percentile, metavar="Q", help=text)
     text = (
         "fixed threshold, a fraction of each map's maximum, in [0, 1): adds GT-known and Top-k Loc of "
         "the largest contour at T (the rule of CAM, CVPR 2016); with --images: instead of val's threshold"
     )
     add("--threshold", type=float, metavar="T", help=text)
-    optim.add_method_values(add, optim.map_values(METHODS))
+    for name, value in OF_MAP.items():
+        add(flag(name), choices=value.allowed, help=f"{value.help} (default: the run's)")
 
     add = parser.add_argument_group("where things are").add_argument
     add("--data-root", type=Path, metavar="DIR", help="default: the run's, or data")
-    add("--splits", type=Path, metavar="DIR", help="folder of the lists (default: the run's, or data_splits)")
+    add("--lists", type=Path, metavar="DIR", help="folder of the lists (default: the run's, or data_splits)")
     text = "results file; with --images: folder for boxes.json and pictures"
     add("--out", type=Path, metavar="PATH", help=text)
     add("--save-maps", type=Path, metavar="DIR", help="writes each score map to DIR/<image id>.npy")
     add("--per-image", type=Path, metavar="FILE.csv", help="writes class, IoU and box of every image")
-    add("--pictures", type=int, default=0, metavar="N", help="draws N images of the split with boxes and CAM")
+    add(
+        "--pictures",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draws N images of RUN's split with boxes and CAM",
+    )
 
     add = parser.add_argument_group("how it runs").add_argument
     add("--batch-size", type=int, default=32, metavar="N", help="default 32")
-    text = "DataLoader workers, and evaluation workers (default: CPU cores, at most 8)"
-    add("--workers", type=int, default=default_workers(), metavar="N", help=text)
+    text = "processes that load images and sweep maps (default: with a RUN on the CPU 0, else the cores)"
+    add("--workers", type=int, metavar="N", help=text)
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
-    text = "default: the run's; auto: bf16 where the device is fast at it"
-    add("--amp", choices=("auto", "bf16", "off"), help=text)
+    add("--amp", choices=("auto", "bf16", "off"), help="default: the run's; auto: bf16 where it is fast")
     add("--quiet", action="store_true", help="no progress line on stderr")
     args = parser.parse_args(argv)
-    args.of_map = {x: vars(args)[x] for x in optim.map_values(METHODS) if vars(args)[x] is not None}
-    _check(parser, args)
-    args.suffix = "" if args.normalize == "minmax" else f"_{args.normalize}"  # of the results file
-    args.suffix += "" if args.percentile is None else f"_{args.percentile}"
+    args.of_map = {name: vars(args)[name] for name in OF_MAP if vars(args)[name] is not None}
+    if (args.run is None) == (args.score_maps is None):
+        parser.error("pass either a RUN folder or --score-maps DIR")
+    if args.score_maps and not args.dataset:
+        parser.error("--score-maps needs --dataset")
+    # A flag that would have no effect is refused.
+    needs_run = args.images or args.save_maps or args.pictures or args.of_map or args.percentile == "val"
+    if args.score_maps and needs_run:
+        parser.error("--images, --save-maps, --pictures, --percentile val and values of a map need a RUN")
+    if args.images and (args.save_maps or args.per_image or args.pictures or args.of_map):
+        parser.error("--save-maps, --per-image, --pictures and values of a map do not go with --images")
+    if args.run and (args.dataset or args.image_size):
+        parser.error("--dataset and --image-size go with --score-maps; a RUN has its own: remove the flag")
+    if args.percentile is not None and args.normalize not in cam.PERCENTILES:
+        parser.error(f"--percentile needs --normalize {' or '.join(cam.PERCENTILES)}")
+    if args.percentile == "val" and (args.normalize != "ivr" or args.images):
+        parser.error("--percentile val needs --normalize ivr, without --images")
+    if min(args.batch_size, args.image_size or 1) < 1 or min(args.workers or 0, args.pictures) < 0:
+        parser.error("--batch-size and --image-size must be at least 1, --workers and --pictures at least 0")
+    evaluation.require_threshold(args.threshold)
     return args
 
 
-def _percentile(text: str) -> float | str:
+def percentile(text: str) -> float | str:
+    """The value of --percentile."""
     if text != "val" and not 0 <= float(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be val, or in [0, 1)")
     return text if text == "val" else float(text)
 
 
-def _check(parser: Parser, args: argparse.Namespace) -> None:
-    if (args.run is None) == (args.score_maps is None):
-        parser.error("pass either a RUN folder or --score-maps DIR")
-    if args.score_maps and not args.dataset:
-        parser.error("--score-maps needs --dataset")
-    if args.score_maps and (args.images or args.save_maps):
-        parser.error("--images and --save-maps need a RUN, not --score-maps")
-    if args.images and (args.save_maps or args.per_image or args.pictures):
-        parser.error("--save-maps, --per-image and --pictures go with a split, not with --images")
-    if args.of_map and (args.score_maps or args.images):
-        parser.error(f"--{next(iter(args.of_map)).replace('_', '-')} needs a RUN, without --images")
-    if args.threshold is not None and not 0 <= args.threshold < 1:
-        parser.error(f"--threshold {args.threshold}: must be in [0, 1)")
-    if args.dataset and args.run:
-        parser.error("--dataset goes with --score-maps; a RUN has its own: remove the flag")
-    if args.percentile is not None and args.normalize not in cam.PERCENTILES:
-        parser.error(f"--percentile needs --normalize {' or '.join(cam.PERCENTILES)}")
-    if args.percentile == "val" and (args.normalize != "ivr" or args.run is None or args.images):
-        parser.error("--percentile val needs --normalize ivr and a RUN, without --images")
-    if args.batch_size < 1 or args.workers < 0 or args.pictures < 0:
-        parser.error("--batch-size must be at least 1, --workers and --pictures at least 0")
-
-
 def main(argv: list[str] | None = None) -> None:
     """A run, a folder of score maps, or one's own images."""
     args = parse_args(argv)
-    Progress.quiet = args.quiet
+    utils.set_quiet(args.quiet)
+    utils.keep_freed_memory()
     if args.score_maps:
         evaluate_folder(args)
     elif args.images:
@@ -126,104 +119,75 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate_run(args: argparse.Namespace) -> None:
-    """RUN on a split: table, results file, and the files that were asked for."""
-    device = resolve_device(args.device)
-    model, method, checkpoint = evaluation.load_run(args.run, args.checkpoint, device, args.of_map)
-    config = checkpoint["config"]
-    own = args.normalize == "minmax" and not args.of_map
-    val_levels = evaluation.levels_of(checkpoint) if own else None
-    names = (args.split,) if val_levels else ("val", args.split)
-    splits = evaluation.run_splits(args.run, checkpoint, names, args.data_root, args.splits)
-    size, amp = config["image_size"], args.amp or config.get("amp", "auto")
+    """RUN on a split."""
+    run = evaluation.TrainedRun(args.run, args.checkpoint, utils.resolve_device(args.device), args.of_map)
+    workers = utils.default_workers(run.device) if args.workers is None else args.workers
+    places, loading = (args.data_root, args.lists), (args.batch_size, workers, args.amp)
+    split, head = run.split(args.split, *places), run.head(args.split, args.normalize)
     q = cam.PERCENTILES.get(args.normalize) if args.percentile is None else args.percentile
-
-    def maps_of(split: Split, normalization: str | None) -> Iterator[evaluation.MapBatch]:
-        loader = test_loader(split, args.batch_size, image_size=size, workers=args.workers)
-        setting = {"method": method, "device": device, "amp": amp, "image_size": size, "percentile": q}
-        return evaluation.network_maps(model, loader, normalization=normalization, **setting)
-
     # The thresholds in the checkpoint belong to the run's own maps, with min-max.
-    choice, val, n = {}, splits.get("val"), args.workers
-    if q == "val":
-        setting = {"image_size": size, "upsampling": method.upsampling, "workers": n}
-        q, choice, val_levels = evaluation.choose_percentile(maps_of(val, None), val, **setting)
-    elif not val_levels and val.boxes and args.split != "val":
-        val_levels = evaluation.evaluate_maps(maps_of(val, args.normalize), val, workers=n)["levels"]
+    val_levels, choice = run.val_levels if args.normalize == "minmax" else None, {}
+    if val_levels is None and (args.split != "val" or q == "val"):
+        val = run.split("val", *places)
+        if q == "val":
+            maps = run.maps(val, *loading, normalization=None)
+            q, choice, val_levels = evaluation.choose_percentile(maps, val, run.method, workers)
+        elif val.boxes:
+            maps = run.maps(val, *loading, normalization=args.normalize, percentile=q)
+            val_levels = evaluation.evaluate_maps(maps, val, workers=workers)["levels"]
 
-    name = f"{args.checkpoint}_{args.split}{args.suffix}"
-    name += "".join(f"_{key}={value}" for key, value in args.of_map.items())
-    title = f"{config['dataset']} {args.split}, {config['arch']} {config['method']}"
-    title += f", {args.checkpoint} checkpoint (epoch {checkpoint['epoch']})"
-    title += "".join(f", {key} {value}" for key, value in args.of_map.items())
-    head = {key: config[key] for key in evaluation.RUN_KEYS} | args.of_map | {"split": args.split}
-    head |= {"checkpoint": args.checkpoint, "epoch": checkpoint["epoch"], "normalize": args.normalize}
-    split, out = splits[args.split], args.out or args.run / f"results_{name}.json"
-    pictures = args.run / f"pictures_{name}"
-    options = {"val_levels": val_levels, "save_maps": args.save_maps}
+    def maps_of(images: Split) -> Iterator[evaluation.MapBatch]:
+        return run.maps(images, *loading, normalization=args.normalize, percentile=q)
+
     head |= {} if q is None else {"percentile": {"value": q, **choice}}
-    finish(args, maps_of(split, args.normalize), split, title, head, out, pictures, **options)
-
-
-def finish(
-    args: argparse.Namespace,
-    maps: Iterator[evaluation.MapBatch],
-    split: Split,
-    title: str,
-    head: dict[str, Any],
-    out: Path,
-    pictures: Path,
-    **options: Any,
-) -> None:
-    """Evaluates the maps; prints the table, writes the results file (first keys: head), draws --pictures."""
-    drawn = np.linspace(0, len(split) - 1, min(args.pictures, len(split))).astype(int).tolist()
-    options |= {"workers": args.workers, "per_image": args.per_image, "threshold": args.threshold}
-    result = evaluation.evaluate_maps(maps, split, keep=drawn, **options)
-    if "percentile" in head:
-        q, by = head["percentile"]["value"], head["percentile"].get("by")
-        title += f", {args.normalize} at percentile {q:.2f}"
-        title += f", chosen on val by {by} ({head['percentile']['scores'][q]:.2f})" if by else ""
-    print(evaluation.table(title, result))
-    evaluation.write_results(out, result, **head)
-    print(f"written to {out}")
-    for index in drawn:
-        drawing.draw_result(pictures, split, index, result)
-    if drawn:
-        print(f"{len(drawn)} pictures in {pictures}")
+    options = {"save_maps": args.save_maps, "per_image": args.per_image, "threshold": args.threshold}
+    result = evaluation.evaluate_maps(
+        maps_of(split), split, workers=workers, val_levels=val_levels, **options
+    )
+    name = (args.checkpoint, args.split, args.normalize, args.percentile, args.of_map)
+    out = args.out or args.run / evaluation.results_name(*name)
+    evaluation.report(out, result, head)
+    if args.pictures and split.boxes:
+        drawn, path = evaluation.evenly(split, args.pictures), out.with_name(f"boxes_{out.stem}.png")
+        evaluation.draw_split(path, drawn, maps_of(drawn), result["levels"]["largest"])
 
 
 def evaluate_folder(args: argparse.Namespace) -> None:
-    """--score-maps: needs the lists alone; images for --pictures, masks where the data set has them."""
-    places = args.data_root or Path("data"), args.splits or Path("data_splits")
-    split = load_splits(args.dataset, *places, (args.split,), lists_only=True)[0][args.split]
-    if args.pictures:
-        split.require_images()
+    """--score-maps: needs the lists alone, and masks where the data set has them."""
+    places = args.data_root or Path("data"), args.lists or Path("data_splits")
+    split = load_split(args.dataset, args.split, *places)
     if not args.score_maps.is_dir():
         raise InputError(f"--score-maps {args.score_maps}: no such folder")
     q = cam.PERCENTILES.get(args.normalize) if args.percentile is None else args.percentile
-    setting = {"image_size": optim.image_size(args.dataset), "normalization": args.normalize, "percentile": q}
-    maps = evaluation.pair_maps(load_score_maps(args.score_maps, split), split, **setting)
-    title = f"{args.dataset} {args.split}, score maps of {args.score_maps}"
-    head = {"dataset": args.dataset, "split": args.split, **dict.fromkeys(("arch", "method", "checkpoint"))}
-    head |= {"normalize": args.normalize} | ({} if q is None else {"percentile": {"value": q}})
-    name = f"results_{args.score_maps.resolve().name}_{args.split}{args.suffix}.json"
-    out = args.out or Path(name)
-    pictures = out.with_suffix("") if out.suffix else out.with_name(f"{out.name}_pictures")
-    finish(args, maps, split, title, head, out, pictures)
+    result = evaluation.evaluate_score_maps(
+        load_score_maps(args.score_maps, split),
+        split,
+        image_size=args.image_size or config.image_size(args.dataset),
+        normalization=args.normalize,
+        percentile=q,
+        workers=utils.cores() if args.workers is None else args.workers,
+        per_image=args.per_image,
+        threshold=args.threshold,
+    )
+    head = {"dataset": args.dataset, "split": args.split, "normalize": args.normalize}
+    head |= dict.fromkeys(("arch", "method", "checkpoint")) | {"score_maps": str(args.score_maps)}
+    head |= {} if q is None else {"percentile": {"value": q}}
+    name = (args.score_maps.resolve().name, args.split, args.normalize, args.percentile)
+    evaluation.report(args.out or Path(evaluation.results_name(*name)), result, head)
 
 
 def localize_images(args: argparse.Namespace) -> None:
     """--images: boxes.json, and a picture per image. Skips unreadable files; the exit code is then 1."""
     names = ("checkpoint", "normalize", "percentile", "threshold", "amp")
-    names += ("data_root", "splits", "batch_size", "workers")
-    setting = {name: getattr(args, name) for name in names}
-    localizer = evaluation.Localizer(args.run, args.device, **setting)
+    setting = {name: getattr(args, name) for name in (*names, "data_root", "lists", "batch_size")}
+    localizer = evaluation.Localizer(args.run, args.device, workers=args.workers or 0, **setting)
     if localizer.note:
         used = f"{localizer.threshold} of the map's maximum is used; --threshold sets another"
         print(f"no threshold was chosen on val ({localizer.note}): {used}")
     folder, files = args.out or args.run / "images", image_files(args.images)
     entries, failed = [], 0
     try:
-        for path in counted(files, "images", len(files)):
+        for path in utils.progress(files, "images", len(files)):
             try:
                 image = decode(path, upright=True)
             except InputError as error:
@@ -233,12 +197,11 @@ def localize_images(args: argparse.Namespace) -> None:
             found = localizer(image)
             entry = {"image": str(path), "width": image.width, "height": image.height}
             entries.append(entry | {"box": found.box, "top5": found.top5})
-            with atomic_write(folder / f"{len(entries):05d}_{path.stem[:80]}.png") as part:
-                shown = drawing.in_proportion(image, found.score_map, found.box)
-                drawing.localization(*shown).save(part, format="PNG")
+            picture = evaluation.draw_found(image, found)
+            evaluation.save_picture(folder / f"{len(entries):05d}_{path.stem[:80]}.png", picture)
             print(f"{path}: {found.text()}", flush=True)
     finally:  # also after Ctrl-C
-        write_json(folder / "boxes.json", entries)
+        utils.write_json(folder / "boxes.json", entries)
     print(f"{len(entries)} images, threshold {localizer.threshold:.3f}; written to {folder}")
     if failed:
         sys.stderr.write(f"{failed} of {len(files)} images could not be read\n")
@@ -246,5 +209,5 @@ def localize_images(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with utils.one_line_errors():
         main()

@@ -8,15 +8,13 @@ evaluation and learning rates. Sources of values in the docstrings:
     search        tuned values for CUB in public scripts: (VGG16), (ResNet50)
     our choice    no source states the value
 
-methods.py explains what a method is. Other files import METHODS from here, because this import registers all
-methods.
+methods.py explains what a method is. Import METHODS from here: this import registers all methods.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,20 +23,17 @@ from torch import Tensor, nn
 
 from .cam import class_activation_map, resize
 from .losses import full_precision, minmax
-from .methods import CAM, Losses
+from .methods import CAM, Passes, Terms
 from .methods import METHODS as METHODS
-from .models import VGG16GAP, GAPNetwork, Output
-from .optim import OURS, image_size
-from .utils import InputError
+from .models import VGG16GAP, GAPNetwork
+from .utils import Value
 
 # Sources of hyperparameters, for config.json.
-AUTHORS = "its authors' code"
-COMMON_CODE = "the common code's default"
+AUTHORS, COMMON_CODE, OURS = "its authors' code", "the common code's default", "our choice"
+SHARE = "[0, 1]"
 
 # Data sets with classes of one kind, for CALM's map.
-BIRDS = ("CUB", "CUB10", "demo", "demo-pretrain")
-# The demo's rates are those of the CAM baseline. With two cross-entropies some seeds fall to chance there.
-HALF_OF_DEMO = {"lr": (4e-4, OURS), "lr_new": (4e-2, OURS)}
+BIRDS = ("CUB", "CUB10", "demo")
 
 
 # ---- Erasing and mixing
@@ -59,87 +54,80 @@ class ACoL(CAM, name="acol"):
     acol_delta: 0.7 (common code, the default), 0.6 (authors), (0.89), (0.57) (search)
     """
 
-    allowed = {"acol_delta": (0, 1)}
-
-    @classmethod
-    def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
-        """Adds acol_delta. Halves the demo's rates."""
-        own = {"acol_delta": (0.7, COMMON_CODE)} | (HALF_OF_DEMO if dataset == "demo" else {})
-        return super().preset(dataset, arch) | own
+    values = {"acol_delta": Value(float, 0.7, "erases where A's map is at least this", SHARE, COMMON_CODE)}
 
     def network(self, num_classes: int) -> GAPNetwork:
         """The CAM baseline's network with heads A and B in place of conv6, GAP and fc."""
-        model = super().network(num_classes)
-        channels, hidden = remove_head(model)
-        model.pool = nn.Identity()
-        if isinstance(model, VGG16GAP):
-            for i, layer in enumerate(model.features):
+        net = super().network(num_classes)
+        channels, hidden = remove_head(net)
+        net.pool = nn.Identity()
+        if isinstance(net, VGG16GAP):
+            for i, layer in enumerate(net.features):
                 if isinstance(layer, nn.MaxPool2d):
-                    model.features[i] = nn.MaxPool2d(3, stride=2, padding=1)
-            model.pool = nn.Sequential(
+                    net.features[i] = nn.MaxPool2d(3, stride=2, padding=1)
+            net.pool = nn.Sequential(
                 nn.MaxPool2d(3, stride=1, padding=1), nn.AvgPool2d(3, stride=1, padding=1)
             )
-        model.head_a, model.head_b = (head(channels, [hidden, hidden], num_classes) for _ in range(2))
-        return model
+        net.head_a, net.head_b = (head(channels, [hidden, hidden], num_classes) for _ in range(2))
+        return net
 
-    def branches(
-        self, model: nn.Module, images: Tensor, labels: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def passes(self, images: Tensor) -> Passes:
+        """Logits of A, and the features without the pools in front of the heads."""
+        features = self.net.after_dropout(self.net.before_dropout(images))
+        return Passes(full_precision(self.net.head_a(self.net.pool(features))).mean((2, 3)), features)
+
+    def branches(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(S_A and S_B, each N x K x H x W; labels N, which select the map of A that masks X for B).
 
         labels None: the top-1 predictions of A.
         """
-        x = model.pool(model(images).features)
-        s_a = full_precision(model.head_a(x))
+        x = self.net.pool(self.net.after_dropout(self.net.before_dropout(images)))
+        s_a = full_precision(self.net.head_a(x))
         labels = s_a.mean((2, 3)).argmax(1) if labels is None else labels
         erased = minmax(of_class(s_a, labels)) >= self.config.acol_delta
-        return s_a, full_precision(model.head_b(x.masked_fill(erased[:, None], 0))), labels
+        return s_a, full_precision(self.net.head_b(x.masked_fill(erased[:, None], 0))), labels
 
-    def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
+    def forward(self, images: Tensor, labels: Tensor, epoch: int) -> tuple[Terms, Tensor]:
         """Cross-entropy of each head. The logits are those of A."""
-        logits_a, logits_b = (s.mean((2, 3)) for s in self.branches(model, images, labels)[:2])
+        logits_a, logits_b = (s.mean((2, 3)) for s in self.branches(images, labels)[:2])
         loss_a, loss_b = (nnf.cross_entropy(logits, labels) for logits in (logits_a, logits_b))
-        return Losses({"l_a": (1.0, loss_a), "l_b": (1.0, loss_b)}, logits_a)
+        return {"l_a": (1.0, loss_a), "l_b": (1.0, loss_b)}, logits_a
 
-    def predict(
-        self, model: nn.Module, images: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def predict(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits of A; maps: the element-wise maximum of both heads, in [0, 1]."""
-        s_a, s_b, labels = self.branches(model, images, labels)
+        s_a, s_b, labels = self.branches(images, labels)
         return s_a.mean((2, 3)), torch.maximum(minmax(of_class(s_a, labels)), minmax(of_class(s_b, labels)))
 
 
 class ADL(CAM, name="adl"):
     """ADL, attention-based dropout layer (Choe & Shim, CVPR 2019): `attention_based_dropout` at three places.
 
-    The loss is cross-entropy. In eval mode the layers do nothing.
+    The loss is cross-entropy. In eval mode the layers do nothing. VGG16: after pool3, conv4_3 and conv5_3, as
+    in the common code; the authors have pool4 in place of conv4_3.
 
     adl_gamma, adl_rate: (0.72), (0.76) and (0.33), (0.24) (search)
-    adl_position: the second place in VGG16, "common" (before pool4, common code) or "authors" (after pool4)
     """
 
-    allowed = {"adl_gamma": (0, 1), "adl_rate": (0, 1), "adl_position": ("common", "authors")}
-
-    @classmethod
-    def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
-        """Adds adl_gamma, adl_rate and adl_position."""
-        own = {
-            "adl_gamma": (0.8 if arch == "vgg16" else 0.9, AUTHORS),
-            "adl_rate": (0.75, AUTHORS),
-            "adl_position": ("common", COMMON_CODE),
-        }
-        return super().preset(dataset, arch) | own
+    values = {
+        "adl_gamma": Value(
+            float,
+            lambda dataset, arch: 0.8 if arch == "vgg16" else 0.9,
+            "drops above this share of the maximum (vgg16 0.8, resnet50 0.9)",
+            SHARE,
+            AUTHORS,
+        ),
+        "adl_rate": Value(float, 0.75, "probability of the drop mask, else importance map", SHARE, AUTHORS),
+    }
 
     def network(self, num_classes: int) -> GAPNetwork:
         """The CAM baseline's network with a dropout hook at each of the three places."""
-        model = super().network(num_classes)
-        layers, place = backbone(model)
-        second = "conv4_3" if self.config.adl_position == "common" else "pool4"
-        vgg = isinstance(model, VGG16GAP)
+        net = super().network(num_classes)
+        layers, place = backbone(net)
         # Hooks, not layers: an inserted layer would rename the parameters of all layers after it.
-        for name in ("pool3", second, "conv5_3") if vgg else ("layer3.0", "layer4.0", "layer4.2"):
+        vgg = isinstance(net, VGG16GAP)
+        for name in ("pool3", "conv4_3", "conv5_3") if vgg else ("layer3.0", "layer4.0", "layer4.2"):
             layers[place[name] - 1].register_forward_hook(self.drop)
-        return model
+        return net
 
     def drop(self, layer: nn.Module, _: Any, output: Tensor) -> Tensor:
         """Forward hook: `attention_based_dropout` of the layer's output, in training mode only."""
@@ -178,32 +166,35 @@ class EIL(CAM, name="eil"):
     eil_lambda: 1 (authors); the best value is not published
     """
 
-    allowed = {"eil_gamma": (0, 1), "eil_lambda": (0, float("inf"))}
+    values = {
+        "eil_gamma": Value(float, 0.7, "erases from this share of the maximum on", SHARE, AUTHORS),
+        "eil_lambda": Value(float, 1.0, "weight of the erased pass's loss", "[0, inf)", AUTHORS),
+    }
 
-    @classmethod
-    def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
-        """Adds eil_gamma and eil_lambda. Halves the demo's rates."""
-        own = {"eil_gamma": (0.7, AUTHORS), "eil_lambda": (1.0, AUTHORS)}
-        return super().preset(dataset, arch) | own | (HALF_OF_DEMO if dataset == "demo" else {})
-
-    def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
-        """Cross-entropy of the unerased and of the erased pass. The logits are those of the unerased pass."""
-        layers, place = backbone(model)
-        split = place["pool4" if isinstance(model, VGG16GAP) else "layer3"]
+    def passes(self, images: Tensor) -> Passes:
+        """The clean pass and, in training mode, the erased one."""
+        layers, place = backbone(self.net)
+        split = place["pool4" if isinstance(self.net, VGG16GAP) else "layer3"]
         z = layers[:split](images)
-        u = model.fc(layers[split:](z).mean((2, 3)))
-        a = full_precision(z).mean(1, keepdim=True)  # N x 1 x H x W
-        strong = a >= self.config.eil_gamma * a.amax((2, 3), keepdim=True)
-        with frozen_statistics(model):
-            e = model.fc(layers[split:](z.masked_fill(strong, 0)).mean((2, 3)))
-        kept, erased = (nnf.cross_entropy(full_precision(logits), labels) for logits in (u, e))
-        return Losses({"l_ce": (1.0, kept), "l_erased": (self.config.eil_lambda, erased)}, u)
+        features, erased = layers[split:](z), None
+        logits = self.net.classify(features)
+        if self.training:
+            a = full_precision(z).mean(1, keepdim=True)  # N x 1 x H x W
+            strong = a >= self.config.eil_gamma * a.amax((2, 3), keepdim=True)
+            with frozen_statistics(self.net):
+                erased = layers[split:](z.masked_fill(strong, 0))
+        return Passes(logits, features, erased)
+
+    def terms(self, passes: Passes, labels: Tensor, epoch: int) -> Terms:
+        """Cross-entropy of the clean and of the erased pass."""
+        erased = nnf.cross_entropy(full_precision(self.net.classify(passes.dropped)), labels)
+        return super().terms(passes, labels, epoch) | {"l_erased": (self.config.eil_lambda, erased)}
 
 
 @contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
+def frozen_statistics(net: nn.Module) -> Iterator[None]:
     """Within the block, batch norm in training mode does not update its running statistics (for EIL)."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.track_running_stats = False
     try:
@@ -223,24 +214,20 @@ class CutMix(CAM, name="cutmix"):
     cutmix_beta: (0.85), (1.35); cutmix_p: (0.79), (0.24 or 0.34: two sources disagree) (search)
     """
 
-    allowed = {"cutmix_beta": (0.01, 100), "cutmix_p": (0, 1)}
+    values = {
+        "cutmix_beta": Value(float, 1.0, "lambda ~ Beta(beta, beta)", "[0.01, 100]", AUTHORS),
+        "cutmix_p": Value(float, 1.0, "probability to mix a batch", SHARE, AUTHORS),
+    }
 
-    @classmethod
-    def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
-        """Adds cutmix_beta and cutmix_p."""
-        return super().preset(dataset, arch) | {"cutmix_beta": (1.0, AUTHORS), "cutmix_p": (1.0, AUTHORS)}
-
-    def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
+    def forward(self, images: Tensor, labels: Tensor, epoch: int) -> tuple[Terms, Tensor]:
         """Each loss term of the mixed images, weighted over the two labels by lambda."""
         if torch.rand(()) >= self.config.cutmix_p:
-            return super().losses(model, images, labels, epoch)
+            return super().forward(images, labels, epoch)
         images, other, lam = mix(images, self.config.cutmix_beta)
-        output = self.forward(model, images)
-        own, pasted = (self.terms(model, output, y, epoch) for y in (labels, labels[other]))
-        terms = {
-            name: (weight, lam * value + (1 - lam) * pasted[name][1]) for name, (weight, value) in own.items()
-        }
-        return Losses(terms, output.logits)
+        passes = self.passes(images)
+        own, pasted = (self.terms(passes, y, epoch) for y in (labels, labels[other]))
+        mixed = {name: (w, lam * value + (1 - lam) * pasted[name][1]) for name, (w, value) in own.items()}
+        return mixed, passes.logits
 
 
 def mix(images: Tensor, beta: float) -> tuple[Tensor, Tensor, float]:
@@ -264,36 +251,33 @@ def mix(images: Tensor, beta: float) -> tuple[Tensor, Tensor, float]:
     return mixed, other, 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
 
 
+def cell_sides(text: str) -> list[int]:
+    """The flag of `has_cells`: sides in pixels, comma-separated. Raises ValueError for a negative side."""
+    sides = [int(side) for side in text.split(",")]
+    if min(sides) < 0:
+        raise ValueError("a negative side")
+    return sides
+
+
 class HaS(CAM, name="has"):
     """HaS, hide-and-seek (Singh & Lee, ICCV 2017): cross-entropy on images with hidden cells (see `hide`).
 
     has_cells: cell sides in pixels, comma-separated. Each image draws one; 0 hides nothing. The authors'
-    sides are for 224-pixel images; the default scales them to the image size of the data set (our choice).
-    The common code has one side for all images, by default 4. Search: (65), (120)
+    sides are for 224-pixel images. The common code has one side for all images, by default 4. Search: (65),
+    (120)
     has_p: (0.47), (0.66) (search)
     """
 
-    allowed = {"has_p": (0, 1)}
+    values = {
+        "has_cells": Value(
+            cell_sides, [0, 16, 32, 44, 56], "sides of the cells in pixels, comma-separated", None, AUTHORS
+        ),
+        "has_p": Value(float, 0.5, "probability to hide a cell", SHARE, AUTHORS),
+    }
 
-    @classmethod
-    def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
-        """Adds has_cells and has_p."""
-        cells = ",".join(str(round(side * image_size(dataset) / 224)) for side in (0, 16, 32, 44, 56))
-        return super().preset(dataset, arch) | {"has_cells": (cells, AUTHORS), "has_p": (0.5, AUTHORS)}
-
-    def __init__(self, config: SimpleNamespace):
-        super().__init__(config)
-        try:
-            self.sides = [int(side) for side in config.has_cells.split(",")]
-        except ValueError:
-            self.sides = []
-        if not self.sides or min(self.sides) < 0:
-            rule = "must be sides in pixels, comma-separated, each at least 0"
-            raise InputError(f"--has-cells {config.has_cells}: {rule}")
-
-    def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
+    def forward(self, images: Tensor, labels: Tensor, epoch: int) -> tuple[Terms, Tensor]:
         """The losses of the images with hidden cells."""
-        return super().losses(model, hide(images, self.sides, self.config.has_p), labels, epoch)
+        return super().forward(hide(images, self.config.has_cells, self.config.has_p), labels, epoch)
 
 
 def hide(images: Tensor, sides: list[int], p: float) -> Tensor:
@@ -326,28 +310,26 @@ class PaS(CAM, name="pas"):
     min-max.
     """
 
-    allowed = {"pas_theta": (-1, 1), "pas_nwc": ("on", "off")}
+    values = {
+        "pas_theta": Value(
+            float, 0.1, "pools above this share of the maximum; below 0: GAP", "[-1, 1]", AUTHORS
+        ),
+        "pas_nwc": Value(str, "on", "non-negative class weights in the map", ("on", "off"), AUTHORS),
+    }
     of_map = ("pas_nwc",)
 
-    @classmethod
-    def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
-        """Adds pas_theta and pas_nwc."""
-        own = {"pas_theta": (0.1, AUTHORS if arch == "vgg16" else OURS), "pas_nwc": ("on", AUTHORS)}
-        return super().preset(dataset, arch) | own
+    def passes(self, images: Tensor) -> Passes:
+        """The passes of the base class, with logits from thresholded average pooling."""
+        passes = super().passes(images)
+        pooled = thresholded_average(passes.features, self.config.pas_theta)
+        return passes._replace(logits=self.net.fc(pooled))
 
-    def forward(self, model: nn.Module, images: Tensor) -> Output:
-        """The forward pass, with logits from thresholded average pooling."""
-        output = super().forward(model, images)
-        return output._replace(logits=model.fc(thresholded_average(output.features, self.config.pas_theta)))
-
-    def predict(
-        self, model: nn.Module, images: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Logits of `forward`; maps: CAM, with non-negative class weights if pas_nwc is "on"."""
-        output = self.forward(model, images)
-        labels = output.logits.argmax(1) if labels is None else labels
-        weight = model.fc.weight.clamp(min=0) if self.config.pas_nwc == "on" else model.fc.weight
-        return output.logits, class_activation_map(output.features, weight, labels)
+    def predict(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits of `passes`; maps: CAM, with non-negative class weights if pas_nwc is "on"."""
+        passes = self.passes(images)
+        labels = passes.logits.argmax(1) if labels is None else labels
+        weight = self.net.fc.weight.clamp(min=0) if self.config.pas_nwc == "on" else self.net.fc.weight
+        return passes.logits, class_activation_map(passes.features, weight, labels)
 
 
 def thresholded_average(features: Tensor, theta: float) -> Tensor:
@@ -374,50 +356,47 @@ class CALM(CAM, name="calm"):
 
     calm_loss: "ml" is -log p(y|x). "em" (default, our choice) is -log of the joint, weighted by the detached
     responsibilities p(z|x,y). On CUB the authors report a higher accuracy with em.
-    calm_normalizer: "detached" makes the sum under p(z|x) a constant for the gradient (authors). "exact" is
-    the default (our choice): with "detached", a training on CUB10 did not learn to classify.
 
-    Our choice, too: softplus (the authors' code has ReLU, which can give 0/0), and the defaults of calm_map
-    (which map their published numbers have is not known: their localization code is not released).
+    Our choice, too: softplus (the authors' code has ReLU, which can give 0/0), the gradient through the sum
+    under p(z|x) (a constant in the authors' code; with it a training on CUB10 did not learn to classify), and
+    the defaults of calm_map (which map their published numbers have is not known: their localization code is
+    not released).
     Upsampling is bilinear (authors). Both maps have a heavy tail: evenly spaced thresholds miss the extent of
     an object. `evaluate.py --normalize log` spaces them by the logarithm (authors).
     """
 
     upsampling = "bilinear"
-    allowed = {
-        "calm_loss": ("em", "ml"),
-        "calm_normalizer": ("exact", "detached"),
-        "calm_map": ("joint", "location"),
+    values = {
+        "calm_loss": Value(str, "em", "loss", ("em", "ml"), OURS),
+        "calm_map": Value(
+            str,
+            lambda dataset, arch: "location" if dataset in BIRDS else "joint",
+            "map (birds: location, else joint)",
+            ("joint", "location"),
+            OURS,
+        ),
     }
     of_map = ("calm_map",)
 
-    @classmethod
-    def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
-        """Adds calm_loss, calm_normalizer and calm_map."""
-        own = {"calm_loss": ("em", OURS), "calm_normalizer": ("exact", OURS)}
-        own["calm_map"] = ("location" if dataset in BIRDS else "joint", OURS)
-        return super().preset(dataset, arch) | own
-
     def network(self, num_classes: int) -> GAPNetwork:
         """The CAM baseline's network with a 1 x 1 convolution, the location head."""
-        model = super().network(num_classes)
-        model.location = nn.Conv2d(model.fc.in_features, 1, 1)
-        nn.init.normal_(model.location.weight, std=0.01)
-        nn.init.zeros_(model.location.bias)
-        return model
+        net = super().network(num_classes)
+        net.location = nn.Conv2d(net.fc.in_features, 1, 1)
+        nn.init.normal_(net.location.weight, std=0.01)
+        nn.init.zeros_(net.location.bias)
+        return net
 
-    def log_joint(self, model: nn.Module, images: Tensor) -> Tensor:
+    def log_joint(self, features: Tensor) -> Tensor:
         """log p(y,z|x), N x K x H x W."""
-        features = model(images).features
-        classes = nnf.conv2d(features, model.fc.weight[:, :, None, None], model.fc.bias)
-        s = nnf.softplus(full_precision(model.location(features)))  # N x 1 x H x W
-        total = s.sum((2, 3), keepdim=True)
-        p_z = s / (total.detach() if self.config.calm_normalizer == "detached" else total)
+        fc = self.net.fc
+        classes = nnf.conv2d(features, fc.weight[:, :, None, None], fc.bias)
+        s = nnf.softplus(full_precision(self.net.location(features)))  # N x 1 x H x W
+        p_z = s / s.sum((2, 3), keepdim=True)
         return full_precision(classes).log_softmax(1) + torch.where(p_z < 1e-8, p_z + 1e-8, p_z).log()
 
-    def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
+    def forward(self, images: Tensor, labels: Tensor, epoch: int) -> tuple[Terms, Tensor]:
         """The loss that calm_loss selects. The logits are log p(y|x)."""
-        log_joint = self.log_joint(model, images)
+        log_joint = self.log_joint(self.passes(images).features)
         of_label = of_class(log_joint, labels)
         if self.config.calm_loss == "ml":
             loss = -of_label.logsumexp((1, 2)).mean()
@@ -425,13 +404,11 @@ class CALM(CAM, name="calm"):
             joint = of_label.detach().exp()
             responsibilities = joint / (joint.sum((1, 2), keepdim=True) + 1e-10)
             loss = -(responsibilities * of_label).sum((1, 2)).mean()
-        return Losses({f"l_{self.config.calm_loss}": (1.0, loss)}, log_joint.logsumexp((2, 3)))
+        return {f"l_{self.config.calm_loss}": (1.0, loss)}, log_joint.logsumexp((2, 3))
 
-    def predict(
-        self, model: nn.Module, images: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def predict(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits: log p(y|x). Maps: p(y,z|x) or p(z|x) (calm_map), in [0, 1]."""
-        log_joint = self.log_joint(model, images)
+        log_joint = self.log_joint(self.passes(images).features)
         logits = log_joint.logsumexp((2, 3))
         if self.config.calm_map == "location":
             return logits, log_joint.logsumexp(1).exp()
@@ -456,64 +433,66 @@ class SPG(CAM, name="spg"):
     First pair: (.7,.05) (authors).
     """
 
-    allowed = {f"spg_{end}{i}": (0, 1) for i in (1, 2, 3) for end in "hl"}
-
-    @classmethod
-    def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
-        """Adds spg_h1, spg_l1, ... spg_l3. A quarter of the demo's rate of new layers."""
-        pairs = enumerate(((0.7, 0.01), (0.5, 0.05), (0.7, 0.1)), 1)
-        own = {f"spg_{end}{i}": (value, COMMON_CODE) for i, pair in pairs for end, value in zip("hl", pair)}
-        if dataset == "demo":  # at 8e-2 and 4e-2 some seeds do not learn, or their loss becomes NaN
-            own["lr_new"] = (2e-2, OURS)
-        return super().preset(dataset, arch) | own
+    values = {
+        f"spg_{end}{i}": Value(
+            float, default, f"{'object' if end == 'h' else 'background'} seeds", SHARE, COMMON_CODE
+        )
+        for i, pair in enumerate(((0.7, 0.01), (0.5, 0.05), (0.7, 0.1)), 1)
+        for end, default in zip("hl", pair)
+    }
 
     def network(self, num_classes: int) -> GAPNetwork:
         """The CAM baseline's network with the branches in place of conv6, GAP and fc."""
-        model = super().network(num_classes)
-        vgg = isinstance(model, VGG16GAP)
-        channels, _ = remove_head(model)
-        if vgg and isinstance(model.features[model.dropout_at], nn.MaxPool2d):  # stride 8 has no pool4
-            model.features[model.dropout_at] = nn.MaxPool2d(3, stride=2, padding=1)
+        net = super().network(num_classes)
+        vgg = isinstance(net, VGG16GAP)
+        channels, _ = remove_head(net)
+        if vgg and isinstance(net.features[net.dropout_at], nn.MaxPool2d):  # stride 8 has no pool4
+            net.features[net.dropout_at] = nn.MaxPool2d(3, stride=2, padding=1)
         hidden, inner = (channels, channels) if vgg else (512, 1024)  # of the branches; in front of B1 and B2
-        model.a3 = head(channels, [hidden, hidden]) if vgg else nn.Identity()
-        model.a4 = head(channels, [], num_classes)
-        model.b1, model.b2 = head(inner, [hidden]), head(inner, [hidden])
-        model.b = head(hidden, [hidden], 1)
-        model.c = head(channels, [hidden], 1)
-        return model
+        net.a3 = head(channels, [hidden, hidden]) if vgg else nn.Identity()
+        net.a4 = head(channels, [], num_classes)
+        net.b1, net.b2 = head(inner, [hidden]), head(inner, [hidden])
+        net.b = head(hidden, [hidden], 1)
+        net.c = head(channels, [hidden], 1)
+        return net
 
-    def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
+    def passes(self, images: Tensor) -> Passes:
+        """Logits from S, and the features of the backbone."""
+        features = self.net.after_dropout(self.net.before_dropout(images))
+        return Passes(self.class_maps(features).mean((2, 3)), features)
+
+    def class_maps(self, features: Tensor) -> Tensor:
+        """S, N x K x h x w, from the features of the backbone."""
+        return full_precision(self.net.a4(self.net.a3(features)))
+
+    def forward(self, images: Tensor, labels: Tensor, epoch: int) -> tuple[Terms, Tensor]:
         """Cross-entropy of the logits, and of B1, B2 and C with their seeds."""
-        config, (layers, place) = self.config, backbone(model)
-        names = ("pool4", "conv5_3") if isinstance(model, VGG16GAP) else ("layer3.0", "layer3")
+        c, net, (layers, place) = self.config, self.net, backbone(self.net)
+        names = ("pool4", "conv5_3") if isinstance(net, VGG16GAP) else ("layer3.0", "layer3")
         first, second = (place[name] for name in names)
         a1 = layers[:first](images)
         a2 = layers[first:second](a1)
-        a3 = model.a3(layers[second:](a2))
-        s = full_precision(model.a4(a3))
+        a3 = net.a3(layers[second:](a2))
+        s = full_precision(net.a4(a3))
         logits = s.mean((2, 3))
 
         def full(x: Tensor) -> Tensor:
             return resize(x, images.shape[-1], "bilinear")
 
-        branches = (model.b(model.b1(a1)), model.b(model.b2(a2)), model.c(a3))
-        b1, b2, of_c = (full(x[:, 0]) for x in branches)
+        b1, b2, of_c = (full(x[:, 0]) for x in (net.b(net.b1(a1)), net.b(net.b2(a2)), net.c(a3)))
         s_y = full(of_class(s, labels))
         terms = {
             "l_ce": nnf.cross_entropy(logits, labels),
-            "l_b2": seed_loss(b2, seeds(minmax(s_y), config.spg_h1, config.spg_l1)),
-            "l_b1": seed_loss(b1, seeds(b2.sigmoid(), config.spg_h2, config.spg_l2)),
-            "l_c": seed_loss(of_c, seeds((b1.sigmoid() + b2.sigmoid()) / 2, config.spg_h3, config.spg_l3)),
+            "l_b2": seed_loss(b2, seeds(minmax(s_y), c.spg_h1, c.spg_l1)),
+            "l_b1": seed_loss(b1, seeds(b2.sigmoid(), c.spg_h2, c.spg_l2)),
+            "l_c": seed_loss(of_c, seeds((b1.sigmoid() + b2.sigmoid()) / 2, c.spg_h3, c.spg_l3)),
         }
-        return Losses({name: (1.0, value) for name, value in terms.items()}, logits)
+        return {name: (1.0, value) for name, value in terms.items()}, logits
 
-    def predict(
-        self, model: nn.Module, images: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def predict(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits and maps from S."""
-        s = full_precision(model.a4(model.a3(model(images).features)))
-        logits = s.mean((2, 3))
-        return logits, of_class(s, logits.argmax(1) if labels is None else labels)
+        logits, features, _ = self.passes(images)
+        return logits, of_class(self.class_maps(features), logits.argmax(1) if labels is None else labels)
 
 
 def seeds(maps: Tensor, high: float, low: float) -> Tensor:
@@ -541,35 +520,35 @@ def seed_loss(logits: Tensor, target: Tensor) -> Tensor:
 # ---- Networks
 
 
-def backbone(model: GAPNetwork) -> tuple[nn.Sequential, dict[str, int]]:
+def backbone(net: GAPNetwork) -> tuple[nn.Sequential, dict[str, int]]:
     """(layers, place): the layers up to the last feature map, in order, and the end of each place in them.
 
-    The layers are the model's own, not copies. A place names a pool, convolution or block (`pool4`,
+    The layers are the network's own, not copies. A place names a pool, convolution or block (`pool4`,
     `layer3.0`); `layers[: place[name]]` ends with it.
     """
-    if isinstance(model, VGG16GAP):
-        layers, pool4 = [*model.features, model.conv6], model.dropout_at
+    if isinstance(net, VGG16GAP):
+        layers, pool4 = [*net.features, net.conv6], net.dropout_at
         pool3 = max(i for i in range(pool4) if isinstance(layers[i], nn.MaxPool2d))
         return nn.Sequential(*layers), {
             "pool3": pool3 + 1,
             "conv4_3": pool4,
             "pool4": pool4 + 1,
-            "conv5_3": len(model.features),
+            "conv5_3": len(net.features),
         }
-    layers, place = [model.conv1, model.bn1, model.relu, model.maxpool], {}
+    layers, place = [net.conv1, net.bn1, net.relu, net.maxpool], {}
     for name in ("layer1", "layer2", "layer3", "layer4"):
-        for i, block in enumerate(getattr(model, name)):
+        for i, block in enumerate(getattr(net, name)):
             layers.append(block)
             place[f"{name}.{i}"] = place[name] = len(layers)
     return nn.Sequential(*layers), place
 
 
-def remove_head(model: GAPNetwork) -> tuple[int, int]:
+def remove_head(net: GAPNetwork) -> tuple[int, int]:
     """Removes conv6 and fc. Returns (channels of the last layer that remains, 1024 scaled by the width)."""
-    fc, model.fc = model.fc, nn.Identity()
-    if not isinstance(model, VGG16GAP):
+    fc, net.fc = net.fc, nn.Identity()
+    if not isinstance(net, VGG16GAP):
         return fc.in_features, 1024
-    conv6, model.conv6 = model.conv6[0], nn.Identity()
+    conv6, net.conv6 = net.conv6[0], nn.Identity()
     return conv6.in_channels, conv6.out_channels
 
 

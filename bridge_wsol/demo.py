@@ -5,30 +5,45 @@ The classes are fine-grained, as those of CUB. The pattern of the whole body (sp
 varies: the body's hue, size, proportions, pose and position, and the background. Some birds are partly
 outside the image, but the head is always inside.
 
-`draw_pretraining` draws the images on which the demo's small backbone is pretrained, in place of ImageNet:
-random shapes whose class, texture x colour, shows on the whole object. They contain no birds and none of the
-demo's classes.
+`pretrain` made the weights of the demo's small backbone, demo_vgg16.pth, in place of ImageNet's: from random
+shapes whose class, texture x colour, shows on the whole object. They contain no birds and none of the demo's
+classes. 25 minutes on one core:
+
+    python -m bridge_wsol.demo FOLDER OUT.pth      the shapes are drawn into FOLDER
 
 Every image has its own random generator, derived from (seed, split, index): no image depends on another one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from colorsys import hsv_to_rgb
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as nnf
 from PIL import Image, ImageDraw
+from torch import nn
 
-from .data import remove_leftovers, write_lists
-from .processes import ordered_map
-from .utils import counted, default_workers, write_text, writing
+from .data import TrainImages, read_split, to_input, train_loader, write_lists
+from .models import VGG16GAP
+from .utils import (
+    InputError,
+    autocast,
+    cores,
+    ordered_map,
+    progress,
+    resolve_device,
+    save_checkpoint,
+    seed_everything,
+    write_text,
+)
 
 SIZE = 128  # pixels of an image; training crops 7/8 of it, as 224 of 256
 SCALE = 2  # drawn at twice the size, then averaged: smooth edges
@@ -64,125 +79,74 @@ class Drawing(NamedTuple):
 
 # -------------------------------------------------------------------------------------------------- the files
 
+STAMP = "complete.txt"  # the last file of a data set; its text says what was drawn
+VERSION = 1  # of the drawings: another one draws them again
 
-def draw_demo(data_root: Path, splits: Path) -> None:
-    """Draws the data set `demo` if it is not there: images and masks in data_root/demo, lists in splits/demo.
+
+def draw_demo(data_root: Path, lists: Path) -> None:
+    """Draws the data set `demo` if it is not there: images and masks in data_root/demo, lists in lists/demo.
 
     data_root/demo/masks has the masks of the birds, data_root/demo/parts those of the heads. The pixels are
     the same on every machine with the same Pillow and NumPy. Raises InputError if nothing can be written.
     """
-    _draw(data_root, splits, "demo", DEMO_COUNTS, len(GENERA) * len(HEADS), seed=0, draw=draw_bird)
+    _draw(data_root / "demo", lists / "demo", DEMO_COUNTS, draw_bird, len(GENERA) * len(HEADS), seed=0)
 
 
-def draw_pretraining(data_root: Path, splits: Path) -> None:
-    """Draws the data set `demo-pretrain` in the same way, for the backbone in this package."""
-    classes = len(TEXTURES) * (len(HUES) + 1)
-    _draw(data_root, splits, "demo-pretrain", PRETRAINING_COUNTS, classes, seed=1, draw=draw_shape)
-
-
-class _Order(NamedTuple):
-    draw: Callable[[np.random.Generator, int], Drawing]
-    random: tuple[int, int, int]  # seed, split, index
-    label: int
-    image: Path
-    mask: Path
-    part: Path
-
-
-def _draw(
-    data_root: Path, splits: Path, name: str, counts: dict[str, int], classes: int, seed: int, draw: Callable
-) -> None:
-    root, lists = data_root / name, splits / name
-    # Other counts or another text of this file, which draws the images, give another stamp: they are drawn
-    # again.
-    drawer = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    stamp = f"{name} seed {seed} {counts} by {drawer}\n"
-    if _is_complete(root, stamp) and _is_complete(lists, stamp):
+def _draw(root: Path, lists: Path, counts: dict[str, int], draw: Callable, classes: int, seed: int) -> None:
+    stamp = f"{root.name} version {VERSION}, {counts}\n"
+    if all(_text(folder / STAMP) == stamp for folder in (root, lists)):
         return
-    print(f"drawing {sum(counts.values())} images into {root}", flush=True)
-    with _new_folder(root, stamp) as folder:
-        orders = _orders(folder, counts, classes, seed, draw)
-        drawn = ordered_map(_draw_one, orders.values(), default_workers())
-        boxes = dict(zip(orders, counted(drawn, f"drawing {name}", len(orders))))
+    orders = {
+        f"{split}/{index:05d}.png": ((seed, number, index), index % classes)
+        for number, (split, count) in enumerate(counts.items())
+        for index in range(count)
+    }
+    print(f"drawing {len(orders)} images into {root}", flush=True)
+    part = root.with_name(f".{root.name}.{secrets.token_hex(4)}.part")
+    try:
+        for split in counts:
+            for kind in ("", "masks", "parts"):
+                (part / kind / split).mkdir(parents=True)
+        jobs = [(part, image, draw, *order) for image, order in orders.items()]
+        drawn = progress(ordered_map(_draw_one, jobs, cores()), f"drawing {root.name}", len(orders))
+        boxes = {job[1]: box for job, box in drawn}
+        write_text(part / STAMP, stamp)
+        if root.exists():
+            shutil.rmtree(root)
+        with suppress(OSError):  # another process was first: its images are the same
+            part.rename(root)
+    except OSError as error:
+        raise InputError(f"{root}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     for split in counts:
         ids = [image for image in orders if image.startswith(f"{split}/")]
-        write_lists(lists / split, _lists(ids, orders, boxes))
+        located = ((",".join(map(str, (image, *boxes[image]))), f"{image},masks/{image},") for image in ids)
+        files = {
+            "image_ids": ids,
+            "class_labels": [f"{image},{orders[image][1]}" for image in ids],
+            "image_sizes": [f"{image},{SIZE},{SIZE}" for image in ids],
+            "localization": [line for lines in located for line in lines],
+        }
+        write_lists(lists / split, files)
     write_text(lists / STAMP, stamp)
 
 
-def _orders(
-    folder: Path, counts: dict[str, int], classes: int, seed: int, draw: Callable
-) -> dict[str, _Order]:
-    """{image id: what to draw}; makes the folders for it."""
-    orders = {}
-    for number, (split, count) in enumerate(counts.items()):
-        places = [folder / split, folder / "masks" / split, folder / "parts" / split]
-        for place in places:
-            place.mkdir(parents=True)
-        for index in range(count):
-            file = f"{index:05d}.png"
-            paths = (place / file for place in places)
-            orders[f"{split}/{file}"] = _Order(draw, (seed, number, index), index % classes, *paths)
-    return orders
+def _text(path: Path) -> str | None:
+    with suppress(OSError, UnicodeDecodeError):
+        return path.read_text(encoding="utf-8")
 
 
-def _draw_one(order: _Order) -> tuple[int, int, int, int]:
+def _draw_one(job: tuple) -> tuple[int, int, int, int]:
     """Writes one image, its mask and, if it is not empty, the mask of its part; returns the exact box."""
-    drawing = order.draw(np.random.default_rng(order.random), order.label)
-    with writing(order.image):
-        drawing.image.save(order.image, compress_level=1)
-        Image.fromarray(drawing.mask).save(order.mask)
-        if drawing.part.any():
-            Image.fromarray(drawing.part).save(order.part)
+    folder, image, draw, random, label = job
+    drawing = draw(np.random.default_rng(random), label)
+    drawing.image.save(folder / image, compress_level=1)
+    Image.fromarray(drawing.mask).save(folder / "masks" / image)
+    if drawing.part.any():
+        Image.fromarray(drawing.part).save(folder / "parts" / image)
     y, x = np.nonzero(drawing.mask)
     return int(x.min()), int(y.min()), int(x.max()), int(y.max())
-
-
-def _lists(ids: list[str], orders: dict[str, _Order], boxes: dict[str, tuple]) -> dict[str, list[str]]:
-    located = ((",".join(map(str, (image, *boxes[image]))), f"{image},masks/{image},") for image in ids)
-    return {
-        "image_ids": ids,
-        "class_labels": [f"{image},{orders[image].label}" for image in ids],
-        "image_sizes": [f"{image},{SIZE},{SIZE}" for image in ids],
-        "localization": [line for lines in located for line in lines],
-    }
-
-
-STAMP = "complete.txt"  # the last file of a data set; its text says what was drawn
-
-
-def _is_complete(folder: Path, stamp: str) -> bool:
-    try:
-        return (folder / STAMP).read_text(encoding="utf-8") == stamp
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-@contextmanager
-def _new_folder(target: Path, stamp: str) -> Iterator[Path]:
-    """Yields a temporary folder; if the block ends well, stamps it and renames it to `target`.
-
-    If another process was first, its folder stays and this one is removed. So `target` is never half-drawn,
-    and an incomplete or older `target` is replaced.
-    """
-    remove_leftovers(target)
-    part, old = (target.with_name(f".{target.name}.{secrets.token_hex(4)}.part") for _ in range(2))
-    try:
-        with writing(target):
-            part.mkdir(parents=True)
-            yield part
-            write_text(part / STAMP, stamp)
-            try:
-                part.rename(target)
-            except OSError:  # there is a folder with this name
-                if not target.is_dir():
-                    raise
-                if not _is_complete(target, stamp):
-                    target.rename(old)
-                    part.rename(target)
-    finally:
-        for folder in (part, old):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------------- the bird
@@ -473,3 +437,60 @@ def _polygon(image: Image.Image, points: np.ndarray, color: Color | int) -> None
 
 def _line(image: Image.Image, points: np.ndarray, color: Color) -> None:
     ImageDraw.Draw(image).line(points.ravel().tolist(), fill=color, width=SCALE)
+
+
+# ------------------------------------------------------------------------------------ the pretrained weights
+
+
+def pretrain(folder: Path, out: Path, epochs: int = 12) -> None:
+    """Draws 8,000 shapes, trains VGG16-GAP at a quarter of its width with batch norm, writes its features.
+
+    Batch norm helps a training from scratch. It is folded into the convolutions, in half precision.
+    """
+    counts = {"train": PRETRAINING_COUNTS["train"]}
+    _draw(folder / "shapes", folder / "lists", counts, draw_shape, len(TEXTURES) * (len(HUES) + 1), seed=1)
+    split = read_split(folder / "lists" / "train", folder / "shapes", "shapes")
+    device = resolve_device("auto")
+    seed_everything(0)
+    net = VGG16GAP(len(TEXTURES) * (len(HUES) + 1), stride=8, width=0.25)
+    net.features, net.conv6 = _with_batch_norm(net.features), _with_batch_norm(net.conv6)
+    net.to(device, memory_format=torch.channels_last)
+    sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
+    optimizer = torch.optim.SGD(net.parameters(), lr=3e-2, **sgd)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [8, 10], gamma=0.2)
+    loader = train_loader(TrainImages(split, 128, 112, seed=0), 32, workers=0)
+    for epoch in range(1, epochs + 1):
+        loader.batch_sampler.set_epoch(epoch)
+        for images, labels in progress(loader, f"epoch {epoch}/{epochs}", len(loader), "steps"):
+            with autocast(device, "bf16"):
+                logits = net.classify(net.conv6(net.features(to_input(images, device))))
+            optimizer.zero_grad()
+            loss = nnf.cross_entropy(logits.float(), labels.to(device))
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+        print(f"epoch {epoch}/{epochs}: loss of the last batch {float(loss):.4f}", flush=True)
+    save_checkpoint(out, {f"features.{k}": v.half().contiguous() for k, v in _folded(net.features).items()})
+
+
+def _with_batch_norm(layers: nn.Sequential) -> nn.Sequential:
+    pairs = ([x, nn.BatchNorm2d(x.out_channels)] if isinstance(x, nn.Conv2d) else [x] for x in layers)
+    return nn.Sequential(*(layer for pair in pairs for layer in pair))
+
+
+def _folded(layers: nn.Sequential) -> dict[str, torch.Tensor]:
+    """The state of the same layers without batch norm: the same function in eval mode.
+
+    BN(w * x + b) = (w k) * x + (b - mean) k + beta with k = gamma / sqrt(var + eps).
+    """
+    folded = nn.Sequential(*(layer for layer in layers if not isinstance(layer, nn.BatchNorm2d))).state_dict()
+    names = [name.removesuffix(".weight") for name in folded if name.endswith(".weight")]
+    for name, norm in zip(names, (layer for layer in layers if isinstance(layer, nn.BatchNorm2d))):
+        k = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        folded[f"{name}.weight"] = folded[f"{name}.weight"] * k[:, None, None, None]
+        folded[f"{name}.bias"] = (folded[f"{name}.bias"] - norm.running_mean) * k + norm.bias
+    return {name: value.detach() for name, value in folded.items()}
+
+
+if __name__ == "__main__":
+    pretrain(Path(sys.argv[1]), Path(sys.argv[2]))

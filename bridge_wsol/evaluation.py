@@ -1,4 +1,4 @@
-"""From a network or files to numbers: score maps of a split, their metrics, the files of a run.
+"""From a network or files to numbers: score maps of a split, their metrics, trained runs, boxes for photos.
 
 The protocol is that of Choe et al. (CVPR 2020): the map of the ground-truth class, bicubic resize, min-max
 per image; `boxes` and `metrics` do the rest. For use from Python:
@@ -9,14 +9,9 @@ per image; `boxes` and `metrics` do the rest. For use from Python:
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
-import json
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -24,37 +19,37 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes, make_grid
 
 from . import cam
 from .baselines import METHODS
-from .boxes import LEVELS, fixed_level, level_boxes, scale_boxes
-from .data import Masks, Split, decode, load_masks, test_loader, to_input, to_rgb
+from .boxes import LEVELS, fixed_level, iou_matrix, level_boxes, scale_boxes
+from .data import Masks, Split, as_score_map, decode, load_masks, load_rgb, test_loader, to_input, to_rgb
 from .datasets import load_splits
 from .losses import full_precision
 from .methods import CAM
-from .metrics import BoxAccuracy, Localization, PixelAveragePrecision, label_ranks, localize, top_k_accuracy
-from .models import load_tensors, restore_weights
-from .processes import all_gather, ordered_map
+from .metrics import LEVEL_NAMES, Evaluator, Measured, label_ranks, measure, selection_score
+from .models import load_weights
 from .utils import (
     InputError,
-    Progress,
+    all_gather,
     atomic_write,
     autocast,
-    counted,
-    duration,
-    first_line,
+    flag,
+    load_tensors,
+    ordered_map,
+    progress,
     rank,
+    read_json,
     resolve_device,
+    say,
     world_size,
     write_json,
     write_text,
 )
-
-LEVEL_NAMES = ("30", "50", "70", "largest")  # the chosen levels: all contours by IoU, the largest contour
-FIX_OUT = "pass another --out, or remove it"
-RUN_KEYS = ("dataset", "arch", "method", "seed")  # of the configuration, in every results file of a run
 
 # ------------------------------------------------------------------------------------------- score maps
 
@@ -64,48 +59,34 @@ class MapBatch(NamedTuple):
 
     indices: list[int]
     maps: np.ndarray  # N x size x size float32 in [0, 1]
-    ranks: list[int] | None = None  # `label_ranks`; None without a classifier
-    predicted: list[int] | None = None  # Top-1 class of each image
+    logits: np.ndarray | None = None  # N x K; None without a classifier
 
 
 @torch.inference_mode()
 def network_maps(
-    model: nn.Module,
-    loader: DataLoader,
-    *,
     method: CAM,
-    device: torch.device,
+    loader: DataLoader,
     amp: str,
-    normalization: str | None,
-    image_size: int,
+    normalization: str | None = "minmax",
     percentile: float | None = None,
 ) -> Iterator[MapBatch]:
-    """Score map of the ground-truth class and rank of that class, for every image: one forward pass each.
+    """Score map of the ground-truth class and logits, for every image: one forward pass each.
 
     normalization None: the maps as the method returns them, N x h x w, unbounded, for `normalized`.
     """
-    model.eval()
+    method.eval()
+    device = next(method.parameters()).device
     for images, labels, indices in loader:
         with autocast(device, amp):
-            logits, maps = method.predict(model, to_input(images, device), labels.to(device))
+            logits, maps = method.predict(to_input(images, device), labels.to(device))
         if normalization is not None:
-            maps = cam.normalize(cam.resize(maps, image_size, method.upsampling), normalization, percentile)
-        logits = full_precision(logits).cpu().numpy()
-        ranks = label_ranks(logits, labels.numpy())
-        yield MapBatch(indices.tolist(), maps.cpu().numpy(), ranks.tolist(), logits.argmax(1).tolist())
-
-
-def normalized(
-    batches: Iterable[MapBatch], image_size: int, upsampling: str, normalization: str, percentile: float
-) -> Iterator[MapBatch]:
-    """The batches of `network_maps` with this normalization, from its batches without one."""
-    for batch in batches:
-        maps = cam.resize(torch.from_numpy(batch.maps), image_size, upsampling)
-        yield batch._replace(maps=cam.normalize(maps, normalization, percentile).numpy())
+            maps = cam.resize(maps, method.config.image_size, method.upsampling)
+            maps = cam.normalize(maps, normalization, percentile)
+        yield MapBatch(indices.tolist(), maps.cpu().numpy(), full_precision(logits).cpu().numpy())
 
 
 def pair_maps(
-    pairs: Iterable[tuple[str, np.ndarray]],
+    pairs: Iterable[tuple[Any, ...]],
     split: Split,
     *,
     image_size: int,
@@ -123,31 +104,25 @@ def pair_maps(
         index = index_of.pop(image, None)
         if index is None:
             raise InputError(f"{image}: not an image of {split.name}, or its second score map")
-        score_map = np.asarray(score_map, dtype=np.float32)
-        if score_map.ndim != 2 or not score_map.size or not 0 <= score_map.min() <= score_map.max() <= 1:
-            raise InputError(f"{image}: a score map must be a 2-D array of floats in [0, 1]")
-        maps = cam.resize(torch.from_numpy(score_map)[None], image_size)
+        maps = cam.resize(torch.from_numpy(as_score_map(score_map, image))[None], image_size)
         batch = MapBatch([index], cam.normalize(maps, normalization, percentile).numpy())
         if logits:
-            scores, label = np.array(logits[0], dtype=float, ndmin=2), split.labels[index : index + 1]
-            if scores.shape[:-1] != (1,) or scores.shape[1] <= label[0]:
+            scores = np.array(logits[0], dtype=float, ndmin=2)
+            if scores.shape[:-1] != (1,) or scores.shape[1] <= split.labels[index]:
                 raise InputError(f"{image}: logits must be a list of numbers, one for each class")
-            ranks = label_ranks(scores, label).tolist()
-            batch = batch._replace(ranks=ranks, predicted=[int(scores.argmax())])
+            batch = batch._replace(logits=scores)
         yield batch
     if index_of:
-        raise InputError(
-            f"{split.name}: {len(index_of)} images without a score map, {next(iter(index_of))} first"
-        )
+        first = next(iter(index_of))
+        raise InputError(f"{split.name}: {len(index_of)} images without a score map, {first} first")
 
 
 def evaluate_score_maps(
-    pairs: Iterable[tuple[str, np.ndarray]], split: Split, *, image_size: int = 224, **options: Any
+    pairs: Iterable[tuple[Any, ...]], split: Split, *, image_size: int = 224, **options: Any
 ) -> dict[str, Any]:
-    """`evaluate_maps` of the maps of `pair_maps`. options: of both functions; workers defaults to 0."""
+    """`evaluate_maps` of the maps of `pair_maps`. options: of both functions."""
     normalization = {k: options.pop(k) for k in ("normalization", "percentile") if k in options}
-    batches = pair_maps(pairs, split, image_size=image_size, **normalization)
-    return evaluate_maps(batches, split, **({"workers": 0} | options))
+    return evaluate_maps(pair_maps(pairs, split, image_size=image_size, **normalization), split, **options)
 
 
 # ---------------------------------------------------------------------------------------------- metrics
@@ -157,194 +132,97 @@ class Job(NamedTuple):
     """One image, for a worker process."""
 
     index: int
+    rank: int | None  # of the label; None without logits
+    predicted: int  # Top-1 class
     score_map: np.ndarray
     boxes: np.ndarray | None  # G x 4, in pixels of the map
     root: Path
     masks: Masks | None
-    threshold: float | None  # the fixed one
-
-
-class Measured(NamedTuple):
-    """What a worker process found. None: the image has no boxes or masks, or there is no fixed threshold."""
-
-    index: int
-    localization: Localization | None
-    fixed_level: int | None
-    pixels: PixelAveragePrecision | None
-
-
-def measure(job: Job) -> Measured:
-    """The work that runs beside the network: the sweep over all levels, the histogram of pixels."""
-    localization = level = pixels = None
-    if job.boxes is not None:
-        localization = localize(job.score_map, job.boxes)
-        if job.threshold is not None:
-            level = fixed_level(job.score_map, job.threshold)
-    if job.masks is not None:
-        pixels = PixelAveragePrecision()
-        pixels.update(job.score_map, *load_masks(job.root, job.masks, len(job.score_map)))
-    return Measured(job.index, localization, level, pixels)
-
-
-@dataclass
-class Tally:
-    """What is known of the images so far. Images are kept by their index, so merging processes is exact."""
-
-    seen: list[int] = field(default_factory=list)
-    ranks: dict[int, int] = field(default_factory=dict)
-    predicted: dict[int, int] = field(default_factory=dict)
-    largest: dict[int, np.ndarray] = field(default_factory=dict)  # boxes of the largest contour at each level
-    fixed: dict[int, int] = field(default_factory=dict)  # level of the fixed threshold
-    accuracy: BoxAccuracy = field(default_factory=BoxAccuracy)
-    pixels: PixelAveragePrecision = field(default_factory=PixelAveragePrecision)
-
-    def note(self, batch: MapBatch) -> None:
-        """Images whose maps are made."""
-        self.seen.extend(batch.indices)
-        if batch.ranks is not None:
-            self.ranks.update(zip(batch.indices, batch.ranks))
-            self.predicted.update(zip(batch.indices, batch.predicted))
-
-    def add(self, found: Measured, keep_largest: bool) -> None:
-        """An image that a worker has measured."""
-        if found.localization is not None:
-            self.accuracy.update(found.index, found.localization.ious, self.ranks.get(found.index))
-            if keep_largest:
-                self.largest[found.index] = found.localization.largest
-        if found.fixed_level is not None:
-            self.fixed[found.index] = found.fixed_level
-        if found.pixels is not None:
-            self.pixels.merge(found.pixels)
-
-    def merge(self, other: Tally) -> None:
-        """Adds the images of another process."""
-        self.seen = sorted(self.seen + other.seen)
-        for name in ("ranks", "predicted", "largest", "fixed"):
-            getattr(self, name).update(getattr(other, name))
-        self.accuracy.merge(other.accuracy)
-        self.pixels.merge(other.pixels)
+    threshold: float | None
 
 
 def evaluate_maps(
     batches: Iterable[MapBatch],
     split: Split,
     *,
-    workers: int,
+    workers: int = 0,
     val_levels: dict[str, int] | None = None,
     save_maps: Path | None = None,
     per_image: Path | None = None,
-    keep: Iterable[int] = (),
     threshold: float | None = None,
 ) -> dict[str, Any]:
-    """All metrics of the score maps: {"images", "metrics", "levels", "thresholds", "curves", "kept"}.
-
-    Metrics are in percent, and None where boxes, masks or logits are missing. `workers` changes no result.
-    Where some images have no boxes or masks, "images_with_boxes" or "images_with_masks" has the number of the
-    others. Raises InputError where there is nothing to measure, and where some images have no logits.
+    """All metrics of the score maps, `metrics.Evaluator.result`. `workers` changes no result.
 
     workers: processes that sweep maps while the network makes the next ones.
     val_levels: levels chosen on val, for the accuracy at thresholds that did not see this split.
-    save_maps: a folder for the maps. per_image: a CSV file to write. keep: indices whose maps are in "kept".
+    save_maps: a folder for the maps. per_image: a CSV file to write.
     threshold: a fixed one, a fraction of each map's maximum, for "fixed_threshold" in the metrics.
+    Raises InputError as `Evaluator.result` does, and for a threshold outside [0, 1).
     """
-    tally, kept, keep = Tally(), {}, set(keep)
-    _check_threshold(threshold)
-
-    def jobs() -> Iterator[Job]:
-        for batch in batches:
-            tally.note(batch)
-            for index, score_map in zip(batch.indices, batch.maps):
-                if save_maps is not None:
-                    with atomic_write(save_maps / f"{split.ids[index]}.npy") as part, part.open("wb") as file:
-                        np.save(file, score_map)
-                if index in keep:
-                    kept[index] = score_map
-                boxes = split.boxes.get(index)
-                if boxes is not None:
-                    boxes = scale_boxes(boxes, tuple(split.sizes[index]), len(score_map))
-                yield Job(index, score_map, boxes, split.root, split.masks.get(index), threshold)
-
+    require_threshold(threshold)
+    evaluator, whole = Evaluator(), Evaluator()
+    measured = ordered_map(_measure, _jobs(batches, split, threshold), workers)
     share = len(range(rank(), len(split), world_size()))
-    for found in counted(ordered_map(measure, jobs(), workers), split.name, share):
-        tally.add(found, keep_largest=per_image is not None)
-    parts = all_gather(tally)
-    if len(parts) > 1:
-        tally = Tally()
-        for part in parts:
-            tally.merge(part)
-    result = {**_summary(tally, split, val_levels, threshold), "kept": kept}
-    if per_image is not None:
-        write_per_image(per_image, split, tally, result["levels"])
+    for job, found in progress(measured, split.name, share):
+        evaluator.add(job.index, found, job.rank, job.predicted)
+        if save_maps is not None:
+            with atomic_write(save_maps / f"{split.ids[job.index]}.npy") as part, part.open("wb") as file:
+                np.save(file, job.score_map)
+    for part in all_gather(evaluator):
+        whole.merge(part)
+    try:
+        result = whole.result(val_levels, threshold)
+    except InputError as error:
+        raise InputError(f"{split.name}: {error}") from None
+    if per_image is not None and rank() == 0:
+        write_per_image(per_image, split, whole, result["levels"])
     return result
 
 
-def _check_threshold(threshold: float | None) -> None:
+def _jobs(batches: Iterable[MapBatch], split: Split, threshold: float | None) -> Iterator[Job]:
+    for indices, maps, logits in batches:
+        ranks, predicted = [None] * len(indices), [-1] * len(indices)
+        if logits is not None:
+            ranks, predicted = label_ranks(logits, split.labels[indices]).tolist(), logits.argmax(1).tolist()
+        for index, *of_image in zip(indices, ranks, predicted, maps):
+            boxes = split.boxes.get(index)
+            if boxes is not None:
+                boxes = scale_boxes(boxes, tuple(split.sizes[index]), len(of_image[-1]))
+            yield Job(index, *of_image, boxes, split.root, split.masks.get(index), threshold)
+
+
+def _measure(job: Job) -> Measured:
+    """The work that runs beside the network: the sweep over all levels, the histogram of pixels."""
+    masks = None if job.masks is None else load_masks(job.root, job.masks, len(job.score_map))
+    return measure(job.score_map, job.boxes, masks, job.threshold)
+
+
+def require_threshold(threshold: float | None) -> None:
+    """Raises InputError for a fixed threshold outside [0, 1)."""
     if threshold is not None and not 0 <= threshold < 1:
         raise InputError(f"threshold {threshold}: must be in [0, 1)")
 
 
-def _summary(
-    tally: Tally, split: Split, val_levels: dict[str, int] | None, threshold: float | None
-) -> dict[str, Any]:
-    names = ("max_box_acc_v2", "max_box_acc", "gt_known_loc", "gt_known_loc_largest", "top1_loc", "top5_loc")
-    names += ("top1_cls", "top5_cls", "max_box_acc_v2_at_val_threshold", "pxap")
-    metrics: dict[str, Any] = dict.fromkeys(names)
-    if not split.boxes and not split.masks and not tally.ranks:
-        raise InputError(f"{split.name}: no boxes, masks or logits: there is nothing to measure")
-    if tally.ranks and len(tally.ranks) < len(tally.seen):
-        without = next(split.ids[index] for index in tally.seen if index not in tally.ranks)
-        raise InputError(f"{without}: no logits, but other images have them: pass them for all, or for none")
-    result: dict[str, Any] = {"images": len(tally.seen), "metrics": metrics}
-    for name, those in (("boxes", split.boxes), ("masks", split.masks)):
-        if 0 < len(those) < len(tally.seen):
-            result[f"images_with_{name}"] = len(those)
-    result |= dict.fromkeys(("levels", "thresholds", "curves"))
-    if split.boxes:
-        computed = tally.accuracy.compute(val_levels)
-        metrics |= computed.pop("metrics")
-        result |= computed
-        result["thresholds"] = {name: level / LEVELS for name, level in result["levels"].items()}
-        if threshold is not None:
-            at_threshold = tally.accuracy.at_fixed_levels(tally.fixed)
-            metrics["fixed_threshold"] = {"threshold": threshold, **at_threshold}
-    if tally.ranks:
-        metrics |= {f"top{k}_cls": top_k_accuracy(list(tally.ranks.values()), k) for k in (1, 5)}
-    if split.masks:
-        metrics["pxap"] = tally.pixels.compute()
-    return result
-
-
-def write_per_image(path: Path, split: Split, tally: Tally, levels: dict[str, int] | None) -> None:
+def write_per_image(path: Path, split: Split, evaluator: Evaluator, levels: dict[str, int] | None) -> None:
     """A CSV line per image: IoU at each chosen threshold; box of the largest contour, in map pixels."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     head = ["id", "label", "predicted", *(f"iou_{name}" for name in LEVEL_NAMES), "x0", "y0", "x1", "y1"]
     rows.writerow(head)
-    for index in tally.seen:
-        row: list[Any] = [split.ids[index], split.labels[index], tally.predicted.get(index, "")]
-        if index in tally.largest:
-            ious, level = tally.accuracy.ious[index], levels["largest"]
-            row += [f"{ious[0, levels[name]]:.6f}" for name in ("30", "50", "70")]
-            row += [f"{ious[1, level]:.6f}", *tally.largest[index][level]]
+    for index, found in sorted(evaluator.images.items()):
+        row: list[Any] = [split.ids[index], split.labels[index], evaluator.predicted.get(index, "")]
+        if found.ious is not None:
+            row += [f"{found.ious[name == 'largest', levels[name]]:.6f}" for name in LEVEL_NAMES]
+            row += [*found.largest[levels["largest"]]]
         rows.writerow(row + [""] * (len(head) - len(row)))
     write_text(path, text.getvalue())
-
-
-def selection_score(metrics: dict[str, Any]) -> tuple[str, float]:
-    """(name, value) of the metric that selects the best epoch on val (appendix B): mean MaxBoxAccV2.
-
-    PxAP where there are masks only, Top-1 classification where there is neither.
-    """
-    if metrics["max_box_acc_v2"] is not None:
-        return "MaxBoxAccV2", metrics["max_box_acc_v2"]["mean"]
-    return ("PxAP", metrics["pxap"]) if metrics["pxap"] is not None else ("Top-1 cls", metrics["top1_cls"])
 
 
 QS = tuple(round(0.05 * i, 2) for i in range(1, 15))  # IVR's percentiles to choose from: 0.05, ..., 0.70
 
 
 def choose_percentile(
-    batches: Iterable[MapBatch], split: Split, *, image_size: int, upsampling: str, workers: int
+    batches: Iterable[MapBatch], split: Split, method: CAM, workers: int
 ) -> tuple[float, dict[str, Any], dict[str, int] | None]:
     """IVR's percentile with the best `selection_score` on val, the lowest of equals.
 
@@ -353,170 +231,82 @@ def choose_percentile(
     """
     if not split.boxes and not split.masks:
         raise InputError(f"--percentile val: {split.name} has neither boxes nor masks: pass a number")
-    kept = list(batches)
-    scores, levels = {}, {}
+    kept, scores, levels = list(batches), {}, {}
+
+    def normalized(q: float) -> Iterator[MapBatch]:
+        for batch in kept:
+            maps = cam.resize(torch.from_numpy(batch.maps), method.config.image_size, method.upsampling)
+            yield batch._replace(maps=cam.normalize(maps, "ivr", q).numpy())
+
     for q in QS:
-        result = evaluate_maps(normalized(kept, image_size, upsampling, "ivr", q), split, workers=workers)
+        result = evaluate_maps(normalized(q), split, workers=workers)
         name, scores[q] = selection_score(result["metrics"])
         levels[q] = result["levels"]
     best = max(QS, key=scores.__getitem__)
     return best, {"chosen_on": "val", "by": name, "scores": scores}, levels[best]
 
 
-# -------------------------------------------------------------------------------------- files of a run
+# -------------------------------------------------------------------------------------------- results files
 
 
-def open_checkpoint(out: Path, resume: bool) -> dict[str, Any] | None:
-    """The checkpoint to resume; None for a new run, and with --resume where last.pt is not there yet.
+def results_name(
+    checkpoint: str,
+    split: str,
+    normalize: str = "minmax",
+    percentile: float | str | None = None,
+    of_map: dict[str, Any] | None = None,
+) -> str:
+    """The name of a results file.
 
-    Raises InputError for an existing folder without --resume, and for a damaged checkpoint.
+    percentile: None for the default; "val" for one that val chose. of_map: the values that were changed.
     """
-    if not resume and out.exists():
-        raise InputError(f"{out}: exists: pass --resume to continue it, pass another --out, or remove it")
-    if not resume or not (out / "last.pt").exists():
-        return None
-    checkpoint = load_tensors(out / "last.pt")
-    with not_a_checkpoint(out / "last.pt", FIX_OUT):
-        for name in ("optimizer", "random_states", "sources", "best", "progress"):
-            if not isinstance(checkpoint[name], (dict, type(None))):
-                raise KeyError(name)
-        if problem := _checkpoint_problem(checkpoint):
-            raise KeyError(problem)
-    return checkpoint
+    name = f"results_{checkpoint}_{split}"
+    name += "" if normalize == "minmax" else f"_{normalize}"
+    name += "" if percentile is None else f"_{percentile}"
+    return name + "".join(f"_{key}={value}" for key, value in (of_map or {}).items()) + ".json"
 
 
-@contextmanager
-def not_a_checkpoint(path: Path, fix: str = "pass a folder that train.py wrote") -> Iterator[None]:
-    """Turns the error of a readable file that is no checkpoint of train.py into an InputError."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        missing = isinstance(error, KeyError) and f"{error.args[0]} is missing or has the wrong type"
-        problem = f"not a checkpoint of train.py ({missing or first_line(error)})"
-        raise InputError(f"{path}: {problem}: {fix}") from error
+def write_results(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
+    """The head, then images, metrics, levels, thresholds and curves. Only the first process writes."""
+    if rank() == 0:
+        write_json(path, head | result)
 
 
-def load_run(
-    run: Path, which: str, device: torch.device, of_map: dict[str, str] | None = None
-) -> tuple[nn.Module, CAM, dict[str, Any]]:
-    """(network, method, checkpoint) of RUN/<which>.pt, which = "best" or "last".
-
-    of_map: values of the method's map, instead of those of the run; they are in the checkpoint's "config".
-    Raises InputError for a folder that is not a run, a damaged checkpoint, one from the middle of an epoch,
-    an unknown method, or a value that is not one of its map.
-    """
-    path = Path(run) / f"{which}.pt"
-    if not path.exists():
-        raise InputError(f"{path}: no such checkpoint: pass a folder that train.py wrote")
-    checkpoint = load_tensors(path)
-    problem = _checkpoint_problem(checkpoint)
-    with not_a_checkpoint(path):
-        if problem:
-            raise KeyError(problem)
-        if checkpoint.get("progress"):
-            step = f"epoch {checkpoint['epoch'] + 1}, after step {checkpoint['progress']['step']}"
-            fix = "continue it with train.py --resume, or evaluate --checkpoint best"
-            raise InputError(f"{path}: the run was interrupted in {step}: {fix}")
-        config = checkpoint["config"]
-        if config["method"] not in METHODS:
-            unknown = f"{path}: a run of the unknown method {config['method']!r}"
-            raise InputError(f"{unknown}: import the file that defines its class first")
-        for name in (of_map or {}).keys() - set(METHODS[config["method"]].of_map):
-            flag, method_flag = f"--{name.replace('_', '-')}", f"--method {config['method']}"
-            raise InputError(f"{flag}: {run} was trained with {method_flag}, which has no such value")
-        config |= of_map or {}
-        method = METHODS[config["method"]](SimpleNamespace(**config))
-        model = method.network(checkpoint["num_classes"])
-        restore_weights(model, checkpoint["model"], path)
-    return model.to(device, memory_format=torch.channels_last), method, checkpoint
-
-
-def run_splits(
-    run: Path,
-    checkpoint: dict[str, Any],
-    names: tuple[str, ...],
-    data_root: Path | None = None,
-    splits_dir: Path | None = None,
-) -> dict[str, Split]:
-    """The named splits of a run's data set. data_root, splits_dir: instead of those of the run.
-
-    Raises InputError as `load_splits` does, and where the lists have other classes than the run.
-    """
-    config = checkpoint["config"]
-    data_root, splits_dir = data_root or Path(config["data_root"]), splits_dir or Path(config["splits"])
-    splits, record = load_splits(config["dataset"], data_root, splits_dir, names, config["val_per_class"])
-    require_classes(run, checkpoint, record)
-    return splits
-
-
-def require_classes(run: Path, checkpoint: dict[str, Any], record: dict[str, Any]) -> None:
-    """Raises InputError where a run has other classes than its data set has now. record: of `load_splits`."""
-    dataset = checkpoint["config"]["dataset"]
-    if record["num_classes"] != checkpoint["num_classes"]:
-        trained = f"{run} was trained on {checkpoint['num_classes']} classes"
-        raise InputError(f"{trained}, {dataset} has {record['num_classes']} now: check --splits")
-    if checkpoint.get("classes") and record.get("classes") and checkpoint["classes"] != record["classes"]:
-        raise InputError(f"{run} was trained on other classes than {dataset} has now: check --splits")
-
-
-def require_same_data(run: Path, checkpoint: dict[str, Any], record: dict[str, Any]) -> None:
-    """Raises InputError where a run to resume has other classes, or other images of train or val."""
-    require_classes(run, checkpoint, record)
-    digests = checkpoint.get("digests") or record["digests"]  # old checkpoints have none
-    for name in ("train", "val"):
-        if digests[name] != record["digests"][name]:
-            fix = "restore it, or train in another --out"
-            raise InputError(f"{run}: the list of {name} has changed since the run began: {fix}")
-
-
-def levels_of(checkpoint: dict[str, Any]) -> dict[str, int] | None:
-    """The levels that val chose with these weights; None where it has no boxes or was not evaluated then."""
-    val = checkpoint["val"] or {}
-    return val.get("levels") if val.get("epoch") == checkpoint["epoch"] else None
-
-
-def _checkpoint_problem(checkpoint: dict[str, Any]) -> str | None:
-    """The first part of a checkpoint of train.py that is missing or has the wrong type."""
-    types = {"model": dict, "config": dict, "epoch": int, "num_classes": int, "val": (dict, type(None))}
-    for name, kind in types.items():
-        if not isinstance(checkpoint.get(name, ...), kind):
-            return name
-    if checkpoint["num_classes"] < 1:
-        return "num_classes"
-    for name in (*RUN_KEYS, "image_size", "data_root", "splits", "val_per_class"):
-        if name not in checkpoint["config"]:
-            return name
-    if not isinstance(checkpoint["config"]["image_size"], int) or checkpoint["config"]["image_size"] < 1:
-        return "image_size"
-    levels = checkpoint["val"] and checkpoint["val"].get("levels", ...)
-    if levels is not None:
-        if not isinstance(levels, dict) or any(levels.get(n) not in range(LEVELS) for n in LEVEL_NAMES):
-            return "val"
-    classes = checkpoint.get("classes")  # old checkpoints have none
-    if classes is not None and not (isinstance(classes, list) and len(classes) == checkpoint["num_classes"]):
-        return "classes"
-    return None
-
-
-def write_results(path: Path, result: dict[str, Any], **head: Any) -> None:
-    """results_<checkpoint>_<split>.json: the head, then images, metrics, thresholds and curves."""
-    keys = ("images", "images_with_boxes", "images_with_masks", "metrics", "thresholds", "curves")
-    write_json(path, head | {key: result[key] for key in keys if key in result})
-
-
-def read_json(path: Path, made_by: str) -> dict[str, Any]:
-    """A file that the command `made_by` writes. Raises InputError, naming that command."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; make it with: {made_by}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); make it with: {made_by}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a file of this program; make it with: {made_by}")
-    return value
+def report(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
+    """Writes the results file, then prints its table: percent; thresholds as fractions of the 255 levels."""
+    write_results(path, result, head)
+    m, t = result["metrics"], result["thresholds"]
+    rows: list[tuple[str, float | None, str]] = []
+    if t is not None:
+        v2, at_val = m["max_box_acc_v2"], m["max_box_acc_v2_at_val_threshold"] or {"mean": None}
+        at_deltas = ", ".join(f"IoU {d}: {v2[d]:.2f} at threshold {t[d]:.3f}" for d in ("30", "50", "70"))
+        largest = f"largest contour, = MaxBoxAcc, at threshold {t['largest']:.3f}"
+        rows += [
+            ("MaxBoxAccV2", v2["mean"], at_deltas),
+            ("GT-known Loc", m["gt_known_loc"], "all contours, = MaxBoxAccV2 at IoU 50"),
+            ("GT-known Loc", m["gt_known_loc_largest"], largest),
+            ("Top-1 Loc", m["top1_loc"], "all contours"),
+            ("Top-5 Loc", m["top5_loc"], "all contours"),
+            ("MaxBoxAccV2", at_val["mean"], "at the thresholds chosen on val"),
+        ]
+        if fixed := m.get("fixed_threshold"):
+            note = f"largest contour, at the fixed threshold {fixed['threshold']:g} of the map's maximum"
+            names = {"GT-known Loc": "gt_known_loc", "Top-1 Loc": "top1_loc", "Top-5 Loc": "top5_loc"}
+            rows += [(name, fixed[key], note) for name, key in names.items()]
+    rows += [("PxAP", m["pxap"], ""), ("Top-1 cls", m["top1_cls"], ""), ("Top-5 cls", m["top5_cls"], "")]
+    of_map = {name: head[name] for cls in METHODS.values() for name in cls.of_map if name in head}
+    title = [f"{head['dataset']} {head['split']}"]
+    title += [f"{head['arch']} {head['method']}", f"{head['checkpoint']} checkpoint (epoch {head['epoch']})"]
+    title = title if head["method"] else [title[0], f"score maps of {head['score_maps']}"]
+    title += [f"{name} {value}" for name, value in of_map.items()]
+    if "percentile" in head:
+        title.append(f"{head['normalize']} at percentile {head['percentile']['value']:.2f}")
+    title.append(f"{result['images']} images")
+    counts = {key: n for key, n in result.items() if key.startswith("images_with_")}
+    title += [f"{n} with {key.removeprefix('images_with_')}" for key, n in counts.items()]
+    say(f"{', '.join(title)} (percent)")
+    say("\n".join(f"  {name:<14}{x:6.2f}  {note}".rstrip() for name, x, note in rows if x is not None))
+    say(f"written to {path}")
 
 
 def read_results(
@@ -526,61 +316,108 @@ def read_results(
 
     Raises InputError for a missing or damaged file, naming the command that makes it.
     """
-    suffix = "" if normalize == "minmax" else f"_{normalize}"
     path, command = run, "python evaluate.py --score-maps DIR --dataset NAME --out FILE"
     if run.suffix != ".json":
-        path, command = run / f"results_{checkpoint}_{split}{suffix}.json", f"python evaluate.py {run}"
-        if not run.is_dir():
-            raise InputError(f"{run}: no such run: pass a folder that train.py wrote")
-        given = {"checkpoint": checkpoint, "split": split, "normalize": normalize}
-        defaults = {"checkpoint": "best", "split": "test", "normalize": "minmax"}
-        command += "".join(f" --{k} {value}" for k, value in given.items() if value != defaults[k])
+        path = run / results_name(checkpoint, split, normalize)
+        command = (
+            f"python evaluate.py {run} --checkpoint {checkpoint} --split {split} --normalize {normalize}"
+        )
     result = read_json(path, command)
-    if not _is_results(result):
-        raise InputError(f"{path}: not a results file of evaluate.py; make it with: {command}")
+    curves = result.get("curves") or {}
+    known = isinstance(result.get("metrics"), dict) and "dataset" in result and "pxap" in result["metrics"]
+    if not known or not isinstance(curves, dict) or any(len(c) != LEVELS for c in curves.values()):
+        raise InputError(f"{path}: not a results file; it is made by: {command}")
     return path, result
 
 
-def _is_results(result: dict[str, Any]) -> bool:
-    metrics, curves = result.get("metrics"), result.get("curves")
-    needed = {"max_box_acc_v2", "gt_known_loc", "top1_cls", "pxap"}
-    if not isinstance(metrics, dict) or not needed <= metrics.keys() or "dataset" not in result:
-        return False
-    if curves is None:  # a data set with masks only
-        return True
-    if not isinstance(curves, dict) or not isinstance(result.get("thresholds"), dict):
-        return False
-    of_ious = [curves.get(name) for name in ("30", "50", "70")]
-    return all(
-        isinstance(curve, list) and len(curve) == LEVELS and all(isinstance(v, (int, float)) for v in curve)
-        for curve in of_ious
-    )
+# ---------------------------------------------------------------------------------------------- trained runs
+
+CHECKPOINT = {
+    "model": dict,
+    "config": dict,
+    "sources": dict,
+    "digests": dict,
+    "epoch": int,
+    "num_classes": int,
+}
 
 
-def read_config(run: Path) -> dict[str, Any]:
-    """{name: value} of a run, from its config.json. Raises InputError for a damaged file."""
-    path = run / "config.json"
-    try:
-        return {name: entry["value"] for name, entry in read_json(path, "train.py")["config"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not the configuration of a run ({error} is missing or wrong)") from error
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of train.py, on the CPU. Raises InputError for another file."""
+    checkpoint = load_tensors(path)
+    for name, kind in CHECKPOINT.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise InputError(f"{path}: not a checkpoint of this version of train.py ({name} is missing)")
+    if checkpoint["config"].get("method") not in METHODS:
+        problem = f"a run of the unknown method {checkpoint['config'].get('method')!r}"
+        raise InputError(f"{path}: {problem}: import the file that defines its class first")
+    return checkpoint
 
 
-def read_log(run: Path, epochs: int) -> list[dict[str, Any]]:
-    """The first `epochs` entries of log.jsonl. An epoch that was interrupted later is not among them."""
-    path = run / "log.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines() if epochs else []
-        return [entry for entry in map(json.loads, lines) if entry["epoch"] <= epochs]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}): pass another --out to start anew") from error
+class TrainedRun:
+    """A run of train.py: its method with the weights of RUN/<which>.pt in eval mode, and its data.
 
+    which: "best" or "last". of_map: values of the method's map, instead of those of the run. Raises
+    InputError for a folder that is not a run, and for a value that is not one of its map.
+    """
 
-def names_of(args: argparse.Namespace) -> list[str]:
-    """What to call each run of a command line: --names, or the names of their folders."""
-    if args.names and len(args.names) != len(args.runs):
-        raise InputError(f"--names: {len(args.names)} names for {len(args.runs)} runs: pass one per run")
-    return args.names or [run.stem if run.suffix == ".json" else run.resolve().name for run in args.runs]
+    def __init__(
+        self, folder: str | Path, which: str, device: torch.device, of_map: dict[str, Any] | None = None
+    ):
+        self.folder, self.which, self.device, self.of_map = Path(folder), which, device, of_map or {}
+        path = self.folder / f"{which}.pt"
+        self.checkpoint = load_checkpoint(path)
+        self.config = SimpleNamespace(**self.checkpoint["config"] | self.of_map)
+        cls = METHODS[self.config.method]
+        for name, value in self.of_map.items():
+            if name not in cls.of_map:
+                raise InputError(f"{flag(name)}: --method {self.config.method} of {folder} has no such value")
+            cls.all_values()[name].check(name, value)
+        self.method = cls(self.config, self.checkpoint["num_classes"])
+        load_weights(self.method.net, self.checkpoint["model"], path)
+        self.method.to(device, memory_format=torch.channels_last).eval()
+
+    @property
+    def val_levels(self) -> dict[str, int] | None:
+        """The levels that val chose with these weights and this map, with min-max; None if it did not."""
+        val = self.checkpoint["val"] or {}
+        known = val.get("epoch") == self.checkpoint["epoch"] and not self.of_map
+        return val.get("levels") if known else None
+
+    def split(self, name: str, data_root: str | Path | None = None, lists: str | Path | None = None) -> Split:
+        """A split of the run's data set. data_root, lists: instead of those of the run.
+
+        Raises InputError as `load_splits` does, and where the lists have other classes or another val than
+        the run had: its thresholds would be chosen on other images.
+        """
+        c, then = self.config, self.checkpoint
+        where = data_root or c.data_root, lists or c.lists
+        splits, now = load_splits(c.dataset, *where, (name,), c.val_per_class)
+        for key in ("num_classes", "classes"):
+            if now[key] != then[key]:
+                raise InputError(
+                    f"{self.folder}: trained on other classes than {c.dataset} has now: check --lists"
+                )
+        if name == "val" and now["digests"]["val"] != then["digests"]["val"]:
+            raise InputError(f"{self.folder}: the list of val has changed since the run: check --lists")
+        return splits[name]
+
+    def maps(
+        self, split: Split, batch_size: int, workers: int, amp: str | None = None, **normalization: Any
+    ) -> Iterator[MapBatch]:
+        """`network_maps` of a split. amp: None: the run's. normalization: of `network_maps`."""
+        loader = test_loader(split, batch_size, self.config.image_size, workers)
+        return network_maps(self.method, loader, amp or self.config.amp, **normalization)
+
+    def head(self, split: str, normalize: str = "minmax") -> dict[str, Any]:
+        """The first keys of a results file."""
+        keys = {key: getattr(self.config, key) for key in ("dataset", "arch", "method", "seed")} | self.of_map
+        return keys | {
+            "split": split,
+            "checkpoint": self.which,
+            "epoch": self.checkpoint["epoch"],
+            "normalize": normalize,
+        }
 
 
 # -------------------------------------------------------------------------------- a trained run in Python
@@ -611,8 +448,9 @@ class Localizer:
     FALLBACK_THRESHOLD of the maximum, and `note` tells why.
 
     run: a folder that train.py wrote. checkpoint: "best" or "last". amp: default the run's.
-    normalize, percentile: of `cam.normalize`. data_root, splits, batch_size, workers: for val, which is
-    evaluated where a normalization other than "minmax" needs its threshold. Raises InputError as `load_run`.
+    normalize, percentile: of `cam.normalize`. data_root, lists, batch_size, workers: for val, which is
+    evaluated where a normalization other than "minmax" needs its threshold. Raises InputError as `TrainedRun`
+    does.
     """
 
     def __init__(
@@ -625,21 +463,14 @@ class Localizer:
         percentile: float | None = None,
         threshold: float | None = None,
         amp: str | None = None,
-        data_root: Path | None = None,
-        splits: Path | None = None,
-        batch_size: int = 32,
-        workers: int = 0,
+        **val: Any,
     ):
-        self.run, self.device = Path(run), resolve_device(device)
-        self.normalize, self.percentile = normalize, percentile
-        self.model, self.method, self.checkpoint = load_run(self.run, checkpoint, self.device)
-        self.model.eval()
-        config = self.checkpoint["config"]
-        self.amp, self.size = amp or config.get("amp", "auto"), config["image_size"]
-        _check_threshold(threshold)
+        require_threshold(threshold)
+        self.run = TrainedRun(run, checkpoint, resolve_device(device))
+        self.how, self.amp = (normalize, percentile), amp or self.run.config.amp
         self.threshold, self.level, self.note = threshold, None, ""
         if threshold is None:
-            self.level, self.note = self._chosen_level(data_root, splits, batch_size, workers)
+            self.level, self.note = self._chosen_level(**val)
             self.threshold = FALLBACK_THRESHOLD if self.level is None else self.level / LEVELS
 
     def __call__(self, images: Any) -> Found | list[Found]:
@@ -653,43 +484,39 @@ class Localizer:
 
     @torch.inference_mode()
     def _localize(self, image: str | Path | Image.Image) -> Found:
-        if isinstance(image, Image.Image):
-            image = to_rgb(image, upright=True)
-        else:
-            image = decode(Path(image), upright=True)
-        pixels = np.array(image.resize((self.size, self.size), Image.Resampling.BILINEAR))
-        with autocast(self.device, self.amp):
-            batch = to_input(torch.from_numpy(pixels).permute(2, 0, 1)[None], self.device)
-            logits, maps = self.method.predict(self.model, batch)
-        maps = cam.resize(maps, self.size, self.method.upsampling)
-        score_map = cam.normalize(maps, self.normalize, self.percentile)[0].cpu().numpy()
+        of_file = not isinstance(image, Image.Image)
+        image = decode(Path(image), upright=True) if of_file else to_rgb(image, upright=True)
+        run, size = self.run, self.run.config.image_size
+        pixels = pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
+        with autocast(run.device, self.amp):
+            logits, maps = run.method.predict(to_input(pixels[None], run.device))
+        maps = cam.normalize(cam.resize(maps, size, run.method.upsampling), *self.how)
+        score_map = maps[0].cpu().numpy()
         level = fixed_level(score_map, self.threshold) if self.level is None else self.level
-        box = original_box(level_boxes(score_map).largest[level], self.size, image.size)
-
-        probabilities, names = full_precision(logits)[0].softmax(0), self.checkpoint.get("classes")
+        box = original_box(level_boxes(score_map).largest[level], size, image.size)
+        probabilities, names = full_precision(logits)[0].softmax(0), run.checkpoint["classes"]
         top = probabilities.topk(min(5, len(probabilities)))
         best = list(zip(top.indices.tolist(), top.values.tolist()))
         top5 = [{"class": k, **({"name": names[k]} if names else {}), "probability": q} for k, q in best]
         return Found(box, top5, score_map)
 
     def _chosen_level(
-        self, data_root: Path | None, splits_dir: Path | None, batch_size: int, workers: int
+        self, data_root: Any = None, lists: Any = None, batch_size: int = 32, workers: int = 0
     ) -> tuple[int | None, str]:
         """(the largest contour's level chosen on val, "") or (None, the reason)."""
-        levels = levels_of(self.checkpoint)
-        if levels and self.normalize == "minmax":
+        levels, (normalize, percentile) = self.run.val_levels, self.how
+        if levels and normalize == "minmax":
             return levels["largest"], ""
-        if levels is None and (self.checkpoint["val"] or {}).get("epoch") == self.checkpoint["epoch"]:
-            return None, "val has no boxes"
         try:
-            split = run_splits(self.run, self.checkpoint, ("val",), data_root, splits_dir)["val"]
+            split = self.run.split("val", data_root, lists)
         except InputError as error:
-            return None, f"its images are needed for --normalize {self.normalize}: {error}"
-        loader = test_loader(split, batch_size, image_size=self.size, workers=workers)
-        setting = {"method": self.method, "device": self.device, "amp": self.amp, "image_size": self.size}
-        setting |= {"normalization": self.normalize, "percentile": self.percentile}
-        found = evaluate_maps(network_maps(self.model, loader, **setting), split, workers=workers)
-        return (found["levels"]["largest"], "") if found["levels"] else (None, "val has no boxes")
+            return None, f"the images of val are needed for it: {error}"
+        if not split.boxes:
+            return None, "val has no boxes"
+        maps = self.run.maps(
+            split, batch_size, workers, self.amp, normalization=normalize, percentile=percentile
+        )
+        return evaluate_maps(maps, split, workers=workers)["levels"]["largest"], ""
 
 
 def original_box(box: np.ndarray, size: int, image_size: tuple[int, int]) -> list[int] | None:
@@ -706,70 +533,68 @@ def original_box(box: np.ndarray, size: int, image_size: tuple[int, int]) -> lis
     return [x0 * width // size, y0 * height // size, right, bottom]
 
 
-# ------------------------------------------------------------------------------------- what is printed
+# ---------------------------------------------------------------------------------------------- pictures
 
-# After a training on the demo. Not in demo.py: another text of that file draws the demo again.
-README_PICTURE = """the picture of the README (CAM, F and S of the CAM baseline and of bridge) is made by:
-  python train.py --method cam
-  python -m bridge_wsol.figures maps runs/demo_vgg16_cam {run} --names vanilla bridge --random 3"""
-
-
-def table(title: str, result: dict[str, Any]) -> str:
-    """The metrics of `evaluate_maps` as text: percent; thresholds as fractions of the 255 levels."""
-    m, t = result["metrics"], result["thresholds"]
-    rows: list[tuple[str, float | None, str]] = []
-    if t is not None:
-        v2 = m["max_box_acc_v2"]
-        at_deltas = ", ".join(f"IoU {d}: {v2[d]:.2f} at threshold {t[d]:.3f}" for d in ("30", "50", "70"))
-        largest = f"largest contour, = MaxBoxAcc, at threshold {t['largest']:.3f}"
-        rows += [
-            ("MaxBoxAccV2", v2["mean"], at_deltas),
-            ("GT-known Loc", m["gt_known_loc"], "all contours, = MaxBoxAccV2 at IoU 50"),
-            ("GT-known Loc", m["gt_known_loc_largest"], largest),
-            ("Top-1 Loc", m["top1_loc"], "all contours"),
-            ("Top-5 Loc", m["top5_loc"], "all contours"),
-        ]
-        at_val = m["max_box_acc_v2_at_val_threshold"]
-        if at_val is not None:
-            rows.append(("MaxBoxAccV2", at_val["mean"], "at the thresholds chosen on val"))
-        fixed = m.get("fixed_threshold")
-        if fixed is not None:
-            note = f"largest contour, at the fixed threshold {fixed['threshold']:g} of the map's maximum"
-            names = {"GT-known Loc": "gt_known_loc", "Top-1 Loc": "top1_loc", "Top-5 Loc": "top5_loc"}
-            rows += [(name, fixed[key], note) for name, key in names.items()]
-    rows += [("PxAP", m["pxap"], ""), ("Top-1 cls", m["top1_cls"], ""), ("Top-5 cls", m["top5_cls"], "")]
-    lines = [f"  {name:<14}{value:6.2f}  {note}".rstrip() for name, value, note in rows if value is not None]
-    counts = ", ".join(
-        [f"{result['images']} images"]
-        + [
-            f"{result[k]} with {k.removeprefix('images_with_')}"
-            for k in result
-            if k.startswith("images_with_")
-        ]
-    )
-    return "\n".join([f"{title}, {counts} (percent)", *lines])
+TRUTH, PREDICTION = (40, 80, 255), (0, 220, 60)  # Fig. A4: ground truth blue, prediction green
+# A perceptually uniform scale (dark blue, violet, red, orange, yellow): brightness grows with the value.
+COLOURS = ((13, 8, 135), (126, 3, 168), (204, 71, 120), (248, 149, 64), (240, 249, 33))
 
 
-def epoch_line(log: list[dict[str, Any]], epochs: int, is_best: bool) -> str:
-    """The last entry of a run's log as text. epochs: of the whole run."""
-    entry = log[-1]
-    line = f"epoch {entry['epoch']}/{epochs}  {loss_text(entry)}  train top-1 {entry['top1']:.1f}"
-    if "val" in entry:
-        name, score = selection_score(entry["val"])
-        line += (
-            f"  val {name} {score:.2f}{' (best)' if is_best else ''}, top-1 {entry['val']['top1_cls']:.1f}"
+def draw_boxes(
+    image: Image.Image, score_map: np.ndarray, box: Any = None, truth: np.ndarray | None = None
+) -> Tensor:
+    """An image with its boxes, and below it the same under its score map: 3 x H x W uint8.
+
+    image: RGB. score_map: h x w in [0, 1], stretched over it. box (4) and truth (G x 4): x0, y0, x1, y1 in
+    pixels of `image`, green with its best IoU, and blue.
+    """
+    stretched = Image.fromarray(score_map).resize(image.size, Image.Resampling.BILINEAR)
+    values, keys = np.asarray(stretched), np.linspace(0, 1, len(COLOURS))
+    heat = np.stack([np.interp(values, keys, channel) for channel in zip(*COLOURS)])
+    photo = pil_to_tensor(image)
+    blend = (0.4 * photo + 0.6 * torch.from_numpy(heat)).round().to(torch.uint8)
+    pictures, width = [photo, blend], max(2, image.width // 64)
+    boxes = [] if truth is None else [(torch.as_tensor(truth), TRUTH, None)]
+    if box is not None:
+        labels = None if truth is None else [f"IoU {iou_matrix(np.asarray(box), truth).max():.2f}"]
+        boxes.append((torch.as_tensor(np.asarray(box))[None], PREDICTION, labels))
+    for of_box, colour, labels in boxes:
+        pictures = [draw_bounding_boxes(p, of_box, labels, colour, width=width) for p in pictures]
+    return make_grid(pictures, nrow=1, padding=0)
+
+
+def draw_found(image: Image.Image, found: Found, side: int = 448) -> Tensor:
+    """`draw_boxes` of a photo, scaled so that its longer side has `side` pixels."""
+    scale = side / max(image.size)
+    size = tuple(max(1, round(length * scale)) for length in image.size)
+    box = found.box and [found.box[i] * size[i % 2] // image.size[i % 2] for i in range(4)]
+    return draw_boxes(image.resize(size, Image.Resampling.BILINEAR), found.score_map, box)
+
+
+def draw_split(path: Path, split: Split, batches: Iterable[MapBatch], level: int, columns: int = 3) -> None:
+    """A grid of `draw_boxes` in the form of Fig. A4. level: of the largest contour."""
+    own = [pair for batch in batches for pair in zip(batch.indices, batch.maps)]
+    pictures = []
+    for index, score_map in sorted((pair for part in all_gather(own) for pair in part), key=lambda x: x[0]):
+        size, box, truth = len(score_map), level_boxes(score_map).largest[level], None
+        if index in split.boxes:
+            truth = scale_boxes(split.boxes[index], tuple(split.sizes[index]), size)
+        pictures.append(
+            draw_boxes(load_rgb(split.path(index), size, upright=split.upright), score_map, box, truth)
         )
-    left = sum(past["seconds"] for past in log) / len(log) * (epochs - entry["epoch"])
-    return f"{line}  {entry['images_per_second']:.1f} images/s  {duration(left)} left"
+    if rank() == 0:
+        save_picture(path, make_grid(pictures, nrow=columns, padding=6, pad_value=255))
+    say(f"{len(pictures)} images with boxes in {path}")
 
 
-def progress_note(values: dict[str, Any], batch: int, progress: Progress, epochs_after: int) -> str:
-    """The losses of the last batch, images/s, and the time left in the run."""
-    speed = (progress.done - progress.first) / (time.monotonic() - progress.started)  # steps/s
-    left = progress.total - progress.done + epochs_after * progress.total
-    return f"  {loss_text(values)}  {speed * batch:.1f} images/s, {duration(left / speed)} left in the run"
+def evenly(split: Split, n: int) -> Split:
+    """n images of a split, evenly spaced, of those that have boxes: for `draw_split`."""
+    boxed = sorted(split.boxes)
+    chosen = np.linspace(0, len(boxed) - 1, min(n, len(boxed))).astype(int)
+    return split.take([boxed[i] for i in chosen], split.name)
 
 
-def loss_text(values: dict[str, Any]) -> str:
-    """Each loss by name."""
-    return "  ".join(f"{k} {float(v):.4f}" for k, v in values.items() if k == "loss" or k.startswith("l_"))
+def save_picture(path: Path, picture: Tensor) -> None:
+    """Writes 3 x H x W uint8 as PNG, all or nothing."""
+    with atomic_write(path) as part:
+        to_pil_image(picture).save(part, format="PNG")

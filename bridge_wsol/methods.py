@@ -1,13 +1,13 @@
-"""What a method is: the registry METHODS, the CAM baseline, and Bridge, the paper's method.
+"""What a method is: the CAM baseline, and Bridge, the paper's method on one screen.
 
-A new method is a subclass of CAM (or of another method) with a name, in any file that is imported before
-train.main() runs. Change as little as you need:
+A method is an nn.Module that owns its network, `self.net`. A new one is a subclass of CAM (or of another
+method) with a name, in any file that is imported before train.main() runs. Change as little as you need:
 
-    preset    the method's hyperparameters; each becomes a flag of train.py. `allowed` gives their ranges.
+    values    the method's own hyperparameters; each becomes a flag of train.py
     network   another network, for example with one more layer
-    forward   another forward pass, for `losses` and `predict`
-    terms     other losses, from the output of the forward pass
-    losses    other images or labels, or more than one forward pass
+    passes    other forward passes
+    terms     other losses, from what `passes` returned
+    forward   other images or labels
     predict   another map or other logits
 
 Call `super()` in these functions: two methods then combine by inheritance. Examples: the compared systems in
@@ -16,93 +16,80 @@ baselines.py, and the complete file in docs/methods.md. Compute losses and maps 
 
 from __future__ import annotations
 
-from math import isinf
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from .cam import class_activation_map
-from .losses import alignment_losses, consistency_loss, full_precision
-from .models import GAPNetwork, Output, build_model
-from .optim import NOT_USED
-from .utils import InputError
+from .losses import alignment_losses, attentive_dropout, consistency_loss, full_precision
+from .models import GAPNetwork, build_network
+from .utils import Value
 
 METHODS: dict[str, type[CAM]] = {}  # name -> class; a subclass with a name registers itself
+Terms = dict[str, tuple[float, Tensor]]  # name -> (weight, scalar); the loss is the weighted sum
 
 
-class Losses(NamedTuple):
-    """Result of `CAM.losses` for one batch."""
+class Passes(NamedTuple):
+    """What the forward passes of a batch return."""
 
-    terms: dict[str, tuple[float, Tensor]]  # name -> (weight, scalar); the loss is the weighted sum
-    logits: Tensor  # N x K, for the training accuracy
+    logits: Tensor  # N x K
+    features: Tensor  # N x C x h x w: f, after the last ReLU
+    dropped: Tensor | None = None  # f of a second pass with dropout; None in eval mode, and without one
 
 
-class CAM:
+class CAM(nn.Module):
     """The CAM baseline (Zhou et al., CVPR 2016), base class of all methods: L_CE, and the map w_y . f_u.
 
-    config: every value of the run (`config.json`), including those of `preset`. Raises InputError for a value
-    outside `allowed`.
+    config: every value of the run, those of `values` among them. Every parameter is in `self.net`.
     """
 
+    values: ClassVar[dict[str, Value]] = {}  # the method's own, without those of its base classes
+    of_map: ClassVar[tuple[str, ...]] = ()  # values of the map alone: evaluate.py can change them
     upsampling: ClassVar[str] = "bicubic"  # of the map to the image size; bicubic is the protocol's
-    allowed: ClassVar[dict[str, tuple]] = {}  # hyperparameter -> (minimum, maximum), or the allowed strings
-    of_map: ClassVar[tuple[str, ...]] = ()  # hyperparameters of the map alone: evaluate.py can change them
 
     def __init_subclass__(cls, name: str | None = None) -> None:
         if name is not None:
             METHODS[name] = cls
 
-    def __init__(self, config: SimpleNamespace):
+    def __init__(self, config: SimpleNamespace, num_classes: int):
+        super().__init__()
         self.config = config
-        for cls in type(self).__mro__:
-            for name, allowed in vars(cls).get("allowed", {}).items():
-                value = getattr(config, name)
-                flag = f"--{name.replace('_', '-')} {value}"
-                if isinstance(value, str) and value not in allowed:
-                    raise InputError(f"{flag}: must be {' or '.join(allowed)}")
-                if not isinstance(value, str) and (not allowed[0] <= value <= allowed[1] or isinf(value)):
-                    raise InputError(f"{flag}: must be in [{allowed[0]}, {allowed[1]}]")
+        self.net = self.network(num_classes)
 
     @classmethod
-    def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
-        """{name: (value, source)}: the method's hyperparameters, and changes to the data set's preset."""
-        return {name: (0.0, NOT_USED) for name in ("lambda_sim", "lambda_norm", "lambda_drop")}
+    def all_values(cls) -> dict[str, Value]:
+        """`values` of this class and of its base classes."""
+        return {name: v for base in reversed(cls.__mro__) for name, v in vars(base).get("values", {}).items()}
 
     def network(self, num_classes: int) -> GAPNetwork:
-        """A network with initial weights, drawn from torch's default generator."""
-        shape = {name: getattr(self.config, name) for name in ("stride", "width", "batch_norm")}
-        return build_model(self.config.arch, num_classes, **shape)
+        """The network with initial weights, drawn from torch's default generator."""
+        c = self.config
+        return build_network(c.arch, num_classes, c.stride, c.width)
 
-    def forward(self, model: nn.Module, images: Tensor) -> Output:
-        """The forward pass of `losses` and `predict`: images N x 3 x H x W, normalized -> Output."""
-        return model(images)
+    def passes(self, images: Tensor) -> Passes:
+        """The forward passes: images N x 3 x H x W, normalized -> Passes."""
+        features = self.net.after_dropout(self.net.before_dropout(images))
+        return Passes(self.net.classify(features), features)
 
-    def losses(self, model: nn.Module, images: Tensor, labels: Tensor, epoch: int) -> Losses:
-        """Losses of one batch. Gradient flows through the terms.
+    def terms(self, passes: Passes, labels: Tensor, epoch: int) -> Terms:
+        """The losses of a batch, each with its weight: labels N (int64); epoch counts from 1. Here L_CE."""
+        return {"l_ce": (1.0, nnf.cross_entropy(full_precision(passes.logits), labels))}
 
-        images N x 3 x H x W, normalized; labels N (int64); epoch counts from 1; model in training mode.
+    def forward(self, images: Tensor, labels: Tensor, epoch: int) -> tuple[Terms, Tensor]:
+        """(terms, logits N x K) of a batch in training mode. Gradient flows through the terms."""
+        passes = self.passes(images)
+        return self.terms(passes, labels, epoch), passes.logits
+
+    def predict(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(logits N x K, maps N x h x w, unbounded) in eval mode.
+
+        labels N (int64): classes of the maps. None: the top-1 predictions.
         """
-        output = self.forward(model, images)
-        return Losses(self.terms(model, output, labels, epoch), output.logits)
-
-    def terms(
-        self, model: nn.Module, output: Output, labels: Tensor, epoch: int
-    ) -> dict[str, tuple[float, Tensor]]:
-        """{name: (weight, scalar)}: the loss terms of a forward pass. Here L_CE alone, with weight 1."""
-        return {"l_ce": (1.0, nnf.cross_entropy(full_precision(output.logits), labels))}
-
-    def predict(
-        self, model: nn.Module, images: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(logits N x K, maps N x h x w, unbounded) of a network in eval mode.
-
-        images N x 3 x H x W, normalized; labels N (int64): classes of the maps. None: the top-1 predictions.
-        """
-        output = self.forward(model, images)
-        labels = output.logits.argmax(1) if labels is None else labels
-        return output.logits, class_activation_map(output.features, model.fc.weight, labels)
+        passes = self.passes(images)
+        labels = passes.logits.argmax(1) if labels is None else labels
+        return passes.logits, class_activation_map(passes.features, self.net.fc.weight, labels)
 
 
 METHODS["cam"] = CAM
@@ -115,29 +102,36 @@ class Bridge(CAM, name="bridge"):
     After it: L = L_CE + lambda_drop L_drop + lambda_sim L_sim + lambda_norm L_norm.
     """
 
-    @classmethod
-    def preset(cls, dataset: str, arch: str) -> dict[str, tuple[Any, str]]:
-        """Empty: the presets of optim.py are this method's."""
-        return {}
+    values = {
+        "lambda_sim": Value(float, None, "weight of L_sim", "[0, inf)"),
+        "lambda_norm": Value(float, None, "weight of L_norm", "[0, inf)"),
+        "lambda_drop": Value(float, None, "weight of L_drop; 0 switches attentive dropout off", "[0, inf)"),
+        "tau_fg": Value(float, None, "L_sim: foreground where F-hat > tau_fg, in [0, 1]", "[0, 1]"),
+        "tau_bg": Value(float, None, "L_sim: background where F-hat < tau_bg, in [0, 1]", "[0, 1]"),
+        "gamma": Value(float, None, "attentive dropout: candidates above gamma x the maximum", "[0, inf)"),
+        "p": Value(float, None, "attentive dropout: probability to drop a candidate", "[0, 1]"),
+        "norm_class": Value(
+            str, None, "S in L_norm: ground truth, or maximum over classes", ("target", "max")
+        ),
+    }
 
-    def network(self, num_classes: int) -> GAPNetwork:
-        """The CAM baseline's network, with attentive dropout unless lambda_drop is 0."""
-        model = super().network(num_classes)
-        if self.config.lambda_drop:
-            model.gamma, model.p = self.config.gamma, self.config.p
-        return model
+    def passes(self, images: Tensor) -> Passes:
+        """The clean pass, of the logits; in training mode also a second pass, from the dropout on."""
+        net, c = self.net, self.config
+        shared = net.before_dropout(images)
+        features, dropped = net.after_dropout(shared), None  # the clean pass first: batch norm sees both
+        if c.lambda_drop and self.training:
+            dropped = net.after_dropout(attentive_dropout(shared, c.gamma, c.p))
+        return Passes(net.classify(features), features, dropped)
 
-    def terms(
-        self, model: nn.Module, output: Output, labels: Tensor, epoch: int
-    ) -> dict[str, tuple[float, Tensor]]:
+    def terms(self, passes: Passes, labels: Tensor, epoch: int) -> Terms:
         """L_CE and L_drop, and after the warm stage L_sim and L_norm."""
-        config, terms = self.config, super().terms(model, output, labels, epoch)
-        if output.features_dropped is not None:
-            terms["l_drop"] = config.lambda_drop, consistency_loss(output.features, output.features_dropped)
-        if epoch > config.warm_epochs and (config.lambda_sim or config.lambda_norm):
-            thresholds = config.tau_fg, config.tau_bg
+        c, terms = self.config, super().terms(passes, labels, epoch)
+        if passes.dropped is not None:
+            terms["l_drop"] = c.lambda_drop, consistency_loss(passes.features, passes.dropped)
+        if epoch > c.warm_epochs and (c.lambda_sim or c.lambda_norm):
             l_sim, l_norm = alignment_losses(
-                output.features, model.fc.weight, labels, *thresholds, config.norm_class
+                passes.features, self.net.fc.weight, labels, c.tau_fg, c.tau_bg, c.norm_class
             )
-            terms |= {"l_sim": (config.lambda_sim, l_sim), "l_norm": (config.lambda_norm, l_norm)}
+            terms |= {"l_sim": (c.lambda_sim, l_sim), "l_norm": (c.lambda_norm, l_norm)}
         return terms

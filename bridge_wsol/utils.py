@@ -1,34 +1,42 @@
-"""Helpers of several modules: errors, progress, devices, files that are never half-written."""
+"""Helpers of several rooms: errors, values of a configuration, files, progress, devices, processes."""
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import glob
 import json
+import logging
+import multiprocessing
 import os
 import platform
+import random
 import secrets
 import sys
 import time
-import traceback
+import zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 T, R = TypeVar("T"), TypeVar("R")
+LOG = logging.getLogger("bridge_wsol")  # --quiet sets its level: no progress line then
+
+
+# ------------------------------------------------------------------------------------------------ errors
 
 
 class InputError(Exception):
     """Bad input. The message is one line: the problem with its file, line or flag, then the fix."""
-
-
-class Stopped(Exception):
-    """SIGTERM or Ctrl-C, after everything was saved. The message tells how to resume."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,114 +49,192 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Around a script's main: one line on stderr; exit code 2 (InputError, an OSError with its file) or 130.
-
-    Where several processes raise the same error, the first one prints it.
-    """
+    """Around a script's main: bad input is one line on stderr and exit code 2, Ctrl-C exit code 130."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names of any bytes
     try:
         yield
+        return
     except InputError as error:
-        traceback.clear_frames(error.__traceback__)  # ends the workers of data loaders now, not at exit
         # A data loader's worker sends its error as text inside a traceback: the message is the last line.
-        sys.exit(_fail(str(error).strip().splitlines()[-1].rsplit(f"{InputError.__name__}: ", 1)[-1]))
-    except Stopped as stopped:
-        if rank() == 0:
-            sys.stderr.write(f"{stopped}\n")
-        sys.exit(130)
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted\n")
-        sys.exit(130)
+        message = str(error).strip().splitlines()[-1].rsplit(f"{InputError.__name__}: ", 1)[-1]
     except OSError as error:
         if error.filename is None:
             raise
-        sys.exit(_fail(f"{error.filename}: {error.strerror}"))
+        message = f"{error.filename}: {error.strerror}"
     except torch.OutOfMemoryError as error:
-        sys.exit(_fail(f"out of GPU memory ({first_line(error)}): pass a smaller --batch-size"))
-    except RuntimeError as error:
-        # gloo and NCCL report a lost process in many ways.
-        words = ("connection", "peer", "gloo", "nccl", "timed out", "timeout")
-        if world_size() == 1 or not any(word in str(error).lower() for word in words):
-            raise
-        _fail(f"process {rank()} of {world_size()}: another process has ended; rerun with --resume")
-        os._exit(1)  # sys.exit would wait for the lost process
-
-
-def _fail(message: str) -> int:
-    if int(os.environ.get("RANK", 0)) == 0 or world_size() > 1:
+        message = f"out of GPU memory ({first_line(error)}): pass a smaller --batch-size"
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted\n")
+        sys.exit(130)
+    if world_size() > 1 or os.environ.get("RANK", "0") == "0":  # before they join, all raise the same error
         sys.stderr.write(f"error: {message}\n")
-    return 2
+    sys.exit(2)
 
 
 def first_line(error: Any) -> str:
     """The first line of an error's message, at most 120 characters."""
-    text = str(error).strip()
-    return text.splitlines()[0][:120] if text else type(error).__name__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
-def rank() -> int:
-    """Number of this process among those that torchrun started, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+# -------------------------------------------------------------------------------- values of a configuration
 
 
-def world_size() -> int:
-    """Number of processes that torchrun started."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+@dataclass(frozen=True)
+class Value:
+    """A number or word of a run's configuration: the flag --name-with-dashes, and what it may be.
 
-
-class Progress:
-    """A line on stderr that shows how far a long job is. Only the first process writes; none with `quiet`.
-
-    On a terminal the line is rewritten at most twice a second and erased at the end. Elsewhere, for instance
-    in a job's log, a line is written every 60 s, and once more at the end of a job that has written any.
+    allowed: the words, or an interval such as "[0, 1)" or "(0, inf)"; None: anything of its kind.
+    default: a value, or a function of (data set, architecture). source: where the default is from.
+    resume: whether it may change on --resume.
     """
 
-    quiet = False  # --quiet
+    kind: Callable[[str], Any]  # int, float, str, or another function of a flag's text
+    default: Any = None
+    help: str = ""
+    allowed: tuple[str, ...] | str | None = None
+    source: str = "default"
+    resume: bool = False
 
-    def __init__(self, what: str, total: int, unit: str = "images", done: int = 0):
-        self.what, self.total, self.unit, self.first, self.done = what, total, unit, done, done
-        self.terminal, self.written = sys.stderr.isatty(), False
-        self.started = self.shown = time.monotonic()
+    def check(self, name: str, value: Any) -> None:
+        """Raises InputError for a value that is not allowed."""
+        if isinstance(self.allowed, tuple):
+            fits, rule = value in self.allowed, " or ".join(self.allowed)
+        elif self.allowed:
+            low, high = map(float, self.allowed[1:-1].split(","))
+            above = value >= low if self.allowed[0] == "[" else value > low
+            fits, rule = above and (value <= high if self.allowed[-1] == "]" else value < high), self.allowed
+        else:
+            return
+        if not fits:
+            raise InputError(f"{flag(name)} {value}: must be {'in ' * (rule == self.allowed)}{rule}")
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.written:
-            self._write("" if self.terminal else self.line())
-
-    def show(self, done: int, note: Callable[[], str] = str) -> None:
-        """Writes the line where it is due. note: more text, called only then, as it may cost time."""
-        self.done, now = done, time.monotonic()
-        if not self.quiet and rank() == 0 and now - self.shown >= (0.5 if self.terminal else 60):
-            self.shown, self.written = now, True
-            self._write(self.line(note()))
-
-    def line(self, note: str = "") -> str:
-        """What is done, at which speed, and the time left, then the note."""
-        speed = (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
-        left = f", {duration((self.total - self.done) / speed)} left" if speed else ""
-        return f"{self.what}: {self.done} of {self.total} {self.unit}, {speed:.1f}/s{left}{note}"
-
-    def _write(self, line: str) -> None:
-        sys.stderr.write(f"\r{line}\x1b[K" if self.terminal else f"{line}\n")
-        sys.stderr.flush()
+    def default_for(self, dataset: str, arch: str) -> Any:
+        """The default on a data set, for an architecture."""
+        return self.default(dataset, arch) if callable(self.default) else self.default
 
 
-def counted(items: Iterable[T], what: str, total: int, unit: str = "images") -> Iterator[T]:
-    """Yields the items and shows a `Progress` of their number."""
-    with Progress(what, total, unit) as progress:
-        for done, item in enumerate(items, 1):
-            yield item
-            progress.show(done)
+def flag(name: str) -> str:
+    """The flag of a value: --lambda-sim for lambda_sim."""
+    return f"--{name.replace('_', '-')}"
+
+
+# -------------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; renames it to `path` at the end, or removes it after an error.
+
+    Readers never see a half-written file. Raises InputError if the file cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name[-100:]}.{secrets.token_hex(4)}.part")
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("not a regular file")  # /dev/null would be replaced
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text, all or nothing."""
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8", errors="surrogateescape")  # file names of any bytes
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON, all or nothing. Raises ValueError for NaN and infinity."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, made_by: str) -> dict[str, Any]:
+    """A file that the command `made_by` writes. Raises InputError, naming that command."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not a dictionary")
+        return value
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise InputError(f"{path}: cannot be read ({reason}); it is made by: {made_by}") from error
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Writes tensors, numbers, strings, lists and dicts, all or nothing, for `load_tensors`."""
+    with atomic_write(path) as part:
+        try:
+            torch.save(checkpoint, part)
+        except RuntimeError as error:  # torch's error for a full disk
+            raise OSError(first_line(error)) from error
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Reads a file of `save_checkpoint` or torch.save onto the CPU, without executing code in it.
+
+    Raises InputError if it is missing, damaged, or contains other objects.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as records:  # torch writes checksums but does not verify them
+                if (damaged := records.testzip()) is not None:
+                    raise ValueError(f"wrong checksum of {damaged}")
+        value = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}")
+        return value
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:  # torch raises many types
+        problem = f"damaged, or not a file of tensors by name ({first_line(error)})"
+        raise InputError(f"{path}: {problem}") from error
+
+
+# ----------------------------------------------------------------------------------------------- progress
+
+
+def progress(
+    items: Iterable[T], what: str, total: int, unit: str = "images", note: Callable[[], str] = str
+) -> Iterator[T]:
+    """Yields the items, and shows on stderr how many of `total` are done. note: more text, called when shown.
+
+    On a terminal one line is rewritten, elsewhere a line is written every minute; by the first process alone,
+    and not with --quiet.
+    """
+    terminal, started = sys.stderr.isatty(), time.monotonic()
+    shown = started if rank() == 0 and LOG.isEnabledFor(logging.INFO) else float("inf")
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - shown >= (0.5 if terminal else 60):
+            speed, shown = done / (now - started), now
+            line = f"{what}: {done} of {total} {unit}, {speed:.1f}/s"
+            line += f", {duration((total - done) / speed)} left{note()}"
+            sys.stderr.write(f"\r{line}\x1b[K" if terminal else f"{line}\n")
+            sys.stderr.flush()
+    if terminal and shown not in (started, float("inf")):
+        sys.stderr.write("\r\x1b[K")
+
+
+def set_quiet(quiet: bool) -> None:
+    """--quiet: whether `progress` shows nothing."""
+    LOG.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 def duration(seconds: float) -> str:
     """Seconds as 0h05m09s."""
     hours, seconds = divmod(round(seconds), 3600)
     return f"{hours}h{seconds // 60:02d}m{seconds % 60:02d}s"
+
+
+# ------------------------------------------------------------------------------------- devices and randomness
 
 
 def resolve_device(name: str) -> torch.device:
@@ -164,19 +250,16 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device).tolist()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"--device {name} cannot be used ({first_line(error)}): pass --device cpu"
-        ) from error
-    if device.type == "cpu":
-        keep_freed_memory()
+        problem = f"cannot be used ({first_line(error)})"
+        raise InputError(f"--device {name} {problem}: pass --device cpu") from error
     return device
 
 
 def keep_freed_memory() -> None:
-    """Lets tensors on the CPU reuse freed memory, where the C library is glibc.
+    """Lets arrays on the CPU reuse freed memory, where the C library is glibc.
 
     glibc returns large blocks to the system, which zeroes every page before it hands them out again: 6 %
-    (VGG16) to 18 % (ResNet50) of a float32 training step.
+    (VGG16) to 18 % (ResNet50) of a float32 training step, a fifth of the sweep over thresholds.
     """
     if platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
@@ -200,51 +283,116 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in instructions)
 
 
-def default_workers() -> int:
-    """Default of --workers: the number of CPU cores this process may use, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores)
+def cores() -> int:
+    """Number of CPU cores that this process may use, at most 8: worker processes where nothing else runs."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, usable)
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns a failure to write into an InputError that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+def default_workers(device: torch.device) -> int:
+    """Default of --workers: 0 on the CPU, whose cores the network needs, else one per core, at most 8."""
+    return 0 if device.type == "cpu" else cores()
 
 
-@contextmanager
-def atomic_write(path: Path, one_writer: bool = False) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; renames it to `path` at the end, or removes it after an error.
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch on all devices; on the CPU, equal seeds give bit-identical runs."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = False
 
-    Readers never see a half-written file, and of two writers the later one wins. one_writer: no other process
-    writes `path` now, so files that killed processes left are removed. Raises InputError on failure.
+
+def random_states() -> dict[str, Any]:
+    """Torch's random states, for a checkpoint. Seed and epoch determine all other random numbers of a run."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Restores `random_states`. The states of GPUs are restored only if their number has not changed."""
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def rank() -> int:
+    """Number of this process among those that torchrun started, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes that torchrun started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(device: torch.device) -> None:
+    """Joins the other processes that torchrun started, if it did: its environment variables name them."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # In an evaluation each process waits for the slowest one, far less than an hour.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+
+
+def all_gather(part: T) -> list[T]:
+    """The parts of all processes, in the order of their ranks, in every process. Waits for all of them."""
+    if world_size() == 1:
+        return [part]
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, part)
+    return parts
+
+
+def first_process_first(work: Callable[[], R]) -> R:
+    """work() in the first process, then in the others, which find the files it has written.
+
+    An error in the first process ends the others without a message.
     """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    if world_size() == 1:
+        return work()
+    went_well = [False]
     try:
-        with writing(path):
-            if path.exists() and not path.is_file():
-                raise OSError("not a regular file")  # /dev/null would be replaced
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if one_writer:
-                for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-                    left.unlink()
-            yield part
-            os.replace(part, path)
+        if rank() == 0:
+            result = work()
+            went_well = [True]
     finally:
-        with suppress(OSError):
-            part.unlink()
+        dist.broadcast_object_list(went_well, src=0)
+    if not went_well[0]:
+        sys.exit(2)
+    return result if rank() == 0 else work()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text, all or nothing."""
-    with atomic_write(path) as part:
-        part.write_text(text, encoding="utf-8", errors="surrogateescape")  # file names of any bytes
+def say(text: str) -> None:
+    """Prints, in the first process alone."""
+    if rank() == 0:
+        print(text, flush=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON, all or nothing. Raises ValueError for NaN and infinity."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[tuple[T, R]]:
+    """(item, function(item)) for each item, in order, on `workers` processes (0: in this one, one by one).
+
+    At most four items per worker are under way, so a fast producer does not fill the memory.
+    """
+    if workers == 0:
+        yield from ((item, function(item)) for item in items)
+        return
+    # Forked workers share this process's memory and start at once; they use neither torch nor a GPU.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    under_way: deque[tuple[T, Any]] = deque()
+    with ProcessPoolExecutor(workers, multiprocessing.get_context(method)) as pool:
+        try:
+            for item in items:
+                under_way.append((item, pool.submit(function, item)))
+                if len(under_way) >= 4 * workers:
+                    item, future = under_way.popleft()
+                    yield item, future.result()
+            for item, future in under_way:
+                yield item, future.result()
+        except BrokenProcessPool as error:
+            problem = f"a worker process was killed ({error}), perhaps for lack of memory"
+            raise InputError(f"{problem}: pass a smaller --workers, or 0") from error
+        finally:
+            pool.shutdown(cancel_futures=True)

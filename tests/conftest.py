@@ -1,12 +1,14 @@
-"""A small data set with a preset, and the real data of the folder that BRIDGE_WSOL_TEST_DATA names."""
+"""A small data set, and the real data of the folder that BRIDGE_WSOL_TEST_DATA names."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
+import json
 import os
+import shlex
 import shutil
-import sys
 import tarfile
 import traceback
 from pathlib import Path
@@ -16,16 +18,25 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(
-    0, str(Path(__file__).parents[1])
-)  # train.py and evaluate.py are scripts, not modules of the package
-
-import train
-from bridge_wsol import optim, utils
 from bridge_wsol.utils import one_line_errors
 
 REPOSITORY = Path(__file__).parents[1]
 torch.set_num_threads(1)  # the networks here are too small to share
+
+
+# CUB's preset at 1/16 of the width on 64 x 64 images; float32 on every machine.
+TINY = "--dataset tiny --preset CUB --weights none --device cpu --amp off --width 0.0625"
+TINY += " --resize-size 72 --image-size 64 --epochs 2 --warm-epochs 1 --batch-size 8 --warm-batch-size 4"
+
+
+def run(script: str, flags: str) -> None:
+    """The main of a script or of a command of the package, with flags as in a shell."""
+    name = script if script in ("train", "evaluate") else f"bridge_wsol.{script}"
+    importlib.import_module(name).main(shlex.split(str(flags)))
+
+
+def results(folder: Path, name: str = "results_best_test.json") -> dict:
+    return json.loads((folder / name).read_text())
 
 
 @pytest.fixture(autouse=True)
@@ -35,47 +46,18 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "cwd")
 
 
-@pytest.fixture
-def tiny_preset(monkeypatch):
-    """CUB's VGG16 preset at 1/16 of the width on 64 x 64 images, for a data set `tiny` and for CUB."""
-    set_tiny_preset(monkeypatch)
-
-
-def set_tiny_preset(monkeypatch):
-    """Reduced in every way; float32 on every machine, unless a test asks for bf16."""
-    monkeypatch.setattr(utils, "has_bf16", lambda device: False)
-    monkeypatch.setitem(
-        optim.PRESETS,
-        ("tiny", "vgg16"),
-        optim.PRESETS["CUB", "vgg16"]
-        | {
-            "epochs": (2, "test"),
-            "warm_epochs": (1, "test"),
-            "warm_batch_size": (4, "test"),
-            "batch_size": (8, "test"),
-        },
-    )
-    for name, value in {"resize_size": 72, "image_size": 64, "width": 1 / 16}.items():
-        monkeypatch.setitem(optim.COMMON, name, (value, "test"))
-
-
 def write_split(folder: Path, **files: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, lines in files.items():
         (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
 
 
-def make_tiny(root: Path) -> tuple[Path, Path]:
-    """(data root, splits folder): three classes by colour; a bright square on noise; boxes and masks."""
-    data_root, splits = root / "data", root / "splits"
+def make_tiny(root: Path) -> None:
+    """root/data and root/lists: three classes by colour; a bright square on noise; boxes and masks."""
     rng = np.random.default_rng(0)
     for split, n in (("train", 18), ("val", 6), ("test", 9)):
-        files: dict[str, list[str]] = {
-            "image_ids": [],
-            "class_labels": [],
-            "image_sizes": [],
-            "localization": [],
-        }
+        names = ("image_ids", "class_labels", "image_sizes", "localization")
+        files: dict[str, list[str]] = {name: [] for name in names}
         for i in range(n):
             width, height = rng.integers(40, 90, 2)
             pixels = rng.integers(0, 90, (height, width, 3), dtype=np.uint8)
@@ -86,65 +68,49 @@ def make_tiny(root: Path) -> tuple[Path, Path]:
             mask[y0 : y1 + 1, x0 : x1 + 1] = 255
             image, mask_path = f"{split}/{i:02d}.png", f"masks/{split}_{i:02d}.png"
             for path, array in ((image, pixels), (mask_path, mask)):
-                (data_root / "tiny" / path).parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(array).save(data_root / "tiny" / path)
+                (root / "data" / "tiny" / path).parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(root / "data" / "tiny" / path)
             files["image_ids"].append(image)
             files["class_labels"].append(f"{image},{i % 3}")
             files["image_sizes"].append(f"{image},{width},{height}")
             files["localization"] += [f"{image},{x0},{y0},{x1},{y1}", f"{image},{mask_path},"]
-        write_split(splits / "tiny" / split, **files)
-    return data_root, splits
+        write_split(root / "lists" / "tiny" / split, **files)
 
 
 @pytest.fixture
-def tiny(tmp_path, tiny_preset) -> list[str]:
-    """The flags of train.py that name the small data set, on the CPU without workers."""
-    data_root, splits = make_tiny(tmp_path)
-    return tiny_flags(data_root, splits)
-
-
-def tiny_flags(data_root: Path, splits: Path) -> list[str]:
-    flags = [
-        "--dataset",
-        "tiny",
-        "--data-root",
-        data_root,
-        "--splits",
-        splits,
-        "--weights",
-        "none",
-        "--device",
-        "cpu",
-        "--workers",
-        "0",
-    ]
-    return [str(flag) for flag in flags]
+def tiny(tmp_path) -> str:
+    """The flags of train.py for the small data set in tmp_path/data and tmp_path/lists."""
+    make_tiny(tmp_path)
+    return f"{TINY} --data-root {tmp_path}/data --lists {tmp_path}/lists"
 
 
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory) -> tuple[Path, str]:
-    """(folder with data, splits and a finished run, what training printed); never to be written to."""
+    """(folder with data, lists and a finished run, what training printed); never to be written to."""
     root, printed = tmp_path_factory.mktemp("trained"), io.StringIO()
-    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(printed):
-        set_tiny_preset(monkeypatch)
-        train.main([*tiny_flags(*make_tiny(root)), "--out", str(root / "run")])
+    make_tiny(root)
+    with contextlib.redirect_stdout(printed):
+        run("train", f"{TINY} --data-root {root}/data --lists {root}/lists --out {root}/run")
     return root, printed.getvalue()
 
 
 @pytest.fixture
-def trained(trained_once, tiny_preset, tmp_path) -> tuple[list[str], Path]:
-    """(the flags, the folder of a finished two-epoch run): a copy of its own for each test."""
+def trained(trained_once, tmp_path) -> tuple[str, Path]:
+    """(the flags, the folder of a finished two-epoch run): a copy of its own for each test.
+
+    The copy's data and lists are those in tmp_path only if the flags say so.
+    """
     shutil.copytree(trained_once[0], tmp_path, dirs_exist_ok=True)
-    return tiny_flags(tmp_path / "data", tmp_path / "splits"), tmp_path / "run"
+    return f"{TINY} --data-root {tmp_path}/data --lists {tmp_path}/lists", tmp_path / "run"
 
 
 @pytest.fixture
 def fails(capsys):
-    """fails(main, argv, *words): main ends with exit code 2 and one line on stderr that has all the words."""
+    """fails(script, flags, *words): ends with exit code 2 and one line on stderr that has all the words."""
 
-    def check(main, argv, *words):
+    def check(script, flags, *words):
         with pytest.raises(SystemExit) as end, one_line_errors():
-            main([str(argument) for argument in argv])
+            run(script, flags)
         error = capsys.readouterr().err
         cause = end.value
         # Frees the data loaders in these frames now: their workers are slow to end when collected as cycles.
@@ -161,12 +127,11 @@ def fails(capsys):
 
 @pytest.fixture(scope="session")
 def real_data(tmp_path_factory) -> Path:
-    """The ten first classes of CUB-200-2011 and the published split lists, unpacked."""
+    """The ten first classes of CUB-200-2011, unpacked."""
     source = os.environ.get("BRIDGE_WSOL_TEST_DATA")
     if not source:
-        pytest.skip("BRIDGE_WSOL_TEST_DATA names no folder with CUB_200_2011-10.tar and wsol-metadata.tar.xz")
+        pytest.skip("BRIDGE_WSOL_TEST_DATA names no folder with CUB_200_2011-10.tar")
     root = tmp_path_factory.mktemp("real")
-    for name in ("CUB_200_2011-10.tar", "wsol-metadata.tar.xz"):
-        with tarfile.open(Path(source) / name) as archive:
-            archive.extractall(root, filter="data")
+    with tarfile.open(Path(source) / "CUB_200_2011-10.tar") as archive:
+        archive.extractall(root, filter="data")
     return root

@@ -4,22 +4,18 @@ import torch.nn.functional as nnf
 
 import train
 from bridge_wsol.methods import CAM
-from bridge_wsol.utils import one_line_errors
+from bridge_wsol.utils import Value, one_line_errors
 
 
 class GradCAM(CAM, name="gradcam"):
-    allowed = {"smoothing": (0, 1)}
+    values = {"smoothing": Value(float, 0.1, "label smoothing", "[0, 1]", "our choice")}  # --smoothing
 
-    @classmethod
-    def preset(cls, dataset, arch):  # each name becomes a flag: --smoothing
-        return super().preset(dataset, arch) | {"smoothing": (0.1, "our choice")}
-
-    def terms(self, model, output, labels, epoch):  # name: (weight, value)
-        smoothing, logits = self.config.smoothing, output.logits.float()
+    def terms(self, passes, labels, epoch):  # name: (weight, value)
+        smoothing, logits = self.config.smoothing, passes.logits.float()
         return {"l_ce": (1.0, nnf.cross_entropy(logits, labels, label_smoothing=smoothing))}
 
-    def predict(self, model, images, labels=None):
-        logits, maps = super().predict(model, images, labels)
+    def predict(self, images, labels=None):
+        logits, maps = super().predict(images, labels)
         return logits, maps.relu()
 
 
