@@ -1,24 +1,24 @@
 """bridge-wsol: "Bridging the Gap between Classification and Localization for WSOL" (Kim et al., CVPR 2022).
 
-The modules by layer. A module imports from its own layer or a lower one; train.py and evaluate.py from all.
+The rooms, from the ground up. A room imports only from rooms of its own floor or below; train.py and
+evaluate.py stand above all.
 
-    many runs   experiments  rows x seeds of train.py: comparison, ablation, sweep; tables
-    pictures    figures      Figs. A1-A5 and the gap in numbers, from runs and results
-                drawing      images, maps and boxes as pictures, with Pillow alone
-    evaluation  evaluation   score maps -> metrics, files of a run, Localizer
-    methods     methods      what a method is; CAM; Bridge, the paper's total loss
-                baselines    the compared systems, a class each
-    the paper   losses       section 3: L_sim, L_norm, L_drop, attentive dropout
-                cam          CAM = |w| * F * S (Fig. A3), resize, normalization
-                models       VGG16-GAP, ResNet50; files of weights
-                optim        presets (B, C.5), flags, learning-rate groups, schedule
-    protocol    boxes        a map -> the boxes of all thresholds
-                metrics      MaxBoxAcc, MaxBoxAccV2, GT-known and Top-k Loc, PxAP
-    images      data         list format, decoding, loaders, cache
-                datasets     CUB, ILSVRC, OpenImages, one's own folder, drawn ones; check
+    beyond      experiments  rows x seeds of train.py: comparison, ablation, sweep; tables
+                figures      Figs. A1-A5 and the gap in numbers, from runs and results
+                evaluation   score maps -> metrics, results files, a trained run, Localizer
+                config       presets with their sources, flags -> configuration
+                datasets     CUB, ILSVRC, OpenImages, one's own folder, the drawn birds; check
                 demo         the drawn birds
-    basics      processes    torchrun, signals, worker processes
-                utils        errors, progress, devices, files
+                baselines    the compared systems, a class each
+    the paper   methods      what a method is: CAM, and Bridge, the paper's method
+                optim        appendix B: learning-rate groups, SGD, schedule
+                models       VGG16-GAP, ResNet50, pretrained weights
+                cam          CAM = |w| * F * S (Fig. A3), resize, normalization
+                losses       section 3: L_sim, L_norm, L_drop, attentive dropout
+    protocol    metrics      one image, all images: MaxBoxAcc, MaxBoxAccV2, GT-known and Top-k Loc, PxAP
+                boxes        a map -> the boxes of all thresholds
+    ground      data         list format, decoding, score-map files, loaders
+                utils        errors, files, progress, devices, processes
 
 Conventions:
     boxes       x0, y0, x1, y1 in integer pixels, both corners inside the box

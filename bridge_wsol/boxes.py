@@ -32,10 +32,6 @@ import numpy as np
 
 LEVELS = 255
 
-# glibc returns freed arrays of this file's size to the kernel, and every new one then needs its pages again:
-# a fifth of the time of the sweep. After one large array was freed, even if untouched, glibc keeps them.
-np.empty(2**24, dtype=np.uint8)
-
 
 class LevelBoxes(NamedTuple):
     """Boxes of all levels: x0, y0, x1, y1 in pixels of the map, corners included."""
@@ -113,7 +109,6 @@ def _largest(mask: _Components, filled: _Components, first_pixel: np.ndarray) ->
 
 
 HEIGHT_MAX = 65535  # heights have 16 bits: 8 of the quantized value v and 8 below it
-DENSE = 2**21  # up to this number of pairs of basins, a table finds their saddles; above it, sorting
 
 
 def _heights(score_map: np.ndarray) -> np.ndarray:
@@ -261,16 +256,10 @@ class _Components:
         n, (first, second) = len(self.basins.peaks), self.basins.borders
         a, b = self.basins.labels[first], self.basins.labels[second]
         pair = np.minimum(a, b) * n + np.maximum(a, b)
-        value = np.minimum(self.v[first], self.v[second])
-        if n * n < DENSE:  # the highest pair of pixels of each pair of basins, from a table
-            highest = np.zeros(n * n, dtype=np.uint8)
-            np.maximum.at(highest, pair, value.astype(np.uint8))
-            pair = np.flatnonzero(highest)
-            value = highest[pair]
-        else:
-            order = np.lexsort((255 - value, pair))
-            order = order[np.append(True, np.diff(pair[order]) > 0)[: len(order)]]
-            pair, value = pair[order], value[order].astype(np.uint8)
+        # The highest pair of pixels of each pair of basins: the last one of its run in a sorted array.
+        key = np.sort(pair * 256 + np.minimum(self.v[first], self.v[second]))
+        key = key[np.append(key[1:] >> 8 != key[:-1] >> 8, True)[: len(key)]]
+        pair, value = key >> 8, (key & 255).astype(np.uint8)
         order = np.argsort(255 - value, kind="stable")
         a, b = np.divmod(pair[order], n)
         return a.tolist(), b.tolist(), value[order].tolist()

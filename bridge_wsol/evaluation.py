@@ -212,7 +212,7 @@ def write_per_image(path: Path, split: Split, evaluator: Evaluator, levels: dict
     for index, found in sorted(evaluator.images.items()):
         row: list[Any] = [split.ids[index], split.labels[index], evaluator.predicted.get(index, "")]
         if found.ious is not None:
-            row += [f"{found.ious[name == 'largest', levels[name]]:.6f}" for name in LEVEL_NAMES]
+            row += [f"{found.ious[int(name == 'largest'), levels[name]]:.6f}" for name in LEVEL_NAMES]
             row += [*found.largest[levels["largest"]]]
         rows.writerow(row + [""] * (len(head) - len(row)))
     write_text(path, text.getvalue())
@@ -294,11 +294,15 @@ def report(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
             names = {"GT-known Loc": "gt_known_loc", "Top-1 Loc": "top1_loc", "Top-5 Loc": "top5_loc"}
             rows += [(name, fixed[key], note) for name, key in names.items()]
     rows += [("PxAP", m["pxap"], ""), ("Top-1 cls", m["top1_cls"], ""), ("Top-5 cls", m["top5_cls"], "")]
-    of_map = {name: head[name] for cls in METHODS.values() for name in cls.of_map if name in head}
     title = [f"{head['dataset']} {head['split']}"]
-    title += [f"{head['arch']} {head['method']}", f"{head['checkpoint']} checkpoint (epoch {head['epoch']})"]
-    title = title if head["method"] else [title[0], f"score maps of {head['score_maps']}"]
-    title += [f"{name} {value}" for name, value in of_map.items()]
+    if head["method"]:
+        title += [
+            f"{head['arch']} {head['method']}",
+            f"{head['checkpoint']} checkpoint (epoch {head['epoch']})",
+        ]
+    else:
+        title.append(f"score maps of {head['score_maps']}")
+    title += [f"{name} {head[name]}" for cls in METHODS.values() for name in cls.of_map if name in head]
     if "percentile" in head:
         title.append(f"{head['normalize']} at percentile {head['percentile']['value']:.2f}")
     title.append(f"{result['images']} images")
