@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from bridge_wsol import cam, config, evaluation, utils
 from bridge_wsol.baselines import METHODS
@@ -24,7 +25,7 @@ OF_MAP = {name: cls.all_values()[name] for cls in METHODS.values() for name in c
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The flags. Raises InputError for flags that contradict each other."""
+    """The flags; of_map has the values of the map that were given."""
     form = argparse.RawDescriptionHelpFormatter
     parser = utils.Parser(description=__doc__, formatter_class=form)
     add = parser.add_argument_group("what to evaluate").add_argument
@@ -64,7 +65,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="draws N images of RUN's split with boxes and CAM",
+        help="draws N images of the split with boxes and map",
     )
 
     add = parser.add_argument_group("how it runs").add_argument
@@ -76,14 +77,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--quiet", action="store_true", help="no progress line on stderr")
     args = parser.parse_args(argv)
     args.of_map = {name: vars(args)[name] for name in OF_MAP if vars(args)[name] is not None}
+    _check(parser, args)
+    return args
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Raises InputError for flags that contradict each other, or that would have no effect."""
     if (args.run is None) == (args.score_maps is None):
         parser.error("pass either a RUN folder or --score-maps DIR")
     if args.score_maps and not args.dataset:
         parser.error("--score-maps needs --dataset")
-    # A flag that would have no effect is refused.
-    needs_run = args.images or args.save_maps or args.pictures or args.of_map or args.percentile == "val"
-    if args.score_maps and needs_run:
-        parser.error("--images, --save-maps, --pictures, --percentile val and values of a map need a RUN")
+    if args.score_maps and (args.images or args.save_maps or args.of_map or args.percentile == "val"):
+        parser.error("--images, --save-maps, --percentile val and values of a map need a RUN")
     if args.images and (args.save_maps or args.per_image or args.pictures or args.of_map):
         parser.error("--save-maps, --per-image, --pictures and values of a map do not go with --images")
     if args.run and (args.dataset or args.image_size):
@@ -95,7 +100,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if min(args.batch_size, args.image_size or 1) < 1 or min(args.workers or 0, args.pictures) < 0:
         parser.error("--batch-size and --image-size must be at least 1, --workers and --pictures at least 0")
     evaluation.require_threshold(args.threshold)
-    return args
 
 
 def percentile(text: str) -> float | str:
@@ -140,40 +144,42 @@ def evaluate_run(args: argparse.Namespace) -> None:
         return run.maps(images, *loading, normalization=args.normalize, percentile=q)
 
     head |= {} if q is None else {"percentile": {"value": q, **choice}}
-    options = {"save_maps": args.save_maps, "per_image": args.per_image, "threshold": args.threshold}
-    result = evaluation.evaluate_maps(
-        maps_of(split), split, workers=workers, val_levels=val_levels, **options
-    )
     name = (args.checkpoint, args.split, args.normalize, args.percentile, args.of_map)
     out = args.out or args.run / evaluation.results_name(*name)
-    evaluation.report(out, result, head)
-    if args.pictures and split.boxes:
-        drawn, path = evaluation.evenly(split, args.pictures), out.with_name(f"boxes_{out.stem}.png")
-        evaluation.draw_split(path, drawn, maps_of(drawn), result["levels"]["largest"])
+    finish(args, maps_of, split, out, head, workers=workers, val_levels=val_levels, save_maps=args.save_maps)
 
 
 def evaluate_folder(args: argparse.Namespace) -> None:
-    """--score-maps: needs the lists alone, and masks where the data set has them."""
+    """--score-maps: needs the lists alone; masks where the data set has them, images for --pictures."""
     places = args.data_root or Path("data"), args.lists or Path("data_splits")
     split = load_split(args.dataset, args.split, *places)
     if not args.score_maps.is_dir():
         raise InputError(f"--score-maps {args.score_maps}: no such folder")
     q = cam.PERCENTILES.get(args.normalize) if args.percentile is None else args.percentile
-    result = evaluation.evaluate_score_maps(
-        load_score_maps(args.score_maps, split),
-        split,
-        image_size=args.image_size or config.image_size(args.dataset),
-        normalization=args.normalize,
-        percentile=q,
-        workers=utils.cores() if args.workers is None else args.workers,
-        per_image=args.per_image,
-        threshold=args.threshold,
-    )
+    size = args.image_size or config.image_size(args.dataset)
+
+    def maps_of(images: Split) -> Iterator[evaluation.MapBatch]:
+        pairs, how = load_score_maps(args.score_maps, images), {"normalization": args.normalize}
+        return evaluation.pair_maps(pairs, images, image_size=size, percentile=q, **how)
+
     head = {"dataset": args.dataset, "split": args.split, "normalize": args.normalize}
     head |= dict.fromkeys(("arch", "method", "checkpoint")) | {"score_maps": str(args.score_maps)}
     head |= {} if q is None else {"percentile": {"value": q}}
     name = (args.score_maps.resolve().name, args.split, args.normalize, args.percentile)
-    evaluation.report(args.out or Path(evaluation.results_name(*name)), result, head)
+    out = args.out or Path(evaluation.results_name(*name))
+    finish(args, maps_of, split, out, head, workers=utils.cores() if args.workers is None else args.workers)
+
+
+def finish(
+    args: argparse.Namespace, maps_of: Callable, split: Split, out: Path, head: dict[str, Any], **options: Any
+) -> None:
+    """Evaluates the maps of the split, writes the results file, prints its table, draws --pictures."""
+    options |= {"per_image": args.per_image, "threshold": args.threshold}
+    result = evaluation.evaluate_maps(maps_of(split), split, **options)
+    evaluation.report(out, result, head)
+    if args.pictures and split.boxes:
+        drawn, path = evaluation.evenly(split, args.pictures), out.with_name(f"boxes_{out.stem}.png")
+        evaluation.draw_split(path, drawn, maps_of(drawn), result["levels"]["largest"])
 
 
 def localize_images(args: argparse.Namespace) -> None:

@@ -75,7 +75,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.download:
         first_process_first(lambda: download(config.dataset, Path(config.data_root)))
 
-    run = build(out, config, sources, device, checkpoint)
+    run = build(out, config, sources, device, fresh=checkpoint is None)
+    if checkpoint:
+        resume(run, checkpoint)
     if rank() == 0:
         write_config(out / "config.json", config, sources, run.record, device)
     images = TrainImages(run.splits["train"], config.resize_size, config.image_size, config.seed)
@@ -91,14 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         dist.destroy_process_group()
 
 
-def build(
-    out: Path,
-    c: SimpleNamespace,
-    sources: dict[str, str],
-    device: torch.device,
-    checkpoint: dict[str, Any] | None,
-) -> Run:
-    """Data, method and optimizer of configuration c, with pretrained weights or those of the checkpoint."""
+def build(out: Path, c: SimpleNamespace, sources: dict[str, str], device: torch.device, fresh: bool) -> Run:
+    """Data, method and optimizer of configuration c. fresh: load the pretrained weights."""
     where = c.dataset, c.data_root, c.lists
     splits, record = first_process_first(lambda: load_splits(*where, val_per_class=c.val_per_class))
     c.val_per_class = record["val_per_class"]  # decided once per run
@@ -107,7 +103,7 @@ def build(
     if not splits["val"].boxes and not splits["val"].masks:
         say("val has no boxes: the best epoch is the one with the best Top-1 classification on val")
     method = METHODS[c.method](c, record["num_classes"])
-    if checkpoint is None:
+    if fresh:
         load_fc = c.dataset == "ILSVRC"
         first_process_first(lambda: load_pretrained(method.net, c.arch, c.weights, load_fc))
     method.net.freeze_blocks(c.frozen_blocks)
@@ -117,10 +113,7 @@ def build(
         if device.type == "cuda":  # batch norm over the global batch; the CPU has no such layer
             method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
         step = nn.parallel.DistributedDataParallel(method)
-    run = Run(out, c, sources, record, device, method, step, build_optimizer(method, c), splits)
-    if checkpoint is not None:
-        resume(run, checkpoint)
-    return run
+    return Run(out, c, sources, record, device, method, step, build_optimizer(method, c), splits)
 
 
 def resume(run: Run, checkpoint: dict[str, Any]) -> None:
@@ -148,7 +141,9 @@ def train_and_validate(run: Run, loader: DataLoader, epoch: int) -> None:
     for buffer in run.method.buffers() if world_size() > 1 else ():
         dist.broadcast(buffer, src=0)
     if epoch % c.val_every == 0 or epoch == c.epochs:
-        found = evaluate(run, "val")
+        loader = test_loader(run.splits["val"], c.batch_size, c.image_size, c.workers)
+        maps = evaluation.network_maps(run.method, loader, c.amp)
+        found = evaluation.evaluate_maps(maps, run.splits["val"], workers=c.workers)
         run.val = {"epoch": epoch, "metrics": found["metrics"], "levels": found["levels"]}
         entry["val"], (_, score) = found["metrics"], selection_score(found["metrics"])  # appendix B
         if run.best is None or score > run.best["score"]:
@@ -188,21 +183,13 @@ def train_one_epoch(run: Run, loader: DataLoader, epoch: int) -> dict[str, float
         values = {name: value.detach() for name, value in values.items()}
         for name, value in values.items():
             sums[name] = sums.get(name, 0) + value * own
-        # Reading a value makes the CPU wait for the GPU. A sum stays non-finite.
-        if (run.device.type == "cpu" or number % 20 == 19 or number + 1 == len(loader)) and not (
-            torch.isfinite(sums["loss"])
-        ):
+        # A sum stays non-finite. Reading it makes the CPU wait for the GPU.
+        read = run.device.type == "cpu" or number % 20 == 19 or number + 1 == len(loader)
+        if read and not torch.isfinite(sums["loss"]):
             problem = f"non-finite loss in {title}, at step {number + 1}/{len(loader)} ({loss_text(values)})"
             raise InputError(f"{problem}; last.pt was not updated: lower --lr and --lr-new")
     parts = all_gather({name: value.cpu() for name, value in sums.items()})
     return {name: float(sum(part[name] for part in parts)) / len(run.splits["train"]) for name in parts[0]}
-
-
-def evaluate(run: Run, name: str) -> dict[str, Any]:
-    """All metrics on a split, at the thresholds that are best on it."""
-    loader = test_loader(run.splits[name], run.config.batch_size, run.config.image_size, run.config.workers)
-    maps = evaluation.network_maps(run.method, loader, run.config.amp)
-    return evaluation.evaluate_maps(maps, run.splits[name], workers=run.config.workers)
 
 
 def test(run: Run) -> None:

@@ -22,18 +22,10 @@ from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
+from . import utils
 from .data import Split, decode, load_masks, read_localization, read_split
 from .demo import draw_demo
-from .utils import (
-    InputError,
-    Parser,
-    cores,
-    first_line,
-    one_line_errors,
-    ordered_map,
-    progress,
-    set_quiet,
-)
+from .utils import InputError
 
 SPLITS = ("train", "val", "test")
 SHIPPED = Path(__file__).parents[1] / "data_splits"  # the lists of a clone
@@ -258,7 +250,9 @@ def download(dataset: str, data_root: Path) -> None:
         (part / target.name).rename(target)
         part.rmdir()
     except Exception as error:  # errors of the network, the archive and the disk
-        raise InputError(f"{CUB_URL}: download failed ({first_line(error)}): see docs/data.md") from error
+        raise InputError(
+            f"{CUB_URL}: download failed ({utils.first_line(error)}): see docs/data.md"
+        ) from error
 
 
 # -------------------------------------------------------------------------------- a folder of your own images
@@ -301,8 +295,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Split], list[str]]:
     labels = np.array([label_of[Path(image).parent.name] for image in everything], dtype=np.int64)
     whole = Split(str(folder), folder, everything, labels, upright=True)
     if (path := folder / "localization.txt").exists():
-        read = ordered_map(partial(upright_size, folder), everything, cores())
-        read = progress(read, f"reading the sizes of {folder}", len(everything))
+        read = utils.ordered_map(partial(upright_size, folder), everything, utils.cores())
+        read = utils.progress(read, f"reading the sizes of {folder}", len(everything))
         sizes = np.array([size for _, size in read])
         boxes, masks = read_localization(path, {image: i for i, image in enumerate(everything)}, sizes)
         if masks:
@@ -377,7 +371,9 @@ def upright_size(root: Path, image: str) -> tuple[int, int]:
         with Image.open(root / image) as opened:
             return ImageOps.exif_transpose(opened).size
     except Exception as error:  # Pillow raises errors of many types
-        raise InputError(f"{root / image}: not an image that can be read ({first_line(error)})") from error
+        raise InputError(
+            f"{root / image}: not an image that can be read ({utils.first_line(error)})"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------ check
@@ -392,8 +388,8 @@ def check(dataset: str, data_root: Path, lists: Path, workers: int) -> int:
     print("\n".join(record["notes"]))
     problems = 0
     for split in splits.values():
-        inspected = ordered_map(partial(_problem_of, split), range(len(split)), workers)
-        found = [problem for _, problem in progress(inspected, split.name, len(split)) if problem]
+        inspected = utils.ordered_map(partial(_problem_of, split), range(len(split)), workers)
+        found = [problem for _, problem in utils.progress(inspected, split.name, len(split)) if problem]
         print(
             "\n".join([*found, f"{split.name}: {len(split)} images, {len(found)} with a problem"]), flush=True
         )
@@ -414,7 +410,7 @@ def _problem_of(split: Split, index: int) -> str | None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line of `check`."""
-    parser = Parser(
+    parser = utils.Parser(
         prog="python -m bridge_wsol.datasets",
         description="Opens every image and mask of a data set. Exit code 0: all can be read; 2: some cannot.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -424,10 +420,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--dataset", required=True, help="a name, or a folder of your own images")
     add("--data-root", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets")
     add("--lists", type=Path, default=Path("data_splits"), metavar="DIR", help="folder of the lists")
-    add("--workers", type=int, default=cores(), metavar="N", help="processes that open images")
+    add("--workers", type=int, default=utils.cores(), metavar="N", help="processes that open images")
     add("--quiet", action="store_true", help="no progress line on stderr")
     args = parser.parse_args(argv)
-    set_quiet(args.quiet)
+    utils.set_quiet(args.quiet)
     problems = check(args.dataset, args.data_root, args.lists, max(args.workers, 0))
     if problems:
         raise InputError(f"{args.dataset}: {problems} files with a problem")
@@ -435,5 +431,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with utils.one_line_errors():
         main()

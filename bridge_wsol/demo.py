@@ -31,19 +31,10 @@ import torch.nn.functional as nnf
 from PIL import Image, ImageDraw
 from torch import nn
 
+from . import utils
 from .data import TrainImages, read_split, to_input, train_loader, write_lists
 from .models import VGG16GAP
-from .utils import (
-    InputError,
-    autocast,
-    cores,
-    ordered_map,
-    progress,
-    resolve_device,
-    save_checkpoint,
-    seed_everything,
-    write_text,
-)
+from .utils import InputError
 
 SIZE = 128  # pixels of an image; training crops 7/8 of it, as 224 of 256
 SCALE = 2  # drawn at twice the size, then averaged: smooth edges
@@ -108,9 +99,11 @@ def _draw(root: Path, lists: Path, counts: dict[str, int], draw: Callable, class
             for kind in ("", "masks", "parts"):
                 (part / kind / split).mkdir(parents=True)
         jobs = [(part, image, draw, *order) for image, order in orders.items()]
-        drawn = progress(ordered_map(_draw_one, jobs, cores()), f"drawing {root.name}", len(orders))
+        drawn = utils.progress(
+            utils.ordered_map(_draw_one, jobs, utils.cores()), f"drawing {root.name}", len(orders)
+        )
         boxes = {job[1]: box for job, box in drawn}
-        write_text(part / STAMP, stamp)
+        utils.write_text(part / STAMP, stamp)
         if root.exists():
             shutil.rmtree(root)
         with suppress(OSError):  # another process was first: its images are the same
@@ -129,7 +122,7 @@ def _draw(root: Path, lists: Path, counts: dict[str, int], draw: Callable, class
             "localization": [line for lines in located for line in lines],
         }
         write_lists(lists / split, files)
-    write_text(lists / STAMP, stamp)
+    utils.write_text(lists / STAMP, stamp)
 
 
 def _text(path: Path) -> str | None:
@@ -450,8 +443,8 @@ def pretrain(folder: Path, out: Path, epochs: int = 12) -> None:
     counts = {"train": PRETRAINING_COUNTS["train"]}
     _draw(folder / "shapes", folder / "lists", counts, draw_shape, len(TEXTURES) * (len(HUES) + 1), seed=1)
     split = read_split(folder / "lists" / "train", folder / "shapes", "shapes")
-    device = resolve_device("auto")
-    seed_everything(0)
+    device = utils.resolve_device("auto")
+    utils.seed_everything(0)
     net = VGG16GAP(len(TEXTURES) * (len(HUES) + 1), stride=8, width=0.25)
     net.features, net.conv6 = _with_batch_norm(net.features), _with_batch_norm(net.conv6)
     net.to(device, memory_format=torch.channels_last)
@@ -461,8 +454,8 @@ def pretrain(folder: Path, out: Path, epochs: int = 12) -> None:
     loader = train_loader(TrainImages(split, 128, 112, seed=0), 32, workers=0)
     for epoch in range(1, epochs + 1):
         loader.batch_sampler.set_epoch(epoch)
-        for images, labels in progress(loader, f"epoch {epoch}/{epochs}", len(loader), "steps"):
-            with autocast(device, "bf16"):
+        for images, labels in utils.progress(loader, f"epoch {epoch}/{epochs}", len(loader), "steps"):
+            with utils.autocast(device, "bf16"):
                 logits = net.classify(net.conv6(net.features(to_input(images, device))))
             optimizer.zero_grad()
             loss = nnf.cross_entropy(logits.float(), labels.to(device))
@@ -470,7 +463,9 @@ def pretrain(folder: Path, out: Path, epochs: int = 12) -> None:
             optimizer.step()
         schedule.step()
         print(f"epoch {epoch}/{epochs}: loss of the last batch {float(loss):.4f}", flush=True)
-    save_checkpoint(out, {f"features.{k}": v.half().contiguous() for k, v in _folded(net.features).items()})
+    utils.save_checkpoint(
+        out, {f"features.{k}": v.half().contiguous() for k, v in _folded(net.features).items()}
+    )
 
 
 def _with_batch_norm(layers: nn.Sequential) -> nn.Sequential:

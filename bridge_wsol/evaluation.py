@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from . import cam
+from . import cam, utils
 from .baselines import METHODS
 from .boxes import LEVELS, fixed_level, iou_matrix, level_boxes, scale_boxes
 from .data import Masks, Split, as_score_map, decode, load_masks, load_rgb, test_loader, to_input, to_rgb
@@ -33,23 +33,7 @@ from .losses import full_precision
 from .methods import CAM
 from .metrics import LEVEL_NAMES, Evaluator, Measured, label_ranks, measure, selection_score
 from .models import load_weights
-from .utils import (
-    InputError,
-    all_gather,
-    atomic_write,
-    autocast,
-    flag,
-    load_tensors,
-    ordered_map,
-    progress,
-    rank,
-    read_json,
-    resolve_device,
-    say,
-    world_size,
-    write_json,
-    write_text,
-)
+from .utils import InputError
 
 # ------------------------------------------------------------------------------------------- score maps
 
@@ -77,7 +61,7 @@ def network_maps(
     method.eval()
     device = next(method.parameters()).device
     for images, labels, indices in loader:
-        with autocast(device, amp):
+        with utils.autocast(device, amp):
             logits, maps = method.predict(to_input(images, device), labels.to(device))
         if normalization is not None:
             maps = cam.resize(maps, method.config.image_size, method.upsampling)
@@ -161,20 +145,23 @@ def evaluate_maps(
     """
     require_threshold(threshold)
     evaluator, whole = Evaluator(), Evaluator()
-    measured = ordered_map(_measure, _jobs(batches, split, threshold), workers)
-    share = len(range(rank(), len(split), world_size()))
-    for job, found in progress(measured, split.name, share):
+    measured = utils.ordered_map(_measure, _jobs(batches, split, threshold), workers)
+    share = len(range(utils.rank(), len(split), utils.world_size()))
+    for job, found in utils.progress(measured, split.name, share):
         evaluator.add(job.index, found, job.rank, job.predicted)
         if save_maps is not None:
-            with atomic_write(save_maps / f"{split.ids[job.index]}.npy") as part, part.open("wb") as file:
+            with (
+                utils.atomic_write(save_maps / f"{split.ids[job.index]}.npy") as part,
+                part.open("wb") as file,
+            ):
                 np.save(file, job.score_map)
-    for part in all_gather(evaluator):
+    for part in utils.all_gather(evaluator):
         whole.merge(part)
     try:
         result = whole.result(val_levels, threshold)
     except InputError as error:
         raise InputError(f"{split.name}: {error}") from None
-    if per_image is not None and rank() == 0:
+    if per_image is not None and utils.rank() == 0:
         write_per_image(per_image, split, whole, result["levels"])
     return result
 
@@ -215,7 +202,7 @@ def write_per_image(path: Path, split: Split, evaluator: Evaluator, levels: dict
             row += [f"{found.ious[int(name == 'largest'), levels[name]]:.6f}" for name in LEVEL_NAMES]
             row += [*found.largest[levels["largest"]]]
         rows.writerow(row + [""] * (len(head) - len(row)))
-    write_text(path, text.getvalue())
+    utils.write_text(path, text.getvalue())
 
 
 QS = tuple(round(0.05 * i, 2) for i in range(1, 15))  # IVR's percentiles to choose from: 0.05, ..., 0.70
@@ -268,8 +255,8 @@ def results_name(
 
 def write_results(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
     """The head, then images, metrics, levels, thresholds and curves. Only the first process writes."""
-    if rank() == 0:
-        write_json(path, head | result)
+    if utils.rank() == 0:
+        utils.write_json(path, head | result)
 
 
 def report(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
@@ -308,9 +295,9 @@ def report(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
     title.append(f"{result['images']} images")
     counts = {key: n for key, n in result.items() if key.startswith("images_with_")}
     title += [f"{n} with {key.removeprefix('images_with_')}" for key, n in counts.items()]
-    say(f"{', '.join(title)} (percent)")
-    say("\n".join(f"  {name:<14}{x:6.2f}  {note}".rstrip() for name, x, note in rows if x is not None))
-    say(f"written to {path}")
+    utils.say(f"{', '.join(title)} (percent)")
+    utils.say("\n".join(f"  {name:<14}{x:6.2f}  {note}".rstrip() for name, x, note in rows if x is not None))
+    utils.say(f"written to {path}")
 
 
 def read_results(
@@ -326,7 +313,7 @@ def read_results(
         command = (
             f"python evaluate.py {run} --checkpoint {checkpoint} --split {split} --normalize {normalize}"
         )
-    result = read_json(path, command)
+    result = utils.read_json(path, command)
     curves = result.get("curves") or {}
     known = isinstance(result.get("metrics"), dict) and "dataset" in result and "pxap" in result["metrics"]
     if not known or not isinstance(curves, dict) or any(len(c) != LEVELS for c in curves.values()):
@@ -343,15 +330,18 @@ CHECKPOINT = {
     "digests": dict,
     "epoch": int,
     "num_classes": int,
+    "classes": (list, type(None)),
+    "val": (dict, type(None)),
 }
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of train.py, on the CPU. Raises InputError for another file."""
-    checkpoint = load_tensors(path)
+    checkpoint = utils.load_tensors(path)
     for name, kind in CHECKPOINT.items():
-        if not isinstance(checkpoint.get(name), kind):
-            raise InputError(f"{path}: not a checkpoint of this version of train.py ({name} is missing)")
+        if not isinstance(checkpoint.get(name, ...), kind):
+            problem = f"({name} is missing or has the wrong type)"
+            raise InputError(f"{path}: not a checkpoint of this version of train.py {problem}")
     if checkpoint["config"].get("method") not in METHODS:
         problem = f"a run of the unknown method {checkpoint['config'].get('method')!r}"
         raise InputError(f"{path}: {problem}: import the file that defines its class first")
@@ -375,7 +365,9 @@ class TrainedRun:
         cls = METHODS[self.config.method]
         for name, value in self.of_map.items():
             if name not in cls.of_map:
-                raise InputError(f"{flag(name)}: --method {self.config.method} of {folder} has no such value")
+                raise InputError(
+                    f"{utils.flag(name)}: --method {self.config.method} of {folder} has no such value"
+                )
             cls.all_values()[name].check(name, value)
         self.method = cls(self.config, self.checkpoint["num_classes"])
         load_weights(self.method.net, self.checkpoint["model"], path)
@@ -470,7 +462,7 @@ class Localizer:
         **val: Any,
     ):
         require_threshold(threshold)
-        self.run = TrainedRun(run, checkpoint, resolve_device(device))
+        self.run = TrainedRun(run, checkpoint, utils.resolve_device(device))
         self.how, self.amp = (normalize, percentile), amp or self.run.config.amp
         self.threshold, self.level, self.note = threshold, None, ""
         if threshold is None:
@@ -492,7 +484,7 @@ class Localizer:
         image = decode(Path(image), upright=True) if of_file else to_rgb(image, upright=True)
         run, size = self.run, self.run.config.image_size
         pixels = pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
-        with autocast(run.device, self.amp):
+        with utils.autocast(run.device, self.amp):
             logits, maps = run.method.predict(to_input(pixels[None], run.device))
         maps = cam.normalize(cam.resize(maps, size, run.method.upsampling), *self.how)
         score_map = maps[0].cpu().numpy()
@@ -557,14 +549,15 @@ def draw_boxes(
     heat = np.stack([np.interp(values, keys, channel) for channel in zip(*COLOURS)])
     photo = pil_to_tensor(image)
     blend = (0.4 * photo + 0.6 * torch.from_numpy(heat)).round().to(torch.uint8)
-    pictures, width = [photo, blend], max(2, image.width // 64)
+    width = max(2, image.width // 100)
     boxes = [] if truth is None else [(torch.as_tensor(truth), TRUTH, None)]
     if box is not None:
         labels = None if truth is None else [f"IoU {iou_matrix(np.asarray(box), truth).max():.2f}"]
         boxes.append((torch.as_tensor(np.asarray(box))[None], PREDICTION, labels))
-    for of_box, colour, labels in boxes:
-        pictures = [draw_bounding_boxes(p, of_box, labels, colour, width=width) for p in pictures]
-    return make_grid(pictures, nrow=1, padding=0)
+    for of_box, colour, labels in boxes:  # on the photo the text could hide a box
+        photo = draw_bounding_boxes(photo, of_box, colors=colour, width=width)
+        blend = draw_bounding_boxes(blend, of_box, labels, colour, width=width)
+    return make_grid([photo, blend], nrow=1, padding=0)
 
 
 def draw_found(image: Image.Image, found: Found, side: int = 448) -> Tensor:
@@ -579,16 +572,17 @@ def draw_split(path: Path, split: Split, batches: Iterable[MapBatch], level: int
     """A grid of `draw_boxes` in the form of Fig. A4. level: of the largest contour."""
     own = [pair for batch in batches for pair in zip(batch.indices, batch.maps)]
     pictures = []
-    for index, score_map in sorted((pair for part in all_gather(own) for pair in part), key=lambda x: x[0]):
-        size, box, truth = len(score_map), level_boxes(score_map).largest[level], None
-        if index in split.boxes:
-            truth = scale_boxes(split.boxes[index], tuple(split.sizes[index]), size)
-        pictures.append(
-            draw_boxes(load_rgb(split.path(index), size, upright=split.upright), score_map, box, truth)
-        )
-    if rank() == 0:
+    for index, score_map in sorted(
+        (pair for part in utils.all_gather(own) for pair in part), key=lambda x: x[0]
+    ):
+        box, zoom = level_boxes(score_map).largest[level], 1 + (len(score_map) < 224)
+        truth = scale_boxes(split.boxes[index], tuple(split.sizes[index]), len(score_map))
+        photo = load_rgb(split.path(index), zoom * len(score_map), upright=split.upright)
+        boxes = (zoom * corners + np.array([0, 0, zoom - 1, zoom - 1]) for corners in (box, truth))
+        pictures.append(draw_boxes(photo, score_map, *boxes))
+    if utils.rank() == 0:
         save_picture(path, make_grid(pictures, nrow=columns, padding=6, pad_value=255))
-    say(f"{len(pictures)} images with boxes in {path}")
+    utils.say(f"{len(pictures)} images with boxes in {path}")
 
 
 def evenly(split: Split, n: int) -> Split:
@@ -600,5 +594,5 @@ def evenly(split: Split, n: int) -> Split:
 
 def save_picture(path: Path, picture: Tensor) -> None:
     """Writes 3 x H x W uint8 as PNG, all or nothing."""
-    with atomic_write(path) as part:
+    with utils.atomic_write(path) as part:
         to_pil_image(picture).save(part, format="PNG")
