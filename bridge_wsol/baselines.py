@@ -312,7 +312,11 @@ class PaS(CAM, name="pas"):
 
     values = {
         "pas_theta": Value(
-            float, 0.1, "pools above this share of the maximum; below 0: GAP", "[-1, 1]", AUTHORS
+            float,
+            0.1,
+            "pools above this share of the maximum; below 0: GAP",
+            "[-1, 1]",
+            f"{AUTHORS}, for VGG16",
         ),
         "pas_nwc": Value(str, "on", "non-negative class weights in the map", ("on", "off"), AUTHORS),
     }
@@ -491,8 +495,9 @@ class SPG(CAM, name="spg"):
 
     def predict(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits and maps from S."""
-        logits, features, _ = self.passes(images)
-        return logits, of_class(self.class_maps(features), logits.argmax(1) if labels is None else labels)
+        s = self.class_maps(self.net.after_dropout(self.net.before_dropout(images)))
+        logits = s.mean((2, 3))
+        return logits, of_class(s, logits.argmax(1) if labels is None else labels)
 
 
 def seeds(maps: Tensor, high: float, low: float) -> Tensor:

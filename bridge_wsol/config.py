@@ -124,11 +124,11 @@ VALUES = {  # of every run; those without a help text have no flag
     "what to train": {
         "dataset": Value(str, "demo", f"{', '.join(DATASETS)}, a data set of --lists, or a folder of images"),
         "arch": Value(str, "vgg16", "backbone", ARCHS),
-        "method": Value(str, "bridge", "bridge: the paper's; cam: the CAM baseline", tuple(METHODS)),
+        "method": Value(str, "bridge", "bridge: the paper's; cam: the CAM baseline", METHODS),
         "preset": Value(str, None, "data set whose values are the defaults (default: its own, else CUB)"),
         "weights": Value(str, "imagenet", "imagenet (torchvision's), none, or a file"),
         "frozen_blocks": Value(int, 0, "keep the weights of the first N blocks as pretrained", "[0, inf)"),
-        "seed": Value(int, 0, "random seed", "[0, 9223372036854775807]"),
+        "seed": Value(int, 0, "random seed", "[0, 9223372036854775808)"),
     },
     "where things are": {
         "data_root": Value(str, "data", "folder with the data set as distributed", resume=True),
@@ -170,7 +170,7 @@ VALUES = {  # of every run; those without a help text have no flag
         "nesterov": Value(bool, True, "", None, CODE),
         "weight_decay": Value(float, 5e-4, "of SGD", "[0, inf)", B),
         "stride": Value(int, 16, "image pixels per location of the map, 8 or 16", None, CHOE),
-        "width": Value(float, 1.0, "factor of VGG16's channels", "(0, 1]", "the paper's networks"),
+        "width": Value(float, 1.0, "factor of VGG16's channels", "[0.01, 1]", "the paper's networks"),
         "resize_size": Value(int, 256, "side of a training image before the crop, in pixels", COUNT, CHOE),
         "image_size": Value(int, 224, "side of a crop and of a test image, in pixels", COUNT, CHOE),
     },
@@ -185,15 +185,20 @@ def all_values() -> dict[str, Value]:
     return RUN_VALUES | {name: value for cls in METHODS.values() for name, value in cls.all_values().items()}
 
 
-def preset_values(name: str, arch: str, method: str = "cam") -> dict[str, tuple[Any, str]]:
-    """{value: (default, source)} of the preset `name` for a method. Raises InputError for an unknown pair."""
+def preset_values(
+    name: str, arch: str, method: str = "cam", dataset: str | None = None
+) -> dict[str, tuple[Any, str]]:
+    """{value: (default, source)} of the preset `name` for a method. Raises InputError for an unknown pair.
+
+    dataset: the data set of the run, if not that of the preset; its kind decides CALM's map.
+    """
     if (name, arch) not in PRESETS:
         pairs = ", ".join(f"{pair[0]} {pair[1]}" for pair in PRESETS if len(pair) == 2)
         raise InputError(
             f"--dataset {name} --arch {arch}: no preset; there are {pairs}; pass one as --preset"
         )
     names = RUN_VALUES | METHODS[method].all_values()
-    found = {key: (value.default_for(name, arch), value.source) for key, value in names.items()}
+    found = {key: (value.default_for(dataset or name, arch), value.source) for key, value in names.items()}
     for key in ((name, arch), (name, arch, method)):
         for source, values in PRESETS.get(key, {}).items():
             found |= {x: (value, f"preset: {source}") for x, value in values.items() if x in names}
@@ -213,7 +218,7 @@ def add_flags(parser: argparse.ArgumentParser, names: dict[str, Value]) -> None:
     for name, value in names.items():
         if not value.help:
             continue
-        words = value.allowed if isinstance(value.allowed, tuple) else None
+        words = value.allowed if isinstance(value.allowed, tuple | dict) else None
         text = value.help if words or not value.allowed else f"{value.help}; {value.allowed}"
         if value.default is not None and not callable(value.default):
             shown = ",".join(map(str, value.default)) if isinstance(value.default, list) else value.default
@@ -236,9 +241,13 @@ def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
     add = groups["how it runs"].add_argument
     add("--resume", action="store_true", default=False, help="continue the run in --out, with its values")
     add("--quiet", action="store_true", default=False, help="no progress line on stderr")
+    added = {*RUN_VALUES}
     for method, cls in METHODS.items():
-        if own := {name: v for name, v in vars(cls).get("values", {}).items()}:
-            add_flags(parser.add_argument_group(f"--method {method}", cls.__doc__.splitlines()[0]), own)
+        # A method may give a value of its base class another default: one flag serves both.
+        if own := {name: v for name, v in vars(cls).get("values", {}).items() if name not in added}:
+            added |= own.keys()
+            about = (cls.__doc__ or "").partition("\n")[0]
+            add_flags(parser.add_argument_group(f"--method {method}", about), own)
     args = vars(parser.parse_args(argv))
     given = {name: args.pop(name) for name in list(args) if name in all_values()}
     return argparse.Namespace(**args, given=given)
@@ -265,7 +274,7 @@ def resolve_config(
         dataset, arch, method = (given.get(x, RUN_VALUES[x].default) for x in ("dataset", "arch", "method"))
         known = any(dataset == pair[0] for pair in PRESETS)
         name = given.get("preset", dataset if known else "CUB")
-        of_preset = preset_values(name, arch, method)
+        of_preset = preset_values(name, arch, method, dataset)
         values = {key: value for key, (value, _) in of_preset.items()} | {"preset": name}
         sources = {key: source for key, (_, source) in of_preset.items()}
         if "batch_size" in given:

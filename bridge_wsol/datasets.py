@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import filecmp
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -52,7 +53,7 @@ DATASETS = {
 def is_folder(dataset: str, lists: Path) -> bool:
     """Whether a --dataset is a folder of your own images: a path, or the only thing of that name."""
     named = dataset in DATASETS or (lists / dataset).is_dir()
-    return "/" in dataset or (not named and Path(dataset).is_dir())
+    return "/" in dataset or dataset in (".", "..") or (not named and Path(dataset).is_dir())
 
 
 def load_splits(
@@ -78,6 +79,8 @@ def load_splits(
     if is_folder(dataset, lists):
         found, record["classes"] = read_folder(Path(dataset))
         val_per_class = (0 if "val" in found else 2) if val_per_class is None else val_per_class
+        if not val_per_class and "val" not in found:
+            raise InputError(f"--val-per-class 0: {dataset} has no val/: pass another number")
         if val_per_class and "val" in found:
             found["train"] = _join(found["train"], found.pop("val"))
         num_classes = len(record["classes"])
@@ -159,7 +162,7 @@ def _other_lists(dataset: str, lists: Path) -> list[str]:
     other = [pair[1] for pair in pairs if pair[1].exists() and not filecmp.cmp(*pair, shallow=False)]
     if not other or DATASETS[dataset].draw:
         return []
-    return [f"{other[0]} and {len(other) - 1} more are not the published lists: results do not compare"]
+    return [f"{len(other)} lists are not the published ones ({other[0]} first): results do not compare"]
 
 
 def class_names(train: Split) -> list[str] | None:
@@ -248,7 +251,7 @@ def download(dataset: str, data_root: Path) -> None:
         part = data_root / ".CUB_200_2011.part"
         download_and_extract_archive(CUB_URL, str(data_root), str(part), archive.name, CUB_MD5)
         (part / target.name).rename(target)
-        part.rmdir()
+        shutil.rmtree(part)  # the archive has a file beside the folder
     except Exception as error:  # errors of the network, the archive and the disk
         raise InputError(
             f"{CUB_URL}: download failed ({utils.first_line(error)}): see docs/data.md"
@@ -306,6 +309,9 @@ def read_folder(folder: Path) -> tuple[dict[str, Split], list[str]]:
     splits = {
         name: whole.take(map(place.get, ids[name]), f"{folder} {name}") for name in SPLITS if name in ids
     }
+    for name, split in splits.items():
+        if not len(split):
+            raise InputError(f"{folder / name}: no images")
     counts = ", ".join(
         f"{name} {len(split)} ({len(split.boxes)} with boxes)" for name, split in splits.items()
     )

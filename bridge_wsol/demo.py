@@ -92,26 +92,10 @@ def _draw(root: Path, lists: Path, counts: dict[str, int], draw: Callable, class
         for number, (split, count) in enumerate(counts.items())
         for index in range(count)
     }
-    print(f"drawing {len(orders)} images into {root}", flush=True)
-    part = root.with_name(f".{root.name}.{secrets.token_hex(4)}.part")
-    try:
-        for split in counts:
-            for kind in ("", "masks", "parts"):
-                (part / kind / split).mkdir(parents=True)
-        jobs = [(part, image, draw, *order) for image, order in orders.items()]
-        drawn = utils.progress(
-            utils.ordered_map(_draw_one, jobs, utils.cores()), f"drawing {root.name}", len(orders)
-        )
-        boxes = {job[1]: box for job, box in drawn}
-        utils.write_text(part / STAMP, stamp)
-        if root.exists():
-            shutil.rmtree(root)
-        with suppress(OSError):  # another process was first: its images are the same
-            part.rename(root)
-    except OSError as error:
-        raise InputError(f"{root}: cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    if _text(root / STAMP) != stamp:
+        _draw_images(root, counts, draw, orders, stamp)
+    masks = (root / "masks" / image for image in orders)
+    boxes = {image: _extent(mask) for image, mask in zip(orders, masks)}
     for split in counts:
         ids = [image for image in orders if image.startswith(f"{split}/")]
         located = ((",".join(map(str, (image, *boxes[image]))), f"{image},masks/{image},") for image in ids)
@@ -125,21 +109,50 @@ def _draw(root: Path, lists: Path, counts: dict[str, int], draw: Callable, class
     utils.write_text(lists / STAMP, stamp)
 
 
+def _draw_images(
+    root: Path, counts: dict[str, int], draw: Callable, orders: dict[str, tuple], stamp: str
+) -> None:
+    print(f"drawing {len(orders)} images into {root}", flush=True)
+    part = root.with_name(f".{root.name}.{secrets.token_hex(4)}.part")
+    try:
+        for split in counts:
+            for kind in ("", "masks", "parts"):
+                (part / kind / split).mkdir(parents=True)
+        jobs = [(part, image, draw, *order) for image, order in orders.items()]
+        drawn = utils.ordered_map(_draw_one, jobs, utils.cores())
+        for _ in utils.progress(drawn, f"drawing {root.name}", len(orders)):
+            pass
+        utils.write_text(part / STAMP, stamp)
+        if root.exists():
+            shutil.rmtree(root)
+        with suppress(OSError):  # another process was first: its images are the same
+            part.rename(root)
+    except OSError as error:
+        raise InputError(f"{root}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _extent(mask: Path) -> tuple[int, int, int, int]:
+    """The exact box of a mask: x0, y0, x1, y1, corners included."""
+    with Image.open(mask) as image:
+        x0, y0, x1, y1 = image.getbbox()
+    return x0, y0, x1 - 1, y1 - 1
+
+
 def _text(path: Path) -> str | None:
     with suppress(OSError, UnicodeDecodeError):
         return path.read_text(encoding="utf-8")
 
 
-def _draw_one(job: tuple) -> tuple[int, int, int, int]:
-    """Writes one image, its mask and, if it is not empty, the mask of its part; returns the exact box."""
+def _draw_one(job: tuple) -> None:
+    """Writes one image, its mask and, if it is not empty, the mask of its part."""
     folder, image, draw, random, label = job
     drawing = draw(np.random.default_rng(random), label)
     drawing.image.save(folder / image, compress_level=1)
     Image.fromarray(drawing.mask).save(folder / "masks" / image)
     if drawing.part.any():
         Image.fromarray(drawing.part).save(folder / "parts" / image)
-    y, x = np.nonzero(drawing.mask)
-    return int(x.min()), int(y.min()), int(x.max()), int(y.max())
 
 
 # --------------------------------------------------------------------------------------------------- the bird
@@ -462,7 +475,7 @@ def pretrain(folder: Path, out: Path, epochs: int = 12) -> None:
             loss.backward()
             optimizer.step()
         schedule.step()
-        print(f"epoch {epoch}/{epochs}: loss of the last batch {float(loss):.4f}", flush=True)
+        print(f"epoch {epoch}/{epochs}: loss of the last batch {float(loss.detach()):.4f}", flush=True)
     utils.save_checkpoint(
         out, {f"features.{k}": v.half().contiguous() for k, v in _folded(net.features).items()}
     )

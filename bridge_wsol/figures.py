@@ -12,7 +12,7 @@ FILE is a JSON file that `python -m bridge_wsol.experiments sweep` wrote.
 curves, histogram and gap take runs with the same name in --names as one: seeds of the same configuration.
 A figure goes to figures/COMMAND.png and .pdf, or where --out says. curves, histogram, boxes and gap write
 their numbers as JSON, too. The same input gives the same bytes.
-curves, histogram and sweep need matplotlib (the extra `figures`).
+All but gap need matplotlib (the extra `figures`).
 """
 
 from __future__ import annotations
@@ -21,219 +21,169 @@ import argparse
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from . import cam, drawing
+from . import cam, utils
 from .boxes import LEVELS, iou_matrix, level_boxes, scale_boxes
-from .data import Masks, Split, load_masks, load_rgb, test_loader, to_input
-from .drawing import with_suffix
-from .evaluation import MapBatch, evaluate_maps, load_run, names_of, read_results, run_splits
-from .experiments import SWEPT, check_pools, markdown, read_sweep, spread
+from .data import Masks, Split, decode, load_masks, test_loader, to_input
+from .evaluation import PREDICTION, TRUTH, MapBatch, TrainedRun, evaluate_maps, read_results
+from .experiments import SWEPT, check_pools, markdown, names_of, read_sweep, spread
 from .losses import feature_norm, minmax
-from .methods import CAM
 from .metrics import DELTAS, flatness
-from .models import Output
-from .utils import (
-    InputError,
-    Parser,
-    Progress,
-    atomic_write,
-    autocast,
-    counted,
-    default_workers,
-    one_line_errors,
-    resolve_device,
-    write_json,
-)
+from .utils import InputError, Parser, Value, atomic_write, autocast, one_line_errors, progress, write_json
 
+Flags = argparse.Namespace  # of `parse_args`
 COLUMN, PAGE = 3.3, 6.9  # widths of a column and of the text of a two-column page, in inches
 RANDOM = 4  # images that maps and boxes draw without a choice
 MAPS = ("CAM", "F", "S")
+Maps = tuple[list[int], dict[str, Tensor]]
 
 
 # ------------------------------------------------------------------------------------------------- matplotlib
 
 STYLE = {
-    **dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize"), 8),
-    **dict.fromkeys(("legend.fontsize", "legend.title_fontsize", "xtick.labelsize", "ytick.labelsize"), 7),
-    **{"lines.linewidth": 1.2, "lines.markersize": 5, "axes.linewidth": 0.6},
-    **{"axes.grid": True, "grid.linewidth": 0.4, "grid.alpha": 0.5},
+    **{"font.size": 8, "axes.titlesize": "medium", "figure.labelsize": "medium", "legend.handlelength": 2.6},
+    **dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), "small"),
+    **{"lines.linewidth": 1.2, "lines.markersize": 5, "axes.linewidth": 0.6, "axes.axisbelow": True},
+    **{"axes.grid": True, "grid.linewidth": 0.4, "grid.alpha": 0.5, "pdf.fonttype": 42},
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    "pdf.fonttype": 42,
+    "text.parse_math": False,  # a $ in a name is no formula
 }
 # The colours of Okabe and Ito. Line style and marker tell runs apart in print without colour.
-LOOKS = {
-    "color": ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
-    "linestyle": ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))),
-    "marker": ("o", "s", "^", "D", "v", "P", "X"),
-}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Blue, grey, yellow for S = -1, 0, 1, in equal steps of lightness: a grey print shows the sign, too.
+SIGNED = ("#08204e", "#24528c", "#808080", "#deb252", "#ffeeaa")
 # The place of a legend above its panel: inside, the curves may pass through every place.
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
 
 
-def require_matplotlib() -> ModuleType:
-    """matplotlib. Raises InputError where it is not installed."""
-    try:
-        import matplotlib
-        import matplotlib.figure
-    except ImportError as error:
-        fix = "install it with pip install -e '.[figures]'"
-        raise InputError(f"this figure needs matplotlib ({error}): {fix}") from error
-    return matplotlib
+def look(i: int) -> dict[str, Any]:
+    """Colour and line style of the i-th run."""
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
 
 
 @contextmanager
-def figure(args: argparse.Namespace, height: float) -> Iterator[Any]:
-    """Yields a matplotlib figure of --width x `height` inches, then saves it as --out.png and .pdf.
+def figure(
+    args: Flags, height: float, rows: int = 1, columns: int = 1, aspect: int | None = None, **options: Any
+) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yields (matplotlib figure, rows x columns panels), then saves it as --out.png and .pdf.
 
-    The files hold no dates, and the user's settings of matplotlib have no effect.
+    --width x `height` inches. aspect: of panels for images, height / width: they have no axes, and the figure
+    is cropped. options: of matplotlib's `subplots`. The files hold no dates, and the user's settings of
+    matplotlib have no effect.
     """
-    matplotlib = require_matplotlib()
-    formats = (
-        (".png", {"Software": None}, {"pil_kwargs": {"optimize": True}}),
-        (".pdf", {"CreationDate": None, "Creator": None, "Producer": None}, {}),
-    )
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    undated = {".png": {"Software": None}, ".pdf": dict.fromkeys(("CreationDate", "Creator", "Producer"))}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        drawn = matplotlib.figure.Figure(figsize=(args.width, height), layout="constrained")
-        yield drawn
-        for suffix, metadata, options in formats:
-            with atomic_write(with_suffix(args.out, suffix)) as part:
-                drawn.savefig(part, format=suffix[1:], dpi=args.dpi, metadata=metadata, **options)
+        drawn, crop = Figure(figsize=(args.width, height), dpi=args.dpi, layout="compressed"), {}
+        panels = drawn.subplots(rows, columns, squeeze=False, **options)
+        if aspect:
+            crop = {"bbox_inches": "tight", "pad_inches": 0.02}
+            drawn.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+            for panel in panels.flat:
+                panel.set(xticks=[], yticks=[], box_aspect=aspect)
+                panel.spines[:].set_visible(False)
+        yield drawn, panels
+        for suffix, metadata in undated.items():
+            with atomic_write(Path(f"{args.out}{suffix}")) as part:
+                drawn.savefig(part, format=suffix[1:], metadata=metadata, **crop)
+            print(f"written to {args.out}{suffix}")
 
 
-def look(i: int) -> dict[str, Any]:
-    """Colour, line style and marker of the i-th run."""
-    return {name: looks[i % len(looks)] for name, looks in LOOKS.items()}
-
-
-def print_numbers(names: list[str], rows: list[tuple[str, list[list[float | None]], int]]) -> None:
-    """Prints a table with a column per name. rows: (label, the values of each name, decimals)."""
-    known = [
-        [label, *(spread([x for x in values if x is not None], digits) for values in of_names)]
-        for label, of_names, digits in rows
-    ]
-    print(markdown(["", *names], [row for row in known if set(row[1:]) != {"–"}]), end="")
-
-
-def shortened(name: str, width: float) -> str:
-    """The name, cut in the middle if it does not fit into a legend `width` inches wide; $ is no formula."""
-    fits = max(9, int((width - 0.6) / 0.06))
-    cut = name if len(name) <= fits else f"{name[: fits // 2]}…{name[-(fits - fits // 2 - 1) :]}"
-    return cut.replace("$", r"\$")
+def print_numbers(names: list[str], rows: dict[str, tuple[list[float | None], int]]) -> None:
+    """Prints mean ± deviation of the runs of each name. rows: {label: (value of each run, decimals)}."""
+    columns, cells = list(dict.fromkeys(names)), []
+    for label, (values, digits) in rows.items():
+        known = [(name, value) for name, value in zip(names, values) if value is not None]
+        if known:
+            cells.append([label, *(spread([x for of, x in known if of == name], digits) for name in columns)])
+    print(markdown(["", *columns], cells), end="")
 
 
 # ------------------------------------------------------------------------------------------------------- runs
 
 
 class Run(NamedTuple):
-    """A trained network and the images of one split."""
+    """A trained run and the images of a split."""
 
-    folder: Path
     name: str
-    model: nn.Module
-    method: CAM
-    config: dict[str, Any]
+    trained: TrainedRun
     split: Split
     size: int  # side of the score maps in pixels
+    ids: dict[str, int]  # image id -> index, of the images that the command can draw
 
-    def index_of(self, image: str) -> int:
-        """The index of an image id in the split. Raises InputError for another id."""
-        try:
-            return self.split.ids.index(image)
-        except ValueError:
-            problem = f"--images {image}: no such image in {self.split.name}"
-            raise InputError(f"{problem}; pass ids like {self.split.ids[0]}") from None
-
-    def truth(self, index: int) -> np.ndarray:
-        """The ground truth boxes of an image, G x 4 in pixels of the score map."""
-        return scale_boxes(self.split.boxes[index], tuple(self.split.sizes[index]), self.size)
+    def take(self, images: list[str]) -> Split:
+        """The images with these ids, in this order. Raises InputError for an id that cannot be drawn."""
+        if wrong := [image for image in images if image not in self.ids]:
+            what = f"no such image, or no box, in {self.split.name}"
+            raise InputError(f"--images {wrong[0]}: {what}: pass ids like {next(iter(self.ids), None)}")
+        return self.split.take([self.ids[image] for image in images], self.split.name)
 
 
-class Batch(NamedTuple):
-    """Output of a network for some images of a split."""
-
-    indices: list[int]
-    labels: Tensor  # N
-    maps: Tensor  # N x h x w, unbounded: the method's map of the ground truth class
-    features: Tensor | None  # N x C x h x w; None where the network returns no `Output`
-
-
-def open_runs(args: argparse.Namespace) -> list[Run]:
-    """The networks in eval mode and the images of --split. Raises InputError for a folder that is no run."""
-    runs, device = [], resolve_device(args.device)
+def open_runs(args: Flags) -> list[Run]:
+    """The runs with the images of --split. Raises InputError for a folder that is no run."""
+    runs, device = [], utils.resolve_device(args.device)
+    args.workers = utils.default_workers(device) if args.workers is None else args.workers
     for folder, name in zip(args.runs, names_of(args)):
-        model, method, checkpoint = load_run(folder, args.checkpoint, device)
-        config = checkpoint["config"]
-        split = run_splits(folder, checkpoint, (args.split,), args.data_root, args.splits)[args.split]
-        runs.append(Run(folder, name, model.eval(), method, config, split, config["image_size"]))
+        trained = TrainedRun(folder, args.checkpoint, device)
+        split = trained.split(args.split, args.data_root, args.lists)
+        drawable = sorted(split.boxes) if args.command == "boxes" else range(len(split))
+        size, ids = trained.config.image_size, {split.ids[i]: i for i in drawable}
+        runs.append(Run(name, trained, split, size, ids))
     return runs
 
 
-def predictions(run: Run, args: argparse.Namespace, indices: Sequence[int] | None = None) -> Iterator[Batch]:
-    """One forward pass over the images with these indices (None: all images of the split), in order."""
-    split = run.split if indices is None else run.split.take(indices, run.split.name)
-    indices = range(len(split)) if indices is None else indices
-    device = next(run.model.parameters()).device
-    loader = test_loader(split, args.batch_size, image_size=run.size, workers=args.workers)
-    # `predict` returns no features: a hook takes them from the network's output.
-    outputs: list[Any] = []
-    hook = run.model.register_forward_hook(lambda model, inputs, output: outputs.append(output))
-    try:
-        for images, labels, at in counted(loader, run.name, len(loader), "batches"):
-            outputs.clear()
-            with torch.inference_mode(), autocast(device, args.amp or run.config["amp"]):
-                _, maps = run.method.predict(run.model, to_input(images, device), labels.to(device))
-            features = outputs[0].features if outputs and isinstance(outputs[0], Output) else None
-            yield Batch([indices[i] for i in at.tolist()], labels.to(device), maps, features)
-    finally:
-        hook.remove()
+@torch.inference_mode()
+def map_batches(run: Run, args: Flags, split: Split, names: Sequence[str] = MAPS) -> Iterator[Maps]:
+    """(indices, {name: maps}) of each batch of a split, in order: N x h x w float32, unbounded, on the CPU.
+
+    CAM is the method's map of the ground-truth class, F and S are the factors of w_y . f_u. Raises InputError
+    where there is no S: for a method without a linear classifier over its features.
+    """
+    trained, method, device = run.trained, run.trained.method, run.trained.device
+    fc, loader = getattr(method.net, "fc", None), test_loader(split, args.batch_size, run.size, args.workers)
+    for images, labels, indices in progress(loader, run.name, len(loader), "batches"):
+        images, labels, found = to_input(images, device), labels.to(device), {}
+        with autocast(device, args.amp or trained.config.amp):
+            features = method.passes(images).features
+            if "CAM" in names:
+                found["CAM"] = method.predict(images, labels)[1]
+        found["F"] = feature_norm(features)
+        if "S" in names:
+            if not isinstance(fc, nn.Linear) or fc.in_features != features.shape[1]:
+                problem = f"--method {trained.config.method} has no linear classifier over its features"
+                fix = "so its map has no factors F and S: pass a run of another method"
+                raise InputError(f"{trained.folder}: {problem}, {fix}")
+            found["S"] = cam.decompose(features, fc.weight, labels).S
+        yield indices.tolist(), {name: maps.float().cpu() for name, maps in found.items()}
 
 
-def lacks(run: Run, what: str) -> InputError:
-    """The error for a network without what a figure needs."""
-    method = run.config["method"]
-    return InputError(f"{run.folder}: --method {method} has {what}: pass a run of another method")
+def resized(run: Run, name: str, maps: Tensor) -> Tensor:
+    """One of MAPS at the image size: N x h x w -> N x size x size, unbounded."""
+    return cam.resize(maps, run.size, run.trained.method.upsampling if name == "CAM" else "bicubic")
 
 
-def factors(run: Run, batch: Batch) -> cam.Factors:
-    """F and S of the ground truth class. Raises InputError if no linear classifier follows the features."""
-    layer = getattr(run.model, "fc", None)
-    linear = batch.features is not None and isinstance(layer, nn.Linear)
-    if not linear or layer.in_features != batch.features.shape[1]:
-        raise lacks(run, "no linear classifier over its features, so its map has no factors F and S")
-    with torch.inference_mode():
-        return cam.decompose(batch.features, layer.weight, batch.labels)
+# ---------------------------------------------------------------------- Figs. A1 and A2, curves and histogram
 
 
-def score_maps(maps: Tensor, run: Run, mode: str | None = None) -> np.ndarray:
-    """N x h x w, unbounded -> N x size x size in [0, 1], as in evaluate.py. mode None: the method's."""
-    return cam.normalize(cam.resize(maps, run.size, mode or run.method.upsampling)).cpu().numpy()
-
-
-# -------------------------------------------------------------------------------------------- Fig. A1, curves
-
-
-def maximum(curve: Sequence[float]) -> dict[str, Any]:
-    """The maximum of a curve in percent, its threshold, and the range of thresholds that `flatness` finds."""
-    (first, last, width), top = flatness(curve), int(np.argmax(curve))
-    found = {"maximum": float(curve[top]), "threshold": top / LEVELS}
-    return found | {"within_95_percent": [first / LEVELS, last / LEVELS], "flatness": width}
-
-
-def read_curves(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, np.ndarray]]]:
+def read_curves(args: Flags) -> tuple[list[dict[str, Any]], list[dict[str, np.ndarray]]]:
     """(numbers, {IoU: curve}) of each name; the curve is the mean over the runs with that name.
 
-    "above_first", "below_first": percent of the thresholds at which it is above or below the first name's.
-    Raises InputError for results without boxes.
+    Numbers of each IoU: the maximum in percent, its threshold, the range of thresholds that `flatness` finds,
+    and the percent of the thresholds at which the curve is above or below the first name's. Raises InputError
+    for results without boxes.
     """
     found: dict[str, list[tuple[Path, dict[str, list[float]]]]] = {}
     for run, name in zip(args.runs, names_of(args)):
@@ -243,234 +193,241 @@ def read_curves(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[di
         found.setdefault(name, []).append((path, result["curves"]))
     entries, all_curves = [], []
     for name, runs in found.items():
-        means = {str(iou): np.mean([of_run[str(iou)] for _, of_run in runs], axis=0) for iou in DELTAS}
-        all_curves.append(means)
-        numbers = {iou: maximum(mean) for iou, mean in means.items()}
-        for iou, mean in means.items():
-            first = all_curves[0][iou]
-            numbers[iou]["above_first"] = 100 * float((mean > first).mean())
-            numbers[iou]["below_first"] = 100 * float((mean < first).mean())
-        entries.append({"name": name, "results": [str(path) for path, _ in runs], **numbers})
+        entries.append({"name": name, "results": [str(path) for path, _ in runs]})
+        all_curves.append({})
+        for iou in map(str, DELTAS):
+            curve = all_curves[-1][iou] = np.mean([of_run[iou] for _, of_run in runs], axis=0)
+            (first, last, width), top = flatness(curve), int(np.argmax(curve))
+            entries[-1][iou] = {
+                "maximum": float(curve[top]),
+                "threshold": top / LEVELS,
+                "within_95_percent": [first / LEVELS, last / LEVELS],
+                "flatness": width,
+                "above_first": 100 * float((curve > all_curves[0][iou]).mean()),
+                "below_first": 100 * float((curve < all_curves[0][iou]).mean()),
+            }
     return entries, all_curves
 
 
-def curves(args: argparse.Namespace) -> None:
-    """Fig. A1: accuracy against the threshold. A marker shows each maximum: MaxBoxAccV2 at that IoU.
+def curves(args: Flags) -> dict[str, Any]:
+    """Fig. A1: accuracy against the threshold.
 
+    A marker shows each maximum, MaxBoxAccV2 at that IoU, and a band the range of `flatness` around it.
     Prints the numbers of claim C.1: maximum, `flatness`, and the share of thresholds above the first run.
     """
     entries, all_curves = read_curves(args)
-    beside = args.width > 5  # three panels side by side
-    names = [shortened(entry["name"], args.width) for entry in entries]
-    columns = min(len(names), max(1, int(args.width // (0.06 * max(map(len, names)) + 0.5))))  # of names
-    lines_above = (1 + (len(names) if beside else (len(names) + 1) // 2)) * 0.15
-    height = 2.0 + lines_above if beside else (1.45 + lines_above) * len(DELTAS) + 0.2
-    height += 0.17 * math.ceil(len(names) / columns)
-    with figure(args, height) as drawn:
-        panels = drawn.subplots(1, 3, sharey=True) if beside else drawn.subplots(3, 1, sharex=True)
-        for panel, delta in zip(panels, DELTAS):
+    names, thresholds = [entry["name"] for entry in entries], np.arange(LEVELS) / LEVELS
+    rows, columns = (1, 3) if args.width > 5 else (3, 1)
+    lines = 0.13 * len(names)  # height of a legend
+    height, share = rows * (1.6 + lines) + lines + 0.2, {"sharex": True, "sharey": True}
+    with figure(args, height, rows, columns, **share) as (drawn, panels):
+        for panel, delta in zip(panels.flat, DELTAS):
+            handles = []
             for i, (entry, of_run) in enumerate(zip(entries, all_curves)):
-                draw_curve(panel, i, of_run[str(delta)], entry[str(delta)])
-            finish_curves(panel, delta, beside)
-        handles = [panels[-1].plot([], [], **look(i))[0] for i in range(len(names))]
-        drawn.legend(handles, names, loc="outside upper left", ncols=columns, handlelength=2.6)
-    rows, first = [], entries[0]["name"]
+                curve, found, style = of_run[str(delta)], entry[str(delta)], look(i)
+                first, last = (round(threshold * LEVELS) for threshold in found["within_95_percent"])
+                band = slice(first, last + 1)
+                panel.plot(thresholds[band], curve[band], color=style["color"], linewidth=5, alpha=0.25)
+                flat = "–" if found["flatness"] is None else f"{found['flatness']:.2f}"
+                style |= {
+                    "marker": MARKERS[i % len(MARKERS)],
+                    "markevery": [round(found["threshold"] * LEVELS)],
+                }
+                style["label"] = f"{found['maximum']:.1f}, {flat} wide"
+                handles += panel.plot(thresholds, curve, **style)
+            panel.set(xlim=(0, 1), ylim=(0, 105), yticks=[0, 25, 50, 75, 100])
+            panel.set_title(f"IoU {delta / 100}", loc="right")
+            panel.legend(**ABOVE)
+        drawn.legend(handles, names, loc="outside upper left", ncols=columns)
+        drawn.supxlabel("threshold")
+        drawn.supylabel("accuracy, %")
+    table = {}
     for key, what, digits in (
         ("maximum", "maximum, %", 1),
         ("flatness", "width within 95 %", 2),
-        ("above_first", f"thresholds above {first}, %", 1),
-        ("below_first", f"thresholds below {first}, %", 1),
+        ("above_first", f"thresholds above {names[0]}, %", 1),
+        ("below_first", f"thresholds below {names[0]}, %", 1),
     ):
-        rows += [(f"IoU {iou}: {what}", [[e[str(iou)][key]] for e in entries], digits) for iou in DELTAS]
-    print_numbers([entry["name"] for entry in entries], rows)
-    write_json(with_suffix(args.out, ".json"), {"runs": entries})
+        table |= {f"IoU {iou}: {what}": ([e[str(iou)][key] for e in entries], digits) for iou in DELTAS}
+    print_numbers(names, table)
+    return {"runs": entries}
 
 
-def draw_curve(panel: Any, i: int, curve: Sequence[float], numbers: dict[str, Any]) -> None:
-    """The curve of the i-th run, a marker at its maximum, and a band over the range of `flatness`."""
-    thresholds, style = np.arange(LEVELS) / LEVELS, look(i)
-    flat = "–" if numbers["flatness"] is None else f"{numbers['flatness']:.2f}"
-    label = f"{numbers['maximum']:.1f}, {flat} wide"
-    first, last = (round(threshold * LEVELS) for threshold in numbers["within_95_percent"])
-    band = slice(first, last + 1)
-    panel.plot(thresholds[band], curve[band], color=style["color"], linewidth=5, alpha=0.25)
-    panel.plot(thresholds, curve, markevery=[round(numbers["threshold"] * LEVELS)], label=label, **style)
-
-
-def finish_curves(panel: Any, delta: int, beside: bool) -> None:
-    """Axes and legend of the panel for the IoU of `delta` percent."""
-    panel.set(xlim=(0, 1), ylim=(0, 105), yticks=[0, 25, 50, 75, 100])
-    title = {"title": f"IoU {delta / 100}", "title_fontproperties": {"weight": "bold"}}
-    panel.legend(handlelength=2.6, ncols=1 if beside else 2, **title, **ABOVE)
-    if beside or delta == DELTAS[-1]:
-        panel.set_xlabel("threshold")
-    if not beside or delta == DELTAS[0]:
-        panel.set_ylabel("accuracy, %")
-
-
-# ----------------------------------------------------------------------------------------- Fig. A2, histogram
-
-
-def largest_norms(run: Run, args: argparse.Namespace) -> np.ndarray:
-    """max_u F_u of each image of the split. Raises InputError where the network returns no features."""
-    largest = []
-    for batch in predictions(run, args):
-        if batch.features is None:
-            raise lacks(run, "no feature map")
-        largest.append(feature_norm(batch.features).amax((1, 2)).cpu().numpy().astype(float))
-    return np.concatenate(largest)
-
-
-def histogram(args: argparse.Namespace) -> None:
-    """Fig. A2: density over the split of the largest feature norm of an image, max_u F_u.
+def histogram(args: Flags) -> dict[str, Any]:
+    """Fig. A2: density of the largest feature norm of an image, max_u F_u, over the split.
 
     Runs with the same name are pooled. Prints the mean, ± the sample deviation of the runs' means.
     """
     found: dict[str, list[np.ndarray]] = {}
     for run in open_runs(args):
-        found.setdefault(run.name, []).append(largest_norms(run, args))
-    values = [np.concatenate(of_name) for of_name in found.values()]
-    edges = np.histogram_bin_edges(np.concatenate(values), bins=args.bins)
-    entries = []
-    with figure(args, 2.1 + 0.15 * len(values)) as drawn:
-        panel = drawn.subplots()
-        for i, (name, of_run) in enumerate(zip(found, values)):
-            density = np.histogram(of_run, edges, density=True)[0]
-            style, filled = look(i), np.flatnonzero(density)
-            panel.stairs(density, edges, fill=True, color=style["color"], alpha=0.15)
-            panel.stairs(density, edges, color=style["color"], linestyle=style["linestyle"], linewidth=1.2)
-            markers = filled[:: max(1, len(filled) // 5)].tolist()  # about five
-            panel.plot(
-                (edges[:-1] + edges[1:]) / 2, density, markevery=markers, **(style | {"linestyle": "none"})
-            )
-            label = f"{shortened(name, args.width - 1)}: mean {of_run.mean():.3g}"
-            panel.plot([], [], label=label, **style)
-            numbers = {"mean": of_run.mean(), "median": float(np.median(of_run)), "deviation": of_run.std()}
-            numbers["means_of_runs"] = [float(of_seed.mean()) for of_seed in found[name]]
-            entries.append({"name": name, "images": len(of_run), **numbers, "density": density.tolist()})
-        panel.set(xlabel=r"$\max_u\,\mathcal{F}_u$", ylabel="density", ylim=(0, None))
+        largest = [maps["F"].amax((1, 2)) for _, maps in map_batches(run, args, run.split, ["F"])]
+        found.setdefault(run.name, []).append(torch.cat(largest).numpy().astype(float))
+    edges = np.histogram_bin_edges(np.concatenate(sum(found.values(), [])), bins=args.bins)
+    entries, names, means = [], [], []
+    with figure(args, 2 + 0.13 * len(found)) as (_, panels):
+        panel = panels[0, 0]
+        for i, (name, runs) in enumerate(found.items()):
+            pooled, of_runs = np.concatenate(runs), [float(of_run.mean()) for of_run in runs]
+            density = np.histogram(pooled, edges, density=True)[0]
+            panel.stairs(density, edges, fill=True, color=look(i)["color"], alpha=0.15)
+            label = f"{name}: mean {pooled.mean():.3g}"
+            panel.stairs(density, edges, linewidth=1.2, label=label, **look(i))
+            entry = {"name": name, "images": len(pooled), "mean": pooled.mean()}
+            entry |= {"median": float(np.median(pooled)), "deviation": pooled.std()}
+            entries.append(entry | {"means_of_runs": of_runs, "density": density.tolist()})
+            names, means = names + [name] * len(runs), means + of_runs
+        panel.set_xlabel(r"$\max_u\,\mathcal{F}_u$", parse_math=True)
+        panel.set(ylabel="density", ylim=(0, None))
         panel.legend(**ABOVE)
-    print_numbers([*found], [("mean of the largest F", [entry["means_of_runs"] for entry in entries], 2)])
-    write_json(with_suffix(args.out, ".json"), {"edges": edges.tolist(), "runs": entries})
+    print_numbers(names, {"mean of the largest F": (means, 2)})
+    return {"edges": edges.tolist(), "runs": entries}
 
 
 # ------------------------------------------------------------------------------------ Figs. A3 and A4, images
 
 
-def chosen_images(runs: list[Run], args: argparse.Namespace) -> list[str]:
-    """The ids to draw: --images, --random, or --worst or --best by the IoU of the first run's box."""
-    split = runs[0].split
-    if args.images:
-        return args.images
-    if not (args.worst or args.best):
-        drawable = sorted(split.boxes) if args.command == "boxes" else range(len(split))
-        order = np.random.default_rng(args.seed).permutation(drawable)
-        return [split.ids[i] for i in sorted(order[: args.random or RANDOM].tolist())]
-    level, ious = largest_level(runs[0], args), {}
-    for batch in predictions(runs[0], args):
-        for index, score_map in zip(batch.indices, score_maps(batch.maps, runs[0])):
-            if index in split.boxes:
-                box = level_boxes(score_map).largest[level]
-                ious[index] = float(iou_matrix(box, runs[0].truth(index)).max())
-    order = sorted(ious, key=lambda index: (ious[index] if args.worst else -ious[index], index))
-    return [split.ids[i] for i in order[: args.worst or args.best]]
+def chosen_images(run: Run, args: Flags) -> list[str]:
+    """The ids to draw, which are printed: --images, --random, or --worst or --best by the IoU of the box."""
+    split, chosen = run.split, args.images
+    if args.worst or args.best:
+        ious = {found.index: found.iou for found in found_boxes(run, args, split)}
+        order = sorted(ious, key=lambda i: (ious[i] if args.worst else -ious[i], i))
+        chosen = [split.ids[i] for i in order[: args.worst or args.best]]
+    elif not chosen:
+        order = np.random.default_rng(args.seed).permutation([*run.ids.values()])
+        chosen = [split.ids[i] for i in sorted(order[: args.random or RANDOM].tolist())]
+    print("images:", " ".join(chosen))
+    return chosen
 
 
-def largest_level(run: Run, args: argparse.Namespace) -> int:
-    """The level that evaluate.py chose for the boxes of the largest contour, one for the whole split."""
-    path, result = read_results(run.folder, args.checkpoint, args.split)
+class Found(NamedTuple):
+    """The box of the largest contour in an image; boxes are in pixels of the score map, corners inside."""
+
+    index: int
+    score_map: np.ndarray  # size x size in [0, 1]
+    box: np.ndarray  # 4
+    truth: np.ndarray  # G x 4
+    iou: float  # the best one
+
+
+def found_boxes(run: Run, args: Flags, split: Split) -> Iterator[Found]:
+    """The boxes of a split's images, in order, at the threshold that the results file has for --split.
+
+    Raises InputError where the data set has no boxes.
+    """
+    path, result = read_results(run.trained.folder, args.checkpoint, args.split)
     if result["curves"] is None:
         raise InputError(f"{path}: {result['dataset']} has no boxes to draw: use maps")
-    return round(result["thresholds"]["largest"] * LEVELS)
+    level = round(result["thresholds"]["largest"] * LEVELS)
+    batches = run.trained.maps(split, args.batch_size, args.workers, args.amp)
+    for batch in progress(batches, run.name, math.ceil(len(split) / args.batch_size), "batches"):
+        for index, score_map in zip(batch.indices, batch.maps):
+            if index in split.boxes:
+                box = level_boxes(score_map).largest[level]
+                truth = scale_boxes(split.boxes[index], tuple(split.sizes[index]), run.size)
+                yield Found(index, score_map, box, truth, float(iou_matrix(box, truth).max()))
 
 
-def map_cells(run: Run, args: argparse.Namespace, images: list[str]) -> dict[str, list[Image.Image]]:
-    """{image id: pictures of CAM, F and S}."""
-    cells = {}
-    for batch in predictions(run, args, [run.index_of(image) for image in images]):
-        _, F, S = factors(run, batch)
-        arrays = (maps.float().cpu().numpy() for maps in (batch.maps, F, S))
-        for index, M, F_u, S_u in zip(batch.indices, *arrays):
-            cells[run.split.ids[index]] = [
-                drawing.draw_map(M, args.cell, run.method.upsampling),
-                drawing.draw_map(F_u, args.cell),
-                drawing.draw_signed(S_u, args.cell),
-            ]
-    return cells
-
-
-def maps(args: argparse.Namespace) -> None:
+def maps(args: Flags) -> None:
     """Fig. A3: image, CAM, F, S. CAM and F have a scale per map; S is on [-1, 1] in all maps."""
     runs = open_runs(args)
-    images = chosen_images(runs, args)
-    cells = [map_cells(run, args, images) for run in runs]
-    pictures = {image: load_rgb(runs[0].split.path(runs[0].index_of(image)), args.cell) for image in images}
-    names = [run.name for run in runs]
-    if args.below or len(runs) > 2:
-        rows = [[None, *of_run[image]] for image in images for of_run in cells]
-        for row, image in zip(rows[:: len(runs)], images):
-            row[0] = pictures[image]
-        columns, layout = MAPS, {"names": names * len(images), "group_rows": len(runs)}
-    else:
-        rows = [[pictures[image], *(cell for of_run in cells for cell in of_run[image])] for image in images]
-        columns, layout = MAPS * len(runs), {"groups": [("", 1), *((name, 3) for name in names)]}
-    print("images:", " ".join(images))
-    foot = {"foot": drawing.colour_bars, "foot_lines": 2}
-    picture = drawing.grid(rows, columns=["image", *columns], **layout, **foot)
-    drawing.save_picture(picture, args.out)
+    images = chosen_images(runs[0], args)
+    below = args.below or len(runs) > 2
+    step = len(runs) if below else 1  # rows per image
+    rows, columns = len(images) * step, 4 if below else 1 + 3 * len(runs)
+    with figure(args, args.width * rows / columns + 0.9, rows, columns, aspect=1) as (drawn, panels):
+        panels[0, 0].set_title("image")
+        for panel, path in zip(panels[::step, 0], map(runs[0].take(images).path, range(len(images)))):
+            panel.imshow(decode(path, upright=runs[0].split.upright), aspect="auto")
+        for r, run in enumerate(runs):
+            block = panels[r::step, 1:] if below else panels[:, 1 + 3 * r : 4 + 3 * r]
+            shown = draw_maps(block, run, args, run.take(images))
+            for panel, name in zip(() if below and r else block[0], MAPS):
+                panel.set_title(f"{run.name}\n{name}" if name == "F" and not below else name)
+            for panel in panels[r::step, 0] if below else ():
+                panel.set_ylabel(run.name)
+        middle, bar = columns // 2, {"location": "bottom", "aspect": 30, "shrink": 0.9}
+        own = drawn.colorbar(shown[0], ax=panels[:, :middle], label="CAM, F", **bar)
+        own.set_ticks([0, 1], labels=["min", "max"])
+        drawn.colorbar(shown[1], ax=panels[:, middle:], label="S", ticks=[-1, 0, 1], **bar)
 
 
-def box_cells(run: Run, args: argparse.Namespace, images: list[str]) -> tuple[dict[str, Image.Image], list]:
-    """({image id: picture}, [{"run", "image", "box", "truth", "iou"}]), boxes in pixels of the score map."""
-    level, indices = largest_level(run, args), [run.index_of(image) for image in images]
-    for image, index in zip(images, indices):
-        if index not in run.split.boxes:
-            raise InputError(f"{image}: no box in {run.split.name}: choose other images with --images")
-    cells, numbers = {}, []
-    for batch in predictions(run, args, indices):
-        for index, score_map in zip(batch.indices, score_maps(batch.maps, run)):
-            image, predicted = run.split.ids[index], level_boxes(score_map).largest[level]
-            picture, truth = load_rgb(run.split.path(index), args.cell), run.truth(index)
-            cells[image] = drawing.localization(picture, score_map, predicted, truth)
-            of_image = {"box": predicted.tolist(), "truth": truth.tolist()}
-            iou = float(iou_matrix(predicted, truth).max())
-            numbers.append({"run": run.name, "image": image, **of_image, "iou": iou})
-    return cells, numbers
+def draw_maps(panels: np.ndarray, run: Run, args: Flags, split: Split) -> tuple[Any, Any]:
+    """CAM, F and S of each image of a split in a row of panels. Returns the pictures of an F and an S."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    signed = LinearSegmentedColormap.from_list("signed", SIGNED)
+    for indices, found in map_batches(run, args, split):
+        M, F, S = (resized(run, name, found[name]) for name in MAPS)
+        shown = (values.numpy() for values in (cam.normalize(M), cam.normalize(F), S.clamp(-1, 1)))
+        for index, *scaled, S_u in zip(indices, *shown):
+            for panel, values in zip(panels[index], scaled):
+                own = panel.imshow(values, cmap="plasma", vmin=0, vmax=1)
+            shared = panels[index, 2].imshow(S_u, cmap=signed, vmin=-1, vmax=1)
+            if S_u.min() < 0 < S_u.max():
+                panels[index, 2].contour(S_u, [0], colors="black", linewidths=0.8)
+    return own, shared
 
 
-def boxes(args: argparse.Namespace) -> None:
+def boxes(args: Flags) -> dict[str, Any]:
     """Fig. A4: ground truth, box of the largest contour at the threshold of the split, and CAM."""
-    runs = open_runs(args)
-    images = chosen_images(runs, args)
-    drawn = [box_cells(run, args, images) for run in runs]
-    blocks = [images[start : start + args.columns] for start in range(0, len(images), args.columns)]
-    rows = [[cells[image] for image in block] for block in blocks for cells, _ in drawn]
-    names = [run.name for run in runs] * len(blocks)
-    picture = drawing.grid(rows, names=names, group_rows=len(runs), foot=drawing.box_legend)
-    print("images:", " ".join(images))
-    write_json(with_suffix(args.out, ".json"), {"boxes": [entry for _, of_run in drawn for entry in of_run]})
-    drawing.save_picture(picture, args.out)
+    runs, numbers = open_runs(args), []
+    images = chosen_images(runs[0], args)
+    splits = [run.take(images) for run in runs]
+    of_runs = [[*found_boxes(run, args, split)] for run, split in zip(runs, splits)]
+    columns = min(args.columns, len(images))
+    rows = len(runs) * math.ceil(len(images) / columns)
+    with figure(args, 2 * args.width * rows / columns + 0.3, rows, columns, aspect=2) as (drawn, panels):
+        for r, (run, split) in enumerate(zip(runs, splits)):
+            for found in of_runs[r]:
+                row, column = divmod(found.index, columns)
+                panel, image = panels[row * len(runs) + r, column], split.path(found.index)
+                handles = draw_boxes(panel, decode(image, upright=split.upright), found)
+                panel.set_ylabel("" if column else run.name)
+                of_image = {"box": found.box.tolist(), "truth": found.truth.tolist(), "iou": found.iou}
+                numbers.append({"run": run.name, "image": images[found.index], **of_image})
+        drawn.legend(handles, ["ground truth", "prediction"], loc="outside lower center", ncols=2)
+    return {"boxes": numbers}
+
+
+def draw_boxes(panel: Any, image: Any, found: Found) -> list[Any]:
+    """The image with its boxes; below it the same under its score map, with the IoU.
+
+    Returns the outlines of a true box and of the predicted box.
+    """
+    from matplotlib.patches import Rectangle
+
+    size = len(found.score_map)
+    below = (0, size, 2 * size, size)
+    panel.imshow(image, extent=(0, size, size, 0))
+    panel.imshow(image, extent=below)
+    panel.imshow(found.score_map, cmap="plasma", vmin=0, vmax=1, alpha=0.6, extent=below)
+    panel.set(xlim=(0, size), ylim=(2 * size, 0))
+    outlines = []
+    drawn = [*((box, TRUTH, "-") for box in found.truth), (found.box, PREDICTION, "--")]
+    for (x0, y0, x1, y1), colour, line in drawn:
+        style = {"edgecolor": [c / 255 for c in colour], "linestyle": line, "linewidth": 1.2}
+        outline = Rectangle((x0, y0), x1 - x0 + 1, y1 - y0 + 1, fill=False, clip_on=False, **style)
+        outlines.append(panel.add_patch(outline))
+    text = {"color": "white", "fontsize": 7, "va": "top", "bbox": {"color": "black", "pad": 1}}
+    panel.text(0.04 * size, 1.04 * size, f"IoU {found.iou:.2f}", **text)
+    return outlines[-2:]
 
 
 # --------------------------------------------------------------------------------------------- Fig. A5, sweep
 
 
-def sweep(args: argparse.Namespace) -> None:
+def sweep(args: Flags) -> None:
     """Fig. A5: accuracy against the value of a hyperparameter, one panel per file; a star at the preset."""
     files = [read_sweep(path) for path in args.files]
     columns = min(len(files), max(1, int(args.width // 2.2)))
-    count = math.ceil(len(files) / columns)
+    rows = math.ceil(len(files) / columns)
     titled = len({file["title"] for file in files}) > 1
-    several_seeds = any(len(file["values"][0][file["metric"]]) > 1 for file in files)
-    # One line of legend fits into 2.2 inches.
-    height = count * (2.2 + 0.15 * (titled + (columns > 1 and several_seeds)))
-    with figure(args, height) as drawn:
-        panels = drawn.subplots(count, columns, squeeze=False, sharey=not titled).flatten()
-        for panel, file in zip(panels, files):
+    with figure(args, 2.3 * rows, rows, columns, sharey=not titled) as (_, panels):
+        for panel, file in zip(panels.flat, files):
             draw_sweep(panel, file)
-            title = {"title": file["title"], "alignment": "left"} if titled else {}
-            panel.legend(ncols=2 if columns == 1 else 1, **ABOVE, **title)
-        for panel in panels[len(files) :]:
+            panel.legend(title=file["title"] if titled else None, alignment="left", **ABOVE)
+        for panel in panels.flat[len(files) :]:
             panel.set_visible(False)
 
 
@@ -480,25 +437,19 @@ def draw_sweep(panel: Any, file: dict[str, Any]) -> None:
     results = [row[file["metric"]] for row in file["values"]]
     mean, seeds = [np.mean(of_value) for of_value in results], len(results[0])
     panel.axvline(preset, color="0.35", linestyle=":", linewidth=1, label=f"preset: {preset:g}")
+    bars, label = None, None
     if seeds > 1:
-        deviation = [np.std(of_value, ddof=1) for of_value in results]
-        label = f"mean ± deviation, {seeds} seeds"
-        panel.errorbar(values, mean, deviation, capsize=2, label=label, **look(0))
-    else:
-        panel.plot(values, mean, **look(0))
+        bars, label = np.std(results, axis=1, ddof=1), f"mean ± deviation, {seeds} seeds"
+    panel.errorbar(values, mean, bars, capsize=2, label=label, marker="o", **look(0))
     if preset in values:
-        star = {"markersize": 13, "color": LOOKS["color"][1], "zorder": 3}
+        star = {"markersize": 13, "color": COLOURS[1], "zorder": 3}
         panel.plot([preset], [mean[values.index(preset)]], "*", **star)
-    panel.set(xlabel=param_label(file["param"]), ylabel=f"{SWEPT[file['metric']]}, %")
+    symbol, _, index = file["param"].partition("_")  # the paper's symbol in TeX, for lambda, tau and gamma
+    tex = rf"$\{symbol}" + (rf"_{{\mathrm{{{index}}}}}$" if index else "$")
+    greek = symbol in ("lambda", "tau", "gamma")
+    panel.set_xlabel(tex if greek else file["param"].replace("_", " "), parse_math=greek)
+    panel.set_ylabel(f"{SWEPT[file['metric']]}, %")
     panel.margins(y=0.15)
-
-
-def param_label(param: str) -> str:
-    """The paper's symbol in TeX: for lambda_sim a lambda with the index sim. Other names stay as they are."""
-    symbol, _, index = param.partition("_")
-    if symbol in ("lambda", "tau", "gamma"):
-        return rf"$\{symbol}" + (rf"_{{\mathrm{{{index}}}}}$" if index else "$")
-    return param.replace("_", " ")
 
 
 # -------------------------------------------------------------------------------------------------------- gap
@@ -513,114 +464,90 @@ GAP = {
 REGIONS = ("box", "mask", "part")
 
 
-def regions(run: Run, index: int, shape: tuple[int, int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def regions(
+    split: Split, index: int, size: int, shape: tuple[int, int]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{"box" | "mask" | "part": (inside, outside)}, h x w bool, as far as the image has them.
 
-    A location is inside where its centre is. The ignore region of a mask is neither inside nor outside.
-    A part is a mask in the data set's folder parts/ (parts/ID.png), as the heads of the demo's birds.
-    Outside of a part is the rest of the object.
+    size: side of the score maps in pixels. shape: h, w of the feature map. A location is inside where its
+    centre is. The ignore region of a mask is neither inside nor outside. A part is a mask in the data set's
+    folder parts/ (parts/ID.png), as the heads of the demo's birds; outside of it is the rest of the object.
     """
-    y, x = ((2 * np.arange(n) + 1) * run.size // (2 * n) for n in shape)
+    y, x = ((2 * np.arange(n) + 1) * size // (2 * n) for n in shape)
     found = {}
-    if index in run.split.boxes:
-        x0, y0, x1, y1 = run.truth(index).T[:, :, None, None]
+    if index in split.boxes:
+        truth = scale_boxes(split.boxes[index], tuple(split.sizes[index]), size)
+        x0, y0, x1, y1 = truth.T[:, :, None, None]
         inside = ((x0 <= x) & (x <= x1) & (y0 <= y[:, None]) & (y[:, None] <= y1)).any(0)
         found["box"] = inside, ~inside
-    if index in run.split.masks:
-        mask, ignore = load_masks(run.split.root, run.split.masks[index], run.size)
+    if index in split.masks:
         at = np.ix_(y, x)
-        found["mask"] = mask[at], ~mask[at] & ~ignore[at]
-        part_file = (Path("parts") / run.split.ids[index]).with_suffix(".png")
-        if (run.split.root / part_file).exists():
-            part = load_masks(run.split.root, Masks([str(part_file)], []), run.size)[0][at]
-            found["part"] = part, mask[at] & ~part
+        mask, ignore = (pixels[at] for pixels in load_masks(split.root, split.masks[index], size))
+        found["mask"] = mask, ~mask & ~ignore
+        part_file = (Path("parts") / split.ids[index]).with_suffix(".png")
+        if (split.root / part_file).exists():
+            part = load_masks(split.root, Masks([str(part_file)], []), size)[0][at]
+            found["part"] = part, mask & ~part
     return found
 
 
-def region_numbers(
-    F_hat: np.ndarray, S: np.ndarray, inside: np.ndarray, outside: np.ndarray
-) -> dict[str, float]:
-    """Means of the maps (h x w) of one image over its regions, and the percentage of S < 0 inside.
-
-    The keys are those of GAP. An empty region has no numbers.
-    """
-    numbers = {}
-    for where, region in (("inside", inside), ("outside", outside)):
-        if region.any():
-            numbers |= {f"S_{where}": float(S[region].mean()), f"F_hat_{where}": float(F_hat[region].mean())}
-    if inside.any():
-        numbers["S_negative_inside"] = 100 * float((S[inside] < 0).mean())
-    return numbers
-
-
-def gap_of(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+def gap_of(run: Run, args: Flags) -> dict[str, Any]:
     """The numbers of one run: means over images of the means over locations; metrics of CAM, F and S."""
-    numbers: dict[str, dict[str, list[float]]] = {}
-    kept: list[tuple[list[int], tuple[Tensor, ...]]] = []  # h x w: the maps of a split fit in memory
-    for batch in predictions(run, args):
-        _, F, S = factors(run, batch)
-        kept.append((batch.indices, tuple(values.float().cpu() for values in (batch.maps, F, S))))
-        for index, F_hat, S_u in zip(batch.indices, minmax(F).cpu().numpy(), S.cpu().numpy()):
-            for kind, (inside, outside) in regions(run, index, S_u.shape).items():
-                for name, value in region_numbers(F_hat, S_u, inside, outside).items():
-                    numbers.setdefault(kind, {}).setdefault(name, []).append(value)
+    kept = list(map_batches(run, args, run.split))  # h x w: the maps of a split fit in memory
+    of_images: dict[str, list[list[float]]] = {kind: [] for kind in REGIONS}
+    for indices, found in kept:
+        for index, F_hat, S in zip(indices, minmax(found["F"]).numpy(), found["S"].numpy()):
+            for kind, (inside, outside) in regions(run.split, index, run.size, S.shape).items():
+                parts = S[inside], S[outside], F_hat[inside], F_hat[outside], S[inside] < 0
+                means = [float(x.mean()) if x.size else math.nan for x in parts]
+                of_images[kind].append([*means[:-1], 100 * means[-1]])
+    head = {"name": run.name, "run": str(run.trained.folder), "split": args.split}
+    entry: dict[str, Any] = head | {"checkpoint": args.checkpoint, "images": len(run.split)}
+    for kind, numbers in of_images.items():
+        values = {name: [x for x in of if not math.isnan(x)] for name, of in zip(GAP, zip(*numbers))}
+        entry[kind] = {name: float(np.mean(x)) if x else None for name, x in values.items()} or None
+        if numbers:
+            entry[kind]["images"] = len(values["S_inside"])
+    entry["localization"] = {}
+    for name in MAPS:
+        sized = ((indices, resized(run, name, found[name])) for indices, found in kept)
+        score_maps = (MapBatch(indices, cam.normalize(values).numpy()) for indices, values in sized)
+        metrics = evaluate_maps(score_maps, run.split, workers=args.workers)["metrics"]
+        keys = ("max_box_acc_v2", "max_box_acc", "pxap")
+        entry["localization"][name] = {key: metrics[key] for key in keys}
+    return entry
 
-    means = dict.fromkeys(REGIONS)
-    for kind, values in numbers.items():
-        means[kind] = {name: float(np.mean(values[name])) if name in values else None for name in GAP}
-        means[kind]["images"] = len(values.get("S_inside", ()))
-    localized = {}
-    for i, (name, mode) in enumerate(zip(MAPS, (None, "bicubic", "bicubic"))):
-        batches = (MapBatch(indices, score_maps(values[i], run, mode)) for indices, values in kept)
-        metrics = evaluate_maps(batches, run.split, workers=args.workers)["metrics"]
-        localized[name] = {key: metrics[key] for key in ("max_box_acc_v2", "max_box_acc", "pxap")}
-    head = {"name": run.name, "run": str(run.folder), "split": args.split, "checkpoint": args.checkpoint}
-    images = sum(len(indices) for indices, _ in kept)
-    return {**head, "images": images, **means, "localization": localized}
 
-
-def gap(args: argparse.Namespace) -> None:
+def gap(args: Flags) -> dict[str, Any]:
     """The gap between classification and localization in numbers: prints a table, and writes JSON.
 
     Runs with the same name share a column: mean ± sample deviation.
     """
-    found, rows = [gap_of(run, args) for run in open_runs(args)], []
-    names = list(dict.fromkeys(entry["name"] for entry in found))
-
-    def add(label: str, values: list[float | None], digits: int) -> None:
-        of_runs = [(entry["name"], value) for entry, value in zip(found, values)]
-        rows.append((label, [[value for of, value in of_runs if of == name] for name in names], digits))
-
+    found = [gap_of(run, args) for run in open_runs(args)]
+    rows: dict[str, tuple[list[float | None], int]] = {}
     for kind in REGIONS:
         for key, label in GAP.items():
             values = [(entry[kind] or {}).get(key) for entry in found]
-            add(f"{label} ({kind})", values, 1 if "%" in label else 3)
-    for label, key in (("MaxBoxAccV2", "max_box_acc_v2"), ("PxAP", "pxap")):
-        for name in MAPS:
-            values = [entry["localization"][name][key] for entry in found]
-            add(f"{label} by {name}", [v["mean"] if isinstance(v, dict) else v for v in values], 1)
-    print_numbers(names, rows)
-    write_json(with_suffix(args.out, ".json"), {"runs": found})
+            rows[f"{label} ({kind})"] = values, 1 if "%" in label else 3
+    for name in MAPS:
+        v2 = [entry["localization"][name]["max_box_acc_v2"] for entry in found]
+        rows[f"MaxBoxAccV2 by {name}"] = [of_run and of_run["mean"] for of_run in v2], 1
+    for name in MAPS:
+        rows[f"PxAP by {name}"] = [entry["localization"][name]["pxap"] for entry in found], 1
+    print_numbers([entry["name"] for entry in found], rows)
+    return {"runs": found}
 
 
 # ----------------------------------------------------------------------------------------------- command line
 
-PNG_PDF, JSON = (".png", ".pdf"), (".json",)
-COMMANDS = {  # function, files, help
-    "curves": (curves, PNG_PDF + JSON, "Fig. A1: accuracy against the threshold"),
-    "histogram": (histogram, PNG_PDF + JSON, "Fig. A2: density of the largest feature norm"),
-    "maps": (maps, PNG_PDF, "Fig. A3: image, CAM, F, S"),
-    "boxes": (boxes, PNG_PDF + JSON, "Fig. A4: boxes and CAM"),
-    "sweep": (sweep, PNG_PDF, "Fig. A5: GT-known Loc (all contours) against a hyperparameter"),
-    "gap": (gap, JSON, "means of F-hat and S inside and outside the object, metrics of CAM, F and S"),
-}
-LEAST = {"cell": 16, "dpi": 10, "workers": 0, "seed": 0}  # values of flags; 1 for the others
-MOST = {"width": 100, "dpi": 10_000, "cell": 10_000}  # they stay below; the others below 10**6
+COMMANDS = {command.__name__: command for command in (curves, histogram, maps, boxes, sweep, gap)}
+RANGES = {"width": "[1, 100)", "dpi": "[10, 10000)", "workers": "[0, inf)", "seed": "[0, inf)"}
+RANGES |= dict.fromkeys(("bins", "columns", "batch_size", "random", "worst", "best"), "[1, 1000000)")
 
 
 def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
     """The flags of one command."""
-    add, needs_network = sub.add_argument, command in ("histogram", "maps", "boxes", "gap")
+    add, number = sub.add_argument, {"type": int, "metavar": "N"}
     if command == "sweep":
         add("files", nargs="+", type=Path, metavar="FILE", help="JSON files of experiments sweep")
     else:
@@ -629,70 +556,66 @@ def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
         add("--names", nargs="+", metavar="NAME", help="a name per run (default: the folders' names)")
         add("--split", choices=("test", "val"), default="test", help="default test")
         add("--checkpoint", choices=("best", "last"), default="best", help="default best")
-    if needs_network:
+    if command not in ("curves", "sweep"):
         add("--data-root", type=Path, metavar="DIR", help="default: the run's")
-        add("--splits", type=Path, metavar="DIR", help="default: the run's")
+        add("--lists", type=Path, metavar="DIR", help="default: the run's")
         add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
         add("--amp", choices=("auto", "bf16", "off"), help="default: the run's")
-        add("--batch-size", type=int, default=32, metavar="N", help="images per batch (default 32)")
-        workers = "processes that load images (default: one per CPU core, at most 8)"
-        add("--workers", type=int, default=default_workers(), metavar="N", help=workers)
+        add("--batch-size", default=32, **number, help="images per batch (default 32)")
+        add("--workers", **number, help="processes that load images (default: CPU 0, GPU the cores)")
     if command in ("maps", "boxes"):
         choose = sub.add_mutually_exclusive_group().add_argument
         choose("--images", nargs="+", metavar="ID", help="ids as in the split's image_ids.txt")
-        choose("--worst", type=int, metavar="N", help="N images with the lowest IoU of the first run's box")
-        choose("--best", type=int, metavar="N", help="N images with the highest IoU of the first run's box")
-        choose("--random", type=int, metavar="N", help=f"N random images (the default, with N = {RANDOM})")
-        add("--seed", type=int, default=0, help="seed of --random (default 0)")
-        add("--cell", type=int, default=224, metavar="PIXELS", help="side of an image (default 224)")
-    if command in ("curves", "histogram", "sweep"):
-        width = f"width of the figure: {COLUMN} for a column (default), {PAGE} for a page"
-        add("--width", type=float, default=COLUMN, metavar="INCHES", help=width)
-        add("--dpi", type=int, default=drawing.DPI, help=f"resolution of the PNG (default {drawing.DPI})")
+        choose("--worst", **number, help="N images with the lowest IoU of the first run's box")
+        choose("--best", **number, help="N images with the highest IoU of the first run's box")
+        choose("--random", **number, help=f"N random images (the default, with N = {RANDOM})")
+        add("--seed", default=0, **number, help="seed of --random (default 0)")
+    if command != "gap":
+        width = PAGE if command == "maps" else COLUMN
+        text = f"width of the figure: {COLUMN} for a column, {PAGE} for a page (default {width})"
+        add("--width", type=float, default=width, metavar="INCHES", help=text)
+        add("--dpi", default=300, **number, help="resolution of the PNG (default 300)")
     if command == "curves":
         add("--normalize", choices=cam.NORMALIZATIONS, default="minmax", help="default minmax")
     elif command == "histogram":
-        add("--bins", type=int, default=40, metavar="N", help="number of bins (default 40)")
+        add("--bins", default=40, **number, help="number of bins (default 40)")
     elif command == "maps":
         add("--below", action="store_true", help="one run below the other (always with three or more runs)")
     elif command == "boxes":
-        add("--columns", type=int, default=4, metavar="N", help="images per row (default 4)")
-    text = f"files to write, without suffix (default figures/{command})"
-    add("--out", type=Path, metavar="PATH", help=text)
+        add("--columns", default=4, **number, help="images per row (default 4)")
+    out = Path("figures") / command
+    add("--out", type=Path, default=out, metavar="PATH", help=f"files without suffix (default {out})")
     add("--quiet", action="store_true", help="show no progress")
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> Flags:
     """The flags; `out` is a path without suffix. Raises InputError for a value out of range."""
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="python -m bridge_wsol.figures", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (_, _, what) in COMMANDS.items():
+    for name, command in COMMANDS.items():
+        what = command.__doc__.splitlines()[0]
         add_flags(commands.add_parser(name, help=what, description=what, allow_abbrev=False), name)
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        least, most = LEAST.get(name, 1), MOST.get(name, 10**6)
-        if type(value) in (int, float) and not least <= value < most:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be at least {least}, and below {most}")
-    if args.out is None:
-        args.out = Path("figures") / args.command
-    elif args.out.suffix in (".png", ".pdf", ".json"):
+    for name, allowed in RANGES.items():
+        if (value := getattr(args, name, None)) is not None:
+            Value(float, allowed=allowed).check(name, value)
+    if args.out.suffix in (".png", ".pdf", ".json"):
         args.out = args.out.with_suffix("")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draws one figure and prints the paths of its files."""
+    """Draws one figure."""
     args = parse_args(argv)
-    Progress.quiet = args.quiet
-    if args.command in ("curves", "histogram", "sweep"):
-        require_matplotlib()  # before the forward passes
+    utils.set_quiet(args.quiet)
+    if args.command != "gap" and find_spec("matplotlib") is None:
+        raise InputError("this figure needs matplotlib: install it with pip install -e '.[figures]'")
     if args.command in ("curves", "histogram", "gap"):
         check_pools(args)
-    command, suffixes, _ = COMMANDS[args.command]
-    command(args)
-    for suffix in suffixes:
-        print(f"written to {with_suffix(args.out, suffix)}")
+    if (numbers := COMMANDS[args.command](args)) is not None:
+        write_json(Path(f"{args.out}.json"), numbers)
+        print(f"written to {args.out}.json")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import os
 import platform
 import random
 import secrets
+import signal
 import sys
+import threading
 import time
 import zipfile
 from collections import deque
@@ -85,7 +87,8 @@ def first_line(error: Any) -> str:
 class Value:
     """A number or word of a run's configuration: the flag --name-with-dashes, and what it may be.
 
-    allowed: the words, or an interval such as "[0, 1)" or "(0, inf)"; None: anything of its kind.
+    allowed: the words, or an interval such as "[0, 1)" or "(0, inf)"; None: anything of its kind. Words in a
+    dictionary are read when they are needed: methods register themselves at any time.
     default: a value, or a function of (data set, architecture). source: where the default is from.
     resume: whether it may change on --resume.
     """
@@ -93,13 +96,13 @@ class Value:
     kind: Callable[[str], Any]  # int, float, str, or another function of a flag's text
     default: Any = None
     help: str = ""
-    allowed: tuple[str, ...] | str | None = None
+    allowed: tuple[str, ...] | dict[str, Any] | str | None = None
     source: str = "default"
     resume: bool = False
 
     def check(self, name: str, value: Any) -> None:
         """Raises InputError for a value that is not allowed."""
-        if isinstance(self.allowed, tuple):
+        if isinstance(self.allowed, tuple | dict):
             fits, rule = value in self.allowed, " or ".join(self.allowed)
         elif self.allowed:
             low, high = map(float, self.allowed[1:-1].split(","))
@@ -382,7 +385,8 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
     # Forked workers share this process's memory and start at once; they use neither torch nor a GPU.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     under_way: deque[tuple[T, Any]] = deque()
-    with ProcessPoolExecutor(workers, multiprocessing.get_context(method)) as pool:
+    context, start = multiprocessing.get_context(method), (_end_with, (os.getpid(),))
+    with ProcessPoolExecutor(workers, context, *start) as pool:
         try:
             for item in items:
                 under_way.append((item, pool.submit(function, item)))
@@ -396,3 +400,15 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
             raise InputError(f"{problem}: pass a smaller --workers, or 0") from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _end_with(parent: int) -> None:
+    """Starts a worker: it leaves Ctrl-C to the main process, and ends soon after that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -23,11 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import plain_boxes
 
 from bridge_wsol.boxes import iou_matrix, scale_boxes
-from bridge_wsol.data import test_loader
-from bridge_wsol.datasets import load_splits
-from bridge_wsol.evaluation import load_run, network_maps
-from bridge_wsol.metrics import localize
-from bridge_wsol.processes import ordered_map
+from bridge_wsol.evaluation import TrainedRun
+from bridge_wsol.metrics import measure
+from bridge_wsol.utils import ordered_map
 
 try:
     import cv2
@@ -38,7 +36,7 @@ except ImportError:
 
 
 def plain(score_map: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """The IoUs of `localize`, by labeling each mask."""
+    """The IoUs of `measure`, by labeling each mask."""
     found = plain_boxes.level_boxes(score_map)
     ious = np.zeros((2, 255))
     np.maximum.at(ious[0], found.levels, iou_matrix(found.boxes, truth).max(1))
@@ -71,45 +69,38 @@ def contours(score_map: np.ndarray, truth: np.ndarray, thresholds: int) -> np.nd
 
 def private_memory(job: tuple[np.ndarray, np.ndarray]) -> float:
     """Private memory of a worker process after a sweep, in MB, without pages of its parent (Linux)."""
-    localize(*job)
+    measure(*job)
     fields = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines())
     return sum(int(field[1]) for field in fields if field[0].startswith("Private")) / 1024
 
 
 def maps_of_run(run: Path, n: int) -> tuple[list[np.ndarray], list[np.ndarray], str]:
     """(score maps, ground-truth boxes, title) of about n test images."""
-    device = torch.device("cpu")
-    model, method, checkpoint = load_run(run, "best", device)
-    config = checkpoint["config"]
-    size, folders = config["image_size"], (Path(config["data_root"]), Path(config["splits"]))
-    test = load_splits(config["dataset"], *folders, ("test",), config["val_per_class"])[0]["test"]
+    trained = TrainedRun(run, "best", torch.device("cpu"))
+    size, test = trained.config.image_size, trained.split("test")
     split = test.take(range(0, len(test), max(1, len(test) // n)), "bench")
-    loader = test_loader(split, 8, image_size=size, workers=0)
-    setting = {"device": device, "amp": "off", "normalization": "minmax", "image_size": size}
-    batches = network_maps(model, loader, method=method, **setting)
-    maps = [score_map for batch in batches for score_map in batch.maps]
+    maps = [score_map for batch in trained.maps(split, 8, workers=0, amp="off") for score_map in batch.maps]
     truths = [scale_boxes(split.boxes[i], tuple(split.sizes[i]), size) for i in range(len(split))]
-    side = size // config["stride"]
+    side = size // trained.config.stride
     return maps, truths, f"{run.name}: {len(maps)} maps of {side} x {side} at {size} x {size}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--images", type=int, default=60)
     args = parser.parse_args()
     torch.set_num_threads(1)
 
     sweep, labeling = "merge-tree sweep (exact)", "plain labeling (exact)"
-    programs = {sweep: lambda m, t: localize(m, t).ious, labeling: plain}
+    programs = {sweep: lambda m, t: measure(m, t).ious, labeling: plain}
     if cv2 is not None:
         programs["contour loop, 1,000 thresholds"] = lambda m, t: contours(m, t, 1000)
         programs["contour loop, 200 thresholds"] = lambda m, t: contours(m, t, 200)
     for run in args.runs:
         maps, truths, title = maps_of_run(run, args.images)
-        memory = max(ordered_map(private_memory, list(zip(maps, truths)), 1))
+        memory = max(used for _, used in ordered_map(private_memory, zip(maps, truths), 1))
         seconds: dict[str, list[float]] = {name: [] for name in programs}
         for start in range(0, len(maps), 10):  # alternate: every program leaves the caches in its own state
             results: dict[str, list[np.ndarray]] = {name: [] for name in programs}

@@ -22,12 +22,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bridge_wsol.config import preset_values
 from bridge_wsol.data import Split, test_loader
 from bridge_wsol.evaluation import MapBatch, evaluate_maps, network_maps
 from bridge_wsol.methods import CAM
-from bridge_wsol.metrics import localize
-from bridge_wsol.models import ARCHS, build_model
-from bridge_wsol.utils import default_workers, resolve_device
+from bridge_wsol.metrics import measure
+from bridge_wsol.models import ARCHS
+from bridge_wsol.utils import cores, resolve_device
 
 
 def drawn_split(folder: Path, n: int) -> Split:
@@ -48,83 +49,49 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--arch", choices=ARCHS, default="vgg16")
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=default_workers())
+    parser.add_argument("--workers", type=int, default=cores())
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    device = resolve_device(args.device)
+    device, n = resolve_device(args.device), args.images
 
     with tempfile.TemporaryDirectory() as folder:
-        split = drawn_split(Path(folder), args.images)
+        split = drawn_split(Path(folder), n)
         torch.manual_seed(0)
-        model = build_model(args.arch, 200, stride={"vgg16": 16, "resnet50": 8}[args.arch]).to(device)
-
-        method = CAM(SimpleNamespace())
+        values = {name: value for name, (value, _) in preset_values("CUB", args.arch).items()}
+        method = CAM(SimpleNamespace(**values | {"arch": args.arch}), 200).to(device)
 
         def loader(workers: int):
             return test_loader(split, args.batch_size, image_size=224, workers=workers)
 
         def maps(batches) -> list[MapBatch]:
-            return list(
-                network_maps(
-                    model,
-                    batches,
-                    method=method,
-                    device=device,
-                    amp="auto",
-                    normalization="minmax",
-                    image_size=224,
-                )
-            )
+            return list(network_maps(method, batches, amp="auto"))
 
         batches = list(loader(0))
         maps(batches[:1])  # warm-up
         made: list[MapBatch] = []
-        one_core = torch.get_num_threads()
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)
         alone = {"input, one process": timed(lambda: list(loader(0)))}
-        torch.set_num_threads(one_core)
+        torch.set_num_threads(threads)
         alone["network"] = timed(lambda: made.extend(maps(batches)))
-        truth = split.boxes[0]
-        alone["sweep, one process"] = timed(
-            lambda: [localize(m, truth) for batch in made for m in batch.maps]
-        )
-        together = timed(
-            lambda: evaluate_maps(
-                network_maps(
-                    model,
-                    loader(args.workers),
-                    method=method,
-                    device=device,
-                    amp="auto",
-                    normalization="minmax",
-                    image_size=224,
-                ),
-                split,
-                workers=args.workers,
-            )
-        )
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    print(f"{args.arch}, {args.images} images at 224 x 224, {name}")
+        sweeps = [(score_map, split.boxes[0]) for batch in made for score_map in batch.maps]
+        alone["sweep, one process"] = timed(lambda: [measure(*sweep) for sweep in sweeps])
+        all_maps = network_maps(method, loader(args.workers), amp="auto")
+        together = timed(lambda: evaluate_maps(all_maps, split, workers=args.workers))
+
+    gpu = device.type == "cuda" and torch.cuda.get_device_name(device)
+    print(f"{args.arch}, {n} images at 224 x 224, {gpu or f'CPU, {threads} threads'}")
     total = sum(alone.values())
     for stage, seconds in alone.items():
-        print(
-            f"  {stage:<22}{args.images / seconds:9.1f} images/s alone"
-            f"   {100 * seconds / total:5.1f} % of the work"
-        )
-    print(
-        f"  {f'all, {args.workers} workers':<22}{args.images / together:9.1f} images/s"
-        f", {total / together:.2f} x one after another"
-    )
+        share = 100 * seconds / total
+        print(f"  {stage:<22}{n / seconds:9.1f} images/s alone   {share:5.1f} % of the work")
+    times = f"{n / together:9.1f} images/s, {total / together:.2f} x one after another"
+    print(f"  {f'all, {args.workers} workers':<22}{times}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,14 @@
 """A trained run and the evaluator from Python."""
 
-import json
-
 import numpy as np
 import pytest
+import torch
+from conftest import REPOSITORY, results, run
 from PIL import Image
 
-import evaluate
-from bridge_wsol.datasets import load_splits
+from bridge_wsol.datasets import load_split
 from bridge_wsol.evaluation import FALLBACK_THRESHOLD, Found, Localizer, evaluate_score_maps
 from bridge_wsol.utils import InputError
-
-
-def read_json(path):
-    return json.loads(path.read_text())
 
 
 @pytest.fixture
@@ -24,11 +19,16 @@ def photos(tmp_path):
     return [tmp_path / "a.png", tmp_path / "b.png"]
 
 
+@pytest.fixture
+def split(trained, tmp_path):
+    return load_split("tiny", "test", tmp_path / "data", tmp_path / "lists")
+
+
 def test_localizer_finds_what_the_command_line_finds(trained, photos):
-    _, run = trained
-    evaluate.main([str(run), "--device", "cpu", "--images", *map(str, photos)])
-    entries = read_json(run / "images" / "boxes.json")
-    localizer = Localizer(str(run), device="cpu")
+    _, folder = trained
+    run("evaluate", f"{folder} --device cpu --images {photos[0]} {photos[1]}")
+    entries = results(folder / "images", "boxes.json")
+    localizer = Localizer(str(folder), device="cpu")
     of_paths = localizer([str(photos[0]), photos[1]])
     for entry, found in zip(entries, of_paths, strict=True):
         assert found.box == entry["box"] and found.top5 == entry["top5"]
@@ -41,63 +41,49 @@ def test_localizer_finds_what_the_command_line_finds(trained, photos):
 
 
 def test_an_image_object_is_turned_as_its_orientation_says(trained, photos, tmp_path):
-    _, run = trained
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = 6  # shown turned by 90 degrees, clockwise
     Image.open(photos[0]).save(tmp_path / "turned.png", exif=exif)
-    localizer = Localizer(run, device="cpu")
-    of_path, of_image = localizer([tmp_path / "turned.png", Image.open(tmp_path / "turned.png")])
-    assert of_path.box == of_image.box
+    Image.open(photos[0]).transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    localizer = Localizer(trained[1], device="cpu")
+    names = [tmp_path / "turned.png", Image.open(tmp_path / "turned.png"), tmp_path / "upright.png"]
+    of_path, of_image, upright = localizer(names)
+    assert of_path.box == of_image.box == upright.box
     np.testing.assert_array_equal(of_path.score_map, of_image.score_map)
+    np.testing.assert_array_equal(of_path.score_map, upright.score_map)
     assert not np.array_equal(of_path.score_map, localizer(photos[0]).score_map)
 
 
 def test_sixteen_bits_as_a_path_and_as_an_object(trained, tmp_path):
-    _, run = trained
     values = np.random.default_rng(0).integers(0, 2**16, (60, 40)).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
-    of_path, of_image = Localizer(run, device="cpu")(
-        [tmp_path / "deep.png", Image.open(tmp_path / "deep.png")]
-    )
+    images = [tmp_path / "deep.png", Image.open(tmp_path / "deep.png")]
+    of_path, of_image = Localizer(trained[1], device="cpu")(images)
     np.testing.assert_array_equal(of_path.score_map, of_image.score_map)
 
 
-def test_values_out_of_range_from_python(trained, tmp_path):
-    _, run = trained
-    split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("test",))[0]["test"]
-    maps = [(image, np.zeros((8, 8))) for image in split.ids]
-    for threshold in (-0.1, 1.0):
-        with pytest.raises(InputError, match="must be in \\[0, 1\\)"):
-            Localizer(run, device="cpu", threshold=threshold)
-        with pytest.raises(InputError, match="must be in \\[0, 1\\)"):
-            evaluate_score_maps(maps, split, threshold=threshold)
-    for logits in ([1.0], [[1.0, 2.0, 3.0]] * 2):
-        with pytest.raises(InputError, match="logits must be a list of numbers, one for each class"):
-            evaluate_score_maps(((*pair, logits) for pair in maps[::-1]), split)
-    some = [(*pair, [1.0, 2.0, 3.0]) if i < 3 else pair for i, pair in enumerate(maps)]
-    with pytest.raises(InputError, match="no logits, but other images have them"):
-        evaluate_score_maps(some, split)
-
-
 def test_thresholds_of_a_localizer(trained, photos, tmp_path):
-    _, run = trained
-    chosen = Localizer(run, device="cpu")
-    levels = read_json(run / "results_best_test.json")["thresholds"]
-    assert 0 <= chosen.threshold < 1 and not chosen.note and levels
-    fixed = Localizer(run, device="cpu", threshold=chosen.threshold + 0.5 / 255)
-    assert fixed(photos[0]).box == chosen(photos[0]).box
-    elsewhere = Localizer(run, device="cpu", normalize="ivr", data_root=tmp_path / "nowhere")
+    _, folder = trained
+    checkpoint = torch.load(folder / "best.pt", weights_only=True)
+    checkpoint["val"]["levels"]["largest"] = 153
+    torch.save(checkpoint, folder / "best.pt")
+    chosen = Localizer(folder, device="cpu")
+    assert chosen.threshold == 153 / 255 == 0.6 and not chosen.note
+    score_map = chosen(photos[0]).score_map
+    # The mask of level 153 is v > 153, as that of every threshold in [153, 154) / 255.
+    boxes = {t: Localizer(folder, device="cpu", threshold=t)(photos[0]).box for t in (0.3, 0.601, 0.603, 0.9)}
+    assert boxes[0.601] == boxes[0.603] == chosen(photos[0]).box and len({*map(str, boxes.values())}) == 3
+    x0, y0, x1, y1 = (boxes[0.9][i] * 64 // (70, 40)[i % 2] for i in range(4))
+    assert score_map[y0 : y1 + 1, x0 : x1 + 1].max() == 1  # the top of the map is inside
+    elsewhere = Localizer(folder, device="cpu", normalize="ivr", data_root=tmp_path / "nowhere")
     assert elsewhere.threshold == FALLBACK_THRESHOLD and "nowhere" in elsewhere.note
-    with pytest.raises(InputError, match="no such checkpoint"):
+    with pytest.raises(InputError, match="nowhere"):
         Localizer(tmp_path / "nowhere")
 
 
-def test_pairs_from_python_are_evaluated_as_files_are(trained, tmp_path):
-    flags, run = trained
-    evaluate.main([str(run), "--save-maps", str(tmp_path / "maps"), "--device", "cpu"])
-    expected = read_json(run / "results_best_test.json")
-    where = ("tiny", tmp_path / "data", tmp_path / "splits")
-    split = load_splits(*where, ("test",))[0]["test"]
+def test_pairs_from_python_are_evaluated_as_files_are(trained, split, tmp_path):
+    run("evaluate", f"{trained[1]} --device cpu --save-maps {tmp_path}/maps --per-image {tmp_path}/a.csv")
+    expected = results(trained[1])
     pairs = [(image, np.load(tmp_path / "maps" / f"{image}.npy")) for image in split.ids]
     result = evaluate_score_maps(reversed(pairs), split, image_size=64)
     assert result["curves"] == expected["curves"] and result["images"] == 9
@@ -113,17 +99,43 @@ def test_pairs_from_python_are_evaluated_as_files_are(trained, tmp_path):
     assert result["metrics"]["fixed_threshold"]["threshold"] == 0.5
 
 
-def test_pairs_that_do_not_fit_the_split(trained, tmp_path):
-    split = load_splits("tiny", tmp_path / "data", tmp_path / "splits", ("test",))[0]["test"]
+def test_pairs_that_do_not_fit_the_split(split):
     good = np.random.default_rng(0).random((7, 9))
     whole = [(image, good) for image in split.ids]
+    with_logits = [(*pair, [1.0, 2.0, 3.0]) for pair in whole]
     for pairs, words in (
-        (whole[:-1], "1 images without a score map, test/08.png first"),
-        ([*whole, whole[0]], "test/00.png: not an image of tiny test, or its second score map"),
-        ([("other.png", good)], "other.png: not an image of"),
-        ([(split.ids[0], good + 1)], "floats in"),
-        ([(split.ids[0], np.where(good > 0.5, np.nan, good))], "floats in"),
-        ([(split.ids[0], good[0])], "2-D"),
+        (whole[:-1], "test/08.png"),
+        ([*whole, whole[0]], "test/00.png.* second"),
+        ([("other.png", good)], "other.png"),
+        ([(split.ids[0], good + 1)], "test/00.png"),
+        ([(split.ids[0], np.where(good > 0.5, np.nan, good))], "test/00.png"),
+        ([(split.ids[0], good[0])], "test/00.png"),
+        ([(*whole[2], [1.0, 2.0])], "test/02.png: logits"),  # its label is 2
+        ([(*whole[0], [[1.0, 2.0, 3.0]] * 2)], "test/00.png: logits"),
+        (with_logits[:3] + whole[3:], "tiny test.* logits"),
+        (whole[:3] + with_logits[3:], "tiny test.* logits"),
     ):
         with pytest.raises(InputError, match=words):
             evaluate_score_maps(pairs, split, image_size=64)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.0, float("nan")])
+def test_a_threshold_out_of_range(trained, split, threshold):
+    with pytest.raises(InputError, match="threshold"):
+        Localizer(trained[1], device="cpu", threshold=threshold)
+    with pytest.raises(InputError, match="threshold"):
+        evaluate_score_maps([(image, np.zeros((8, 8))) for image in split.ids], split, threshold=threshold)
+
+
+def test_the_published_lists_are_enough_from_any_folder():
+    """CUB's test list: no image, no other file of the data set, from an empty folder."""
+    split = load_split("CUB", "test", lists_dir=REPOSITORY / "data_splits")
+    assert len(split) == len(split.boxes) == 5794 and len({*split.labels.tolist()}) == 200
+    first = split.ids.index("001.Black_footed_Albatross/Black_Footed_Albatross_0046_18.jpg")
+    assert split.sizes[first].tolist() == [500, 335] and split.boxes[first].tolist() == [[60, 27, 385, 331]]
+    few, maps = split.take(range(0, 5794, 1000), "CUB test"), []
+    for i, image in enumerate(few.ids):
+        x0, y0, x1, y1 = (few.boxes[i][0] * 224 // np.tile(few.sizes[i], 2)).tolist()
+        maps.append((image, np.zeros((224, 224))))
+        maps[i][1][y0:y1, x0:x1] = 1  # the box of a component ends one pixel after it
+    assert evaluate_score_maps(maps, few)["metrics"]["max_box_acc_v2"]["mean"] == 100

@@ -4,8 +4,7 @@ import ast
 import functools
 import math
 import shutil
-import subprocess
-import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
@@ -142,14 +141,6 @@ def test_gradients_equal_finite_differences():
     assert gradcheck(consistency_loss, (features, features.detach().flip(0).requires_grad_()))
 
 
-def test_weights_per_image_give_the_same_map_as_all_classes():
-    features, weight, labels = torch.rand(3, 8, 4, 4), torch.randn(5, 8), torch.tensor([4, 0, 2])
-    full = cosine_map(features, weight)
-    torch.testing.assert_close(
-        cosine_map(features, weight[labels][:, None])[:, 0], full[torch.arange(3), labels]
-    )
-
-
 @pytest.mark.parametrize("norm_class", ["target", "max"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
@@ -263,15 +254,15 @@ def test_errors_name_the_wrong_argument():
         cosine_map(hand_worked()[0], torch.ones(3, 5))
 
 
-def test_losses_imports_only_torch_and_works_in_an_empty_folder(tmp_path):
+def test_losses_imports_only_torch_and_works_as_a_copy(tmp_path):
     tree = ast.parse(Path(losses.__file__).read_text())
     modules = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {module.split(".")[0] for module in modules} == {"torch", "__future__"}
 
-    shutil.copy(losses.__file__, tmp_path)
-    maximum = "losses.minmax(torch.arange(4.).view(1, 2, 2)).max().item()"
-    code = f"import torch, losses; print(losses.__file__, {maximum})"
-    command, options = [sys.executable, "-c", code], {"capture_output": True, "text": True, "check": True}
-    printed = subprocess.run(command, cwd=tmp_path, **options).stdout
-    assert printed.split() == [str(tmp_path / "losses.py"), "1.0"]
+    alone = spec_from_file_location("alone", shutil.copy(losses.__file__, tmp_path))
+    module = module_from_spec(alone)
+    alone.loader.exec_module(module)
+    assert module.minmax(torch.arange(4.0).view(1, 2, 2)).flatten().tolist() == pytest.approx(
+        [0, 1 / 3, 2 / 3, 1]
+    )

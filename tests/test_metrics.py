@@ -4,127 +4,163 @@ import numpy as np
 import pytest
 
 from bridge_wsol.boxes import scale_boxes
-from bridge_wsol.metrics import BoxAccuracy, PixelAveragePrecision, label_ranks, localize, top_k_accuracy
+from bridge_wsol.metrics import (
+    Evaluator,
+    Measured,
+    average_precision,
+    flatness,
+    label_ranks,
+    measure,
+    pixel_histogram,
+    selection_score,
+)
+from bridge_wsol.utils import InputError
 
 
-def ious(**at_level: float) -> np.ndarray:
-    """2 x 255 zeros, with an IoU at each level given as l<level>=IoU, in both rows."""
-    array = np.zeros((2, 255))
-    for name, value in at_level.items():
-        array[:, int(name[1:])] = value
-    return array
+def image(contours=(), largest=(), fixed_level=None):
+    """What is measured of an image: {level: IoU} of all contours and of the largest one, 0 elsewhere."""
+    ious = np.zeros((2, 255))
+    for row, at in zip(ious, (dict(contours), dict(largest))):
+        row[list(at)] = list(at.values())
+    return Measured(ious, np.zeros((255, 4), dtype=np.int64), fixed_level)
+
+
+def evaluator(images, ranks=None):
+    found = Evaluator()
+    for index, one in enumerate(images):
+        found.add(index, one, None if ranks is None else ranks[index])
+    return found
+
+
+def metrics(images, ranks=None, **options):
+    return evaluator(images, ranks).result(**options)["metrics"]
 
 
 def test_the_threshold_is_chosen_for_the_set_not_for_each_image():
     # Each image has a level at which its box is right. At every level, at most two of the three are right.
-    accuracy = BoxAccuracy()
-    for i, image in enumerate((ious(l10=0.9), ious(l10=0.6, l20=0.9), ious(l20=0.4, l30=0.9))):
-        accuracy.update(i, image)
-    result = accuracy.compute()
+    result = evaluator([image({10: 0.9}), image({10: 0.6, 20: 0.9}), image({20: 0.4, 30: 0.9})]).result()
     third = pytest.approx(100 / 3)
-    assert result["metrics"]["max_box_acc_v2"] == {
-        "30": pytest.approx(200 / 3),
-        "50": pytest.approx(200 / 3),
-        "70": third,
-        "mean": pytest.approx(500 / 9),
-    }
-    # Of equally good thresholds, the lowest: two images reach IoU 0.3 at level 10, and two at level 20.
-    assert result["levels"] == {"30": 10, "50": 10, "70": 10, "largest": 10}
+    two = pytest.approx(200 / 3)
+    expected = {"30": two, "50": two, "70": third, "mean": pytest.approx(500 / 9)}
+    assert result["metrics"]["max_box_acc_v2"] == expected
+    # Of equally good levels, the lowest: two images reach IoU 0.3 at level 10, and two at level 20.
+    assert result["levels"] == {"30": 10, "50": 10, "70": 10, "largest": 0}
+    assert result["thresholds"]["30"] == 10 / 255
     curve = result["curves"]["50"]
-    assert curve[10] == pytest.approx(200 / 3) and curve[30] == third and len(curve) == 255
-    assert result["metrics"]["top1_loc"] is None
-    assert result["metrics"]["max_box_acc_v2_at_val_threshold"] is None
+    assert curve[10] == two and curve[30] == third and len(curve) == 255
+    assert result["metrics"]["top1_loc"] is None is result["metrics"]["max_box_acc_v2_at_val_threshold"]
 
 
-def test_an_iou_of_exactly_delta_counts():
-    accuracy = BoxAccuracy()
-    accuracy.update(0, ious(l5=7 / 10))
-    accuracy.update(1, ious(l5=3 / 10))
-    expected = {"30": 100, "50": 50, "70": 50, "mean": pytest.approx(200 / 3)}
-    assert accuracy.compute()["metrics"]["max_box_acc_v2"] == expected
-
-
-def test_top_k_loc_needs_the_box_at_the_threshold_of_the_set_and_the_class():
-    accuracy = BoxAccuracy()
-    accuracy.update(0, ious(l10=0.6), rank=0)  # right box, right class
-    accuracy.update(1, ious(l10=0.6), rank=3)  # right box, class among the top 5
-    accuracy.update(2, ious(l20=0.6), rank=0)  # right class, right box only at another threshold
-    accuracy.update(3, ious(l10=0.6), rank=7)
-    metrics = accuracy.compute()["metrics"]
-    assert (metrics["gt_known_loc"], metrics["top1_loc"], metrics["top5_loc"]) == (75, 25, 50)
-
-
-def test_thresholds_of_val_are_applied_unchanged():
-    accuracy = BoxAccuracy()
-    accuracy.update(0, ious(l10=0.9))
-    accuracy.update(1, ious(l10=0.9, l20=0.4))
-    metrics = accuracy.compute({"30": 20, "50": 20, "70": 10, "largest": 0})["metrics"]
-    assert metrics["max_box_acc_v2_at_val_threshold"] == {"30": 50, "50": 0, "70": 100, "mean": 50}
-
-
-def test_a_fixed_threshold_has_a_level_per_image():
-    accuracy = BoxAccuracy()
-    for index, (level, rank) in enumerate([(20, 0), (20, 3), (40, 0), (40, 9)]):
-        image = np.zeros((2, 255))
-        image[0] = 0.9  # all contours: not used here
-        image[1, level] = 0.5
-        accuracy.update(index, image, rank)
-    found = accuracy.at_fixed_levels({0: 20, 1: 20, 2: 20, 3: 40})  # image 2: right at level 40 only
-    assert found == {"gt_known_loc": 75, "top1_loc": 25, "top5_loc": 50}
-    assert BoxAccuracy.at_fixed_levels(without_ranks(), {0: 7})["top1_loc"] is None
-    with pytest.raises(ValueError, match="no images"):
-        BoxAccuracy().at_fixed_levels({})
-
-
-def without_ranks():
-    accuracy = BoxAccuracy()
-    accuracy.update(0, np.ones((2, 255)))
-    return accuracy
+def test_an_iou_of_exactly_delta_counts_and_the_next_smaller_number_does_not():
+    exact = [image({5: iou}, {7: iou}, fixed_level=7) for iou in (3 / 10, 5 / 10, 7 / 10)]
+    found = metrics(exact, threshold=0.5)
+    two, third = pytest.approx(200 / 3), pytest.approx(100 / 3)
+    assert found["max_box_acc_v2"] == {"30": 100, "50": two, "70": third, "mean": two}
+    assert found["max_box_acc"] == found["gt_known_loc_largest"] == two
+    assert found["fixed_threshold"]["gt_known_loc"] == two
+    below = [np.nextafter(delta, 0) for delta in (0.3, 0.5, 0.7)]
+    found = metrics([image({5: iou}, {7: iou}, fixed_level=7) for iou in below], threshold=0.5)
+    assert found["max_box_acc_v2"] == {"30": two, "50": third, "70": 0, "mean": third}
+    assert found["max_box_acc"] == found["fixed_threshold"]["gt_known_loc"] == third
 
 
 def test_the_two_box_rules_are_separate():
-    image = np.zeros((2, 255))
-    image[0, 10], image[1, 40] = 0.8, 0.55
-    accuracy = BoxAccuracy()
-    accuracy.update(0, image)
-    result = accuracy.compute()
-    assert result["levels"]["50"] == 10 and result["levels"]["largest"] == 40
-    assert result["metrics"]["max_box_acc"] == result["metrics"]["gt_known_loc_largest"] == 100
-    assert result["metrics"]["max_box_acc_v2"]["70"] == 100
+    # The first image has no right box among the largest contours, at any level.
+    result = evaluator([image({10: 0.8}), image({10: 0.8}, {40: 0.55})], ranks=[0, 0]).result()
+    found = result["metrics"]
+    assert found["max_box_acc_v2"] == {"30": 100, "50": 100, "70": 100, "mean": 100}
+    assert found["gt_known_loc"] == found["top1_loc"] == found["top5_loc"] == 100
+    assert found["max_box_acc"] == found["gt_known_loc_largest"] == 50
+    assert result["levels"] == {"30": 10, "50": 10, "70": 10, "largest": 40}
+    assert result["curves"]["50"][40] == 0 and result["curves"]["largest"][10] == 0
+
+
+RANKS = [0, 1, 4, 5, 0]  # the best class, the second, the fifth, the sixth
+
+
+def test_top_k_loc_needs_the_box_at_the_threshold_of_the_set_and_the_class():
+    right = [image({10: 0.6})] * 4
+    found = metrics([*right, image({20: 0.6})], RANKS)  # the last is right at another threshold only
+    assert (found["gt_known_loc"], found["top1_loc"], found["top5_loc"]) == (80, 20, 60)
+    assert (found["top1_cls"], found["top5_cls"]) == (40, 80)
+
+
+def test_a_fixed_threshold_has_a_level_per_image():
+    images = [image(dict.fromkeys(range(255), 0.9), {level: 0.6}, level) for level in (20, 20, 40, 40)]
+    images.append(image({30: 0.9}, {30: 0.6}, fixed_level=20))  # right at level 30 only
+    found = metrics(images, RANKS, threshold=0.25)["fixed_threshold"]
+    assert found == {"threshold": 0.25, "gt_known_loc": 80, "top1_loc": 20, "top5_loc": 60}
+    found = metrics(images, threshold=0.25)["fixed_threshold"]
+    assert found == {"threshold": 0.25, "gt_known_loc": 80, "top1_loc": None, "top5_loc": None}
+
+
+def test_thresholds_of_val_are_applied_unchanged_each_to_its_iou():
+    # At the four levels, 4, 3, 2 and 1 images are right, by IoUs that fit one delta better than another.
+    table = {10: (0.4, 0.4, 0.4, 0.4), 20: (0.6, 0.6, 0.6, 0), 30: (0.8, 0.8, 0, 0), 40: (0.9, 0, 0, 0)}
+    images = [image({level: row[i] for level, row in table.items()}) for i in range(4)]
+    for levels, expected in (
+        ({"30": 10, "50": 20, "70": 30, "largest": 40}, {"30": 100, "50": 75, "70": 50, "mean": 75}),
+        ({"30": 40, "50": 30, "70": 20, "largest": 10}, {"30": 25, "50": 50, "70": 0, "mean": 25}),
+    ):
+        assert metrics(images, val_levels=levels)["max_box_acc_v2_at_val_threshold"] == expected
+    best = evaluator(images).result()
+    assert best["levels"] == {"30": 10, "50": 20, "70": 30, "largest": 0}
+    assert best["metrics"]["max_box_acc_v2"] == {"30": 100, "50": 75, "70": 50, "mean": 75}
+
+
+def test_classes_count_for_all_images_and_boxes_for_those_that_have_them():
+    found = evaluator([image({10: 0.6}), Measured(), image(), Measured()], ranks=[0, 0, 0, 9]).result()
+    assert (found["images"], found["images_with_boxes"]) == (4, 2) and "images_with_masks" not in found
+    assert found["metrics"]["gt_known_loc"] == found["metrics"]["top1_loc"] == 50
+    assert found["metrics"]["top1_cls"] == 75 and found["metrics"]["pxap"] is None
+    without_boxes = evaluator([Measured(), Measured()], ranks=[0, 5]).result()
+    assert without_boxes["levels"] is None is without_boxes["metrics"]["max_box_acc_v2"]
+    assert selection_score(without_boxes["metrics"]) == ("Top-1 cls", 50)
+    assert selection_score(found["metrics"]) == ("MaxBoxAccV2", pytest.approx(100 / 3))  # 50, 50, 0
+    for images, ranks in (([Measured()], None), ([], None), ([image(), image()], [0, None])):
+        with pytest.raises(InputError):
+            metrics(images, ranks)
 
 
 def test_merging_in_any_order_gives_the_same_result_and_no_image_counts_twice():
     rng = np.random.default_rng(0)
-    images = [(rng.random((2, 255)), int(rank)) for rank in rng.integers(0, 8, 11)]
-    whole = BoxAccuracy()
-    parts = [BoxAccuracy() for _ in range(3)]
-    for i, (image, rank) in enumerate(images):
-        whole.update(i, image, rank)
-        parts[i % 3].update(i, image, rank)
+    whole, parts = Evaluator(), [Evaluator() for _ in range(3)]
+    for i in range(11):
+        score_map, ignore = rng.random((9, 8)), np.zeros((9, 8), dtype=bool)
+        box = rng.integers(0, 4, 4) + [0, 0, 4, 4]
+        masks = (rng.random((9, 8)) < 0.3, ignore) if i % 4 else None
+        found = measure(score_map, box[None], masks, threshold=0.4)
+        for into in (whole, parts[i % 3]):
+            into.add(i, found, rank=int(rng.integers(0, 8)) if into is whole else whole.ranks[i], predicted=i)
     parts[2].merge(parts[0])
     parts[2].merge(parts[1])
-    assert parts[2].compute() == whole.compute()
+    val_levels = {"30": 10, "50": 90, "70": 120, "largest": 40}
+    result = whole.result(val_levels, 0.4)
+    assert parts[2].result(val_levels, 0.4) == result and parts[2].predicted == whole.predicted
+    assert result["images_with_masks"] == 8 and 0 < result["metrics"]["pxap"] < 100
     with pytest.raises(ValueError, match="image 0 was added before"):
         parts[2].merge(parts[0])
-    with pytest.raises(ValueError, match="no images"):
-        BoxAccuracy().compute()
 
 
-def test_ious_of_a_worked_map():
+def test_a_worked_map():
     # 10 x 10: a 4 x 4 square of value 1 in a 6 x 6 square of value 0.5. With 1 added to x1 and y1, the boxes
     # are 3, 3, 7, 7 and 2, 2, 8, 8.
     score_map = np.zeros((10, 10), dtype=np.float32)
     score_map[2:8, 2:8], score_map[3:7, 3:7] = 0.5, 1.0
-    found = localize(score_map, np.array([[3, 3, 7, 7], [0, 0, 1, 1]])).ious
+    found = measure(score_map, np.array([[3, 3, 7, 7], [0, 0, 1, 1]]), threshold=0.3)
     # At levels 0 ... 126 (floor(0.5 * 255) = 127) the box is 7 x 7, the truth 5 x 5. Above, they are equal.
-    assert found[0, :127] == pytest.approx(25 / 49) and (found[0, 127:] == 1).all()
-    np.testing.assert_array_equal(found[0], found[1])
+    assert found.ious[0, :127] == pytest.approx(25 / 49) and (found.ious[0, 127:] == 1).all()
+    np.testing.assert_array_equal(found.ious[0], found.ious[1])
+    assert found.largest[126].tolist() == [2, 2, 8, 8] and found.largest[127].tolist() == [3, 3, 7, 7]
+    assert found.fixed_level == 76 and found.pixels is None  # floor(0.3 * 255)
+    # A fraction of the maximum, which is floor(0.5 * 255) = 127 here.
+    assert measure(score_map / 2, np.array([[3, 3, 7, 7]]), threshold=0.3).fixed_level == 38
 
 
 def test_a_map_without_foreground_has_the_zero_box():
-    found = localize(np.zeros((10, 10)), np.array([[0, 0, 1, 1]]))
+    found = measure(np.zeros((10, 10)), np.array([[0, 0, 1, 1]]))
     assert (found.ious == 1 / 4).all() and (found.largest == 0).all()
-    assert (localize(np.zeros((10, 10)), np.array([[5, 5, 8, 8]])).ious == 0).all()
+    assert (measure(np.zeros((10, 10)), np.array([[5, 5, 8, 8]])).ious == 0).all()
 
 
 def test_boxes_are_scaled_with_truncation():
@@ -133,29 +169,25 @@ def test_boxes_are_scaled_with_truncation():
 
 
 def test_ranks_by_hand():
-    logits = np.array(
-        [
-            [3.0, 1.0, 2.0],
-            [3.0, 1.0, 2.0],
-            [1.0, 1.0, 1.0],
-            [1.0, 1.0, 1.0],
-            [np.nan, 1.0, 0.0],
-            [-np.inf, 0.0, np.inf],
-        ]
-    )
+    one, nan, inf = [1.0, 1.0, 1.0], np.nan, np.inf
+    logits = np.array([[3.0, 1, 2], [3.0, 1, 2], one, one, [nan, 1, 0], [-inf, 0, inf]])
     assert label_ranks(logits, np.array([0, 1, 0, 2, 1, 2])).tolist() == [0, 2, 0, 2, 3, 0]
-    assert top_k_accuracy([0, 2, 5, 0], 1) == 50 and top_k_accuracy([0, 2, 5, 0], 5) == 75
 
 
 @pytest.mark.parametrize("classes, top_5", [(3, 100), (5, 0)])
 def test_nan_logits_rank_after_all_classes(classes, top_5):
     """With fewer than 5 classes, the Top-5 predictions are all classes, for an image with NaN logits, too."""
-    logits = np.array([[np.nan] + [0.0] * (classes - 1)])
-    rank = label_ranks(logits, np.array([1]))
-    assert rank == classes and top_k_accuracy(rank, 1) == 0 and top_k_accuracy(rank, 5) == top_5
+    rank = label_ranks(np.array([[np.nan] + [0.0] * (classes - 1)]), np.array([1]))
+    found = metrics([Measured()], rank)
+    assert rank == classes and found["top1_cls"] == 0 and found["top5_cls"] == top_5
 
 
-def average_precision(scores, positive):
+def test_the_flat_part_of_a_curve():
+    assert flatness([96, 10, 95, 100, 95, 94, 95]) == (2, 4, pytest.approx(3 / 7))
+    assert flatness([100, 100]) == (0, 1, 1) and flatness([0, 0, 0])[2] is None
+
+
+def by_definition(scores, positive):
     """Area under the precision-recall curve in steps, with every distinct score as a threshold."""
     area = last_recall = 0.0
     for t in sorted(set(scores), reverse=True):
@@ -168,28 +200,24 @@ def average_precision(scores, positive):
 
 def test_pxap_equals_average_precision_over_all_pixels():
     rng = np.random.default_rng(0)
-    metric, scores, positive = PixelAveragePrecision(), [], []
-    halves = PixelAveragePrecision(), PixelAveragePrecision()
+    found, scores, positive = Evaluator(), [], []
     for i in range(6):
         mask, ignore = rng.random((12, 9)) < 0.3, rng.random((12, 9)) < 0.2
         # One score per bin, not at an edge: the histogram does not order the pixels within a bin.
         score_map = (rng.integers(0, 1000, (12, 9)) + 0.5) / 1000
         score_map[0, 0] = 1.0
-        metric.update(score_map, mask, ignore)
-        halves[i % 2].update(score_map, mask, ignore)
+        found.add(i, measure(score_map, masks=(mask, ignore)))
         counted = mask | ~ignore
         scores.append(score_map[counted])
         positive.append(mask[counted])
-    expected = average_precision(np.concatenate(scores), np.concatenate(positive))
-    assert metric.compute() == pytest.approx(expected, abs=1e-9)
-    halves[0].merge(halves[1])
-    assert halves[0].compute() == metric.compute()
+    expected = by_definition(np.concatenate(scores), np.concatenate(positive))
+    assert found.result()["metrics"]["pxap"] == pytest.approx(expected, abs=1e-9)
+    assert selection_score(found.result()["metrics"]) == ("PxAP", pytest.approx(expected, abs=1e-9))
 
 
 def test_pxap_by_hand():
-    metric = PixelAveragePrecision()
-    assert metric.compute() is None
     # Scores 0.9 (object), 0.8 (background), 0.7 (object), 0.6 (ignored): precision 1 to recall 1/2, then 2/3.
-    scores = np.array([[0.9, 0.8], [0.7, 0.6]])
-    metric.update(scores, np.array([[True, False], [True, False]]), np.array([[False, False], [False, True]]))
-    assert metric.compute() == pytest.approx(100 * (1 / 2 + 2 / 3 / 2))
+    mask, ignore = np.array([[True, False], [True, False]]), np.array([[False, False], [False, True]])
+    histogram = pixel_histogram(np.array([[0.9, 0.8], [0.7, 0.6]]), mask, ignore)
+    assert average_precision(histogram) == pytest.approx(100 * (1 / 2 + 2 / 3 / 2))
+    assert average_precision(np.zeros_like(histogram)) is None

@@ -1,0 +1,168 @@
+"""Presets against the values of the paper, flags, and what a run to resume may change."""
+
+import pytest
+
+from bridge_wsol import config
+from bridge_wsol.methods import CAM, METHODS, Bridge
+from bridge_wsol.utils import InputError, Value
+
+LOSSES = ("lambda_sim", "lambda_norm", "lambda_drop", "tau_fg", "tau_bg", "gamma", "p", "norm_class")
+RATES = ("lr", "lr_new", "momentum", "weight_decay", "nesterov")
+SCHEDULE = ("epochs", "warm_epochs", "decay_at", "decay_factor", "warm_batch_size", "batch_size")
+SIZES = ("stride", "width", "resize_size", "image_size")
+
+
+def resolve(flags="", checkpoint=None):
+    return config.resolve_config(config.parse_args(flags.split(), ""), checkpoint)
+
+
+# Typed from appendix B and C.5, the released configuration and the authors' answers; below them, our choices.
+TABLE = {
+    ("CUB", "vgg16"): "0.5 0.15 3.0 0.6 0.1 0.8 0.5 max | 0.004 0.02 | 70 20 [41, 61] 0.2 32 64 | 16",
+    ("CUB", "resnet50"): "0.6 0.07 2.0 0.4 0.2 0.8 0.25 max | 0.002 0.02 | 70 20 [41, 61] 0.2 32 32 | 8",
+    ("ILSVRC", "vgg16"): "0.5 0.2 3.0 0.5 0.3 0.8 0.5 target | 2e-05 0.0001 | 40 5 [11, 31] 0.1 32 32 | 16",
+    ("ILSVRC", "resnet50"): "8.0 1.0 2.0 0.28 0.25 0.8 0.25 target | 1e-05 0.0001 | 30 14 [21] 0.1 32 32 | 8",
+    ("OpenImages", "vgg16"): "0.5 0.2 3.0 0.5 0.3 0.8 0.5 target | 0.002 0.02 | 10 2 [4, 7] 0.1 32 32 | 16",
+    ("CUB10", "vgg16"): "0.5 0.15 3.0 0.6 0.1 0.8 0.5 max | 0.0005 0.0025 | 12 3 [9] 0.2 32 32 | 16",
+    ("CUB10", "resnet50"): "0.6 0.07 2.0 0.4 0.2 0.8 0.25 max | 0.00025 0.0025 | 12 3 [9] 0.2 32 32 | 8",
+    ("demo", "vgg16"): "1.0 1.5 0.3 0.3 0.2 0.9 0.25 target | 0.0008 0.08 | 10 0 [9] 0.2 32 32 | 8",
+}
+
+
+def test_every_preset_has_the_values_of_its_sources():
+    assert TABLE.keys() == {key for key in config.PRESETS if len(key) == 2}
+    for pair, text in TABLE.items():
+        found = {name: value for name, (value, _) in config.preset_values(*pair, "bridge").items()}
+        groups = (LOSSES, RATES[:2], SCHEDULE, SIZES[:1])
+        assert " | ".join(" ".join(str(found[name]) for name in group) for group in groups) == text
+        assert [found[name] for name in RATES[2:]] == [0.9, 5e-4, True]  # True: Nesterov
+        assert [found[name] for name in SIZES[1:]] == ([0.25, 128, 112] if "demo" in pair else [1, 256, 224])
+
+
+@pytest.mark.parametrize("pair", TABLE)
+@pytest.mark.parametrize("method", METHODS)
+def test_presets_are_complete_and_every_value_has_a_known_source(pair, method):
+    known = {getattr(config, name) for name in ("B", "C5", "CODE", "ANSWER", "CHOE", "OURS", "AUTHORS")}
+    found = config.preset_values(*pair, method)
+    assert found.keys() == config.RUN_VALUES.keys() | METHODS[method].all_values().keys()
+    for name, (value, source) in found.items():
+        assert value is not None or name in ("preset", "workers", "val_per_class"), name
+        if source.startswith("preset: "):
+            assert source.removeprefix("preset: ").removeprefix("CUB: ").split(",")[0] in known, name
+        elif name in (*LOSSES, *RATES, *SCHEDULE, *SIZES) or name in METHODS[method].all_values():
+            assert source != "default", name
+    assert found["nesterov"] == (True, config.CODE)
+
+
+def test_cam_is_the_same_run_without_the_losses():
+    cam, bridge = (config.preset_values("CUB", "vgg16", name) for name in ("cam", "bridge"))
+    assert bridge.keys() - cam.keys() == {*LOSSES} and cam == {name: bridge[name] for name in cam}
+
+
+def test_the_demo_has_its_own_rates_for_some_methods_and_cells_for_its_images():
+    rates = {name: resolve(f"--method {name}")[0] for name in METHODS}
+    found = {name: (c.lr, c.lr_new) for name, c in rates.items() if (c.lr, c.lr_new) != (8e-4, 8e-2)}
+    assert found == {"acol": (4e-4, 4e-2), "eil": (4e-4, 4e-2), "spg": (8e-4, 2e-2)}
+    assert resolve("--method has")[0].has_cells == [0, 8, 16, 22, 28]
+    assert resolve("--method has --dataset CUB")[0].has_cells == [0, 16, 32, 44, 56]
+    assert resolve("--method has --has-cells 0,5")[0].has_cells == [0, 5]
+
+
+def test_values_that_depend_on_data_set_and_architecture():
+    def calm_map(dataset):
+        return resolve(f"--method calm --dataset {dataset}")[0].calm_map
+
+    assert {calm_map(name) for name in ("CUB", "CUB10", "demo")} == {"location"}  # every class is a bird
+    assert {calm_map(name) for name in ("ILSVRC", "OpenImages", "photos/", "listed")} == {"joint"}
+    gammas = [resolve(f"--method adl --dataset CUB --arch {a}")[0].adl_gamma for a in ("vgg16", "resnet50")]
+    assert gammas == [0.8, 0.9]
+    own, cub = resolve("--dataset photos/")[0], resolve("--dataset CUB")[0]
+    assert vars(own) == vars(cub) | {"dataset": "photos/"}  # other data sets have CUB's values
+    assert resolve("--dataset photos/ --preset OpenImages")[0].lr == 2e-3
+    with pytest.raises(InputError, match="OpenImages --arch resnet50: no preset; .*CUB vgg16, CUB resnet50"):
+        resolve("--dataset OpenImages --arch resnet50")
+
+
+NAN, INF = float("nan"), float("inf")
+INTERVALS = [("[0, 1]", (0, 0.5, 1), (-1e-9, 1.1, NAN)), ("(0, 1]", (1e-9, 1), (0, 1.1))]
+INTERVALS += [("[0, 1)", (0, 0.99), (1, -1)), ("(0, inf)", (1e-9, 1e300), (0, INF, NAN))]
+INTERVALS += [("[-1, 1]", (-1, 1), (-1.1,)), (("on", "off"), ("on", "off"), ("o",)), (None, (-5, "any"), ())]
+
+
+@pytest.mark.parametrize("allowed, inside, outside", INTERVALS)
+def test_intervals_and_words(allowed, inside, outside):
+    value = Value(float, allowed=allowed)
+    for x in inside:
+        value.check("my_name", x)
+    for x in outside:
+        with pytest.raises(InputError, match=f"--my-name {x}: must be"):
+            value.check("my_name", x)
+
+
+BAD = """--seed -1|--seed 9223372036854775808|--lambda-sim inf|--lambda-sim nan|--decay-at 0|--decay-at 2 2
+--lr 0|--momentum 1|--width 0.001|--workers -1|--norm-class mean|--tau-fg 1.5|--arch vgg19|--method magic
+--acol-delta 1.5 --method acol|--adl-rate -1 --method adl|--eil-lambda nan --method eil
+--cutmix-beta 0 --method cutmix|--cutmix-p 2 --method cutmix|--pas-theta 1.5 --method pas
+--pas-nwc maybe --method pas|--calm-loss mle --method calm|--has-p 1.1 --method has|--spg-h2 7 --method spg
+--has-cells 16,-2 --method has|--has-cells 16,x --method has|--has-cells= --method has
+--image-size 300|--preset mine|--epochs 0|--batch-size 1.5"""
+
+
+@pytest.mark.parametrize("flags", BAD.replace("\n", "|").split("|"))
+def test_bad_values_name_their_flag(flags):
+    with pytest.raises(InputError) as raised:
+        resolve(f"{flags} --dataset CUB")
+    assert flags.split()[0].split("=")[0] in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", [*LOSSES, "has_p"])
+def test_a_value_that_the_method_does_not_have_is_refused(name):
+    flags = f"--{name.replace('_', '-')} {'max' if name == 'norm_class' else 0.5}"
+    with pytest.raises(InputError, match=f"{flags.split()[0]}: not a value of --method cam: remove it"):
+        resolve(f"--method cam {flags}")
+    found, sources = resolve(f"--method {'has' if name == 'has_p' else 'bridge'} {flags}")
+    assert str(getattr(found, name)) in flags and sources[name] == "flag"
+
+
+def test_sources_and_the_batch_size_of_the_warm_epochs():
+    _, sources = resolve("--dataset CUB --lr 1")
+    assert [sources[name] for name in ("dataset", "arch", "lr")] == ["flag", "default", "flag"]
+    assert sources["lr_new"] == f"preset: {config.B}"
+    for flags, sizes in (("", (32, 64)), ("--batch-size 9", (9, 9)), ("--warm-batch-size 3", (3, 64))):
+        found, _ = resolve(f"--dataset CUB {flags}")
+        assert (found.warm_batch_size, found.batch_size) == sizes
+    with pytest.raises(InputError, match="--weights none.*random .*: add --frozen-blocks 0"):
+        resolve("--weights none")  # the demo freezes two blocks
+    assert resolve("--weights none --frozen-blocks 0")[0].weights == "none"
+
+
+def test_a_run_to_resume_keeps_its_values_except_those_that_may_change():
+    then, sources = resolve("--dataset CUB --epochs 9 --lr 0.5")
+    run = {"config": vars(then), "sources": sources, "epoch": 3}
+    assert resolve("", run) == (then, sources) == resolve("--lr 0.5 --dataset CUB", run)
+    free = "--epochs 12 --val-every 2 --workers 3 --device cpu --amp off --pictures 4 --data-root d --lists l"
+    assert set(free.split()[1::2]) <= {str(value) for value in vars(resolve(free, run)[0]).values()}
+    for flags in ("--lr 0.4", "--seed 1", "--method cam", "--dataset CUB10", "--warm-epochs 1", "--p 0.1"):
+        with pytest.raises(InputError, match=f"{flags}: the run to resume has"):
+            resolve(flags, run)
+    with pytest.raises(InputError, match="--epochs 2: the run has 3 epochs already"):
+        resolve("--epochs 2", run)
+    assert resolve("--epochs 3", run)[0].epochs == 3
+    with pytest.raises(InputError, match="--adl-gamma: not a value of --method bridge"):
+        resolve("--adl-gamma 0.5", run)
+
+
+def test_a_method_of_one_s_own_may_change_a_default_and_registers_at_any_time():
+    class Mine(Bridge, name="mine"):
+        values = {"alpha": Value(float, 3.0, "of mine", "[0, inf)"), "momentum": Value(float, 0.5, "less")}
+
+    try:
+        found, sources = resolve("--method mine --tau-fg 0.3")
+        assert (found.alpha, found.momentum, found.tau_fg) == (3.0, 0.5, 0.3) and sources[
+            "alpha"
+        ] == "default"
+        assert CAM.all_values().keys() < Bridge.all_values().keys() < Mine.all_values().keys()
+        with pytest.raises(InputError, match="--alpha -1.0: must be in"):
+            resolve("--method mine --alpha -1")
+    finally:
+        del METHODS["mine"]
