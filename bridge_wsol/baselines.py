@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -152,6 +152,15 @@ def attention_based_dropout(z: Tensor, gamma: float, rate: float) -> Tensor:
     return z * a.sigmoid().to(z.dtype)
 
 
+class ErasedPasses(NamedTuple):
+    """`Passes` of EIL."""
+
+    logits: Tensor  # N x K
+    features: Tensor  # N x C x h x w
+    erased: Tensor | None  # f of the erased pass; None in eval mode
+    dropped: None = None
+
+
 class EIL(CAM, name="eil"):
     """EIL, erasing integrated learning (Mai et al., CVPR 2020): L = CE(u, y) + eil_lambda CE(e, y).
 
@@ -171,7 +180,7 @@ class EIL(CAM, name="eil"):
         "eil_lambda": Value(float, 1.0, "weight of the erased pass's loss", "[0, inf)", AUTHORS),
     }
 
-    def passes(self, images: Tensor) -> Passes:
+    def passes(self, images: Tensor) -> ErasedPasses:
         """The clean pass and, in training mode, the erased one."""
         layers, place = backbone(self.net)
         split = place["pool4" if isinstance(self.net, VGG16GAP) else "layer3"]
@@ -183,11 +192,11 @@ class EIL(CAM, name="eil"):
             strong = a >= self.config.eil_gamma * a.amax((2, 3), keepdim=True)
             with frozen_statistics(self.net):
                 erased = layers[split:](z.masked_fill(strong, 0))
-        return Passes(logits, features, erased)
+        return ErasedPasses(logits, features, erased)
 
-    def terms(self, passes: Passes, labels: Tensor, epoch: int) -> Terms:
+    def terms(self, passes: ErasedPasses, labels: Tensor, epoch: int) -> Terms:
         """Cross-entropy of the clean and of the erased pass."""
-        erased = nnf.cross_entropy(full_precision(self.net.classify(passes.dropped)), labels)
+        erased = nnf.cross_entropy(full_precision(self.net.classify(passes.erased)), labels)
         return super().terms(passes, labels, epoch) | {"l_erased": (self.config.eil_lambda, erased)}
 
 

@@ -10,8 +10,9 @@ method) with a name, in any file that is imported before train.main() runs. Chan
     forward   other images or labels
     predict   another map or other logits
 
-Call `super()` in these functions: two methods then combine by inheritance. Examples: the compared systems in
-baselines.py, and the complete file in docs/methods.md. Compute losses and maps in float32 under autocast.
+Call `super()` in these functions: two methods then combine by inheritance, if both have their losses in
+`terms` (ACoL, SPG and CALM have them in `forward`). Examples: the compared systems in baselines.py, and the
+complete file in docs/methods.md. Compute losses and maps in float32 under autocast.
 """
 
 from __future__ import annotations
