@@ -123,9 +123,10 @@ def _draw_images(
         for _ in utils.progress(drawn, f"drawing {root.name}", len(orders)):
             pass
         utils.write_text(part / STAMP, stamp)
-        if root.exists():
+        with suppress(OSError):  # it exists: another process was first, or it is of another version
+            part.rename(root)
+        if _text(root / STAMP) != stamp:
             shutil.rmtree(root)
-        with suppress(OSError):  # another process was first: its images are the same
             part.rename(root)
     except OSError as error:
         raise InputError(f"{root}: cannot be written ({error.strerror})") from error

@@ -172,9 +172,9 @@ def read_json(path: Path, made_by: str) -> dict[str, Any]:
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Writes tensors, numbers, strings, lists and dicts, all or nothing, for `load_tensors`."""
-    with atomic_write(path) as part:
+    with atomic_write(path) as part, part.open("wb") as file:
         try:
-            torch.save(checkpoint, part)
+            torch.save(checkpoint, file)  # with a path, torch would store its name
         except RuntimeError as error:  # torch's error for a full disk
             raise OSError(first_line(error)) from error
 

@@ -266,3 +266,11 @@ def test_losses_imports_only_torch_and_works_as_a_copy(tmp_path):
     assert module.minmax(torch.arange(4.0).view(1, 2, 2)).flatten().tolist() == pytest.approx(
         [0, 1 / 3, 2 / 3, 1]
     )
+
+
+def test_a_norm_whose_square_is_not_representable_counts_as_zero():
+    features, weight = torch.tensor([1e-18, 1e-20])[None, None, None].requires_grad_(), torch.ones(1, 1)
+    S = cosine_map(features, weight)  # norms 1e-18 and 1e-20; the limit is 1e-19
+    assert S.flatten().tolist() == [1, 0]
+    S[..., 1].sum().backward()
+    assert not features.grad.any()
