@@ -1,6 +1,7 @@
 """Evaluates a trained run, or any method's score maps, by the protocol of Choe et al. (CVPR 2020).
 
     python evaluate.py runs/CUB_vgg16_bridge                               the best checkpoint on test
+    python evaluate.py FILE.pth --dataset CUB --arch vgg16                 a CAM network that other code saved
     python evaluate.py --score-maps DIR --dataset CUB --split test         any method's maps, same protocol
     python evaluate.py runs/CUB_vgg16_bridge --images photo.jpg folder/    boxes and pictures for your images
 
@@ -15,10 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bridge_wsol import cam, config, evaluation, utils
 from bridge_wsol.baselines import METHODS
 from bridge_wsol.data import Split, decode, load_score_maps
 from bridge_wsol.datasets import image_files, load_split
+from bridge_wsol.models import ARCHS, read_weights
 from bridge_wsol.utils import InputError, flag
 
 OF_MAP = {name: cls.all_values()[name] for cls in METHODS.values() for name in cls.of_map}
@@ -29,12 +33,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = utils.Parser(description=__doc__, formatter_class=form)
     add = parser.add_argument_group("what to evaluate").add_argument
-    add("run", nargs="?", type=Path, metavar="RUN", help="run folder of train.py")
+    text = "run folder of train.py, or a file of the authors' or Choe et al.'s code (needs --dataset, --arch)"
+    add("run", nargs="?", type=Path, metavar="RUN", help=text)
     add("--checkpoint", choices=("best", "last"), default="best", help="default best")
     add("--split", choices=("test", "val"), default="test", help="default test")
     text = "folder of score maps, instead of RUN; needs --dataset"
     add("--score-maps", type=Path, metavar="DIR", help=text)
-    add("--dataset", metavar="D", help="with --score-maps: data set of the maps")
+    add("--dataset", metavar="D", help="with --score-maps or a file: the data set")
+    add("--arch", choices=ARCHS, help="with a file: its network")
+    text = "with a file of resnet50: image pixels per location of the map, 8 or 16 (vgg16's file tells it)"
+    add("--stride", type=int, choices=(8, 16), help=text)
     text = "with --score-maps: pixels of a side that maps are resized to (default: the data set's, 224)"
     add("--image-size", type=int, metavar="N", help=text)
     text = "images, or folders of them, to localize with RUN"
@@ -91,8 +99,12 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--images, --save-maps, --percentile val and values of a map need a RUN")
     if args.images and (args.save_maps or args.per_image or args.pictures or args.of_map):
         parser.error("--save-maps, --per-image, --pictures and values of a map do not go with --images")
-    if args.run and (args.dataset or args.image_size):
-        parser.error("--dataset and --image-size go with --score-maps; a RUN has its own: remove the flag")
+    if args.run and args.run.is_file():
+        if not args.dataset or not args.arch:
+            parser.error(f"{args.run}: a file needs --dataset and --arch")
+    elif args.run and (args.dataset or args.image_size or args.arch or args.stride):
+        flags = "--dataset, --image-size, --arch and --stride"
+        parser.error(f"{flags} go with --score-maps or a file; a run folder has its own: remove the flag")
     if args.percentile is not None and args.normalize not in cam.PERCENTILES:
         parser.error(f"--percentile needs --normalize {' or '.join(cam.PERCENTILES)}")
     if args.percentile == "val" and (args.normalize != "ivr" or args.images):
@@ -124,7 +136,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate_run(args: argparse.Namespace) -> None:
     """RUN on a split."""
-    run = evaluation.TrainedRun(args.run, args.checkpoint, utils.resolve_device(args.device), args.of_map)
+    device = utils.resolve_device(args.device)
+    checkpoint = foreign_checkpoint(args) if args.run.is_file() else None
+    which = args.run.name if checkpoint else args.checkpoint
+    run = evaluation.TrainedRun(args.run, which, device, args.of_map, checkpoint)
     workers = utils.default_workers(run.device) if args.workers is None else args.workers
     places, loading = (args.data_root, args.lists), (args.batch_size, workers, args.amp)
     split, head = run.split(args.split, *places), run.head(args.split, args.normalize)
@@ -132,11 +147,17 @@ def evaluate_run(args: argparse.Namespace) -> None:
     # The thresholds in the checkpoint belong to the run's own maps, with min-max.
     val_levels, choice = run.val_levels if args.normalize == "minmax" else None, {}
     if val_levels is None and (args.split != "val" or q == "val"):
-        val = run.split("val", *places)
+        try:
+            val = run.split("val", *places)
+        except InputError as error:
+            if checkpoint is None or q == "val":
+                raise
+            print(f"no thresholds of val: {error}")
+            val = None
         if q == "val":
             maps = run.maps(val, *loading, normalization=None)
             q, choice, val_levels = evaluation.choose_percentile(maps, val, run.method, workers)
-        elif val.boxes:
+        elif val and val.boxes:
             maps = run.maps(val, *loading, normalization=args.normalize, percentile=q)
             val_levels = evaluation.evaluate_maps(maps, val, workers=workers)["levels"]
 
@@ -144,9 +165,27 @@ def evaluate_run(args: argparse.Namespace) -> None:
         return run.maps(images, *loading, normalization=args.normalize, percentile=q)
 
     head |= {} if q is None else {"percentile": {"value": q, **choice}}
-    name = (args.checkpoint, args.split, args.normalize, args.percentile, args.of_map)
-    out = args.out or args.run / evaluation.results_name(*name)
+    of_file = (args.run.stem, args.run.parent) if checkpoint else (args.checkpoint, args.run)
+    name = (of_file[0], args.split, args.normalize, args.percentile, args.of_map)
+    out = args.out or of_file[1] / evaluation.results_name(*name)
     finish(args, maps_of, split, out, head, workers=workers, val_levels=val_levels, save_maps=args.save_maps)
+
+
+def foreign_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
+    """A file of another code (`models.read_weights`) as a checkpoint of the CAM baseline."""
+    state, stride = read_weights(args.run, args.arch)
+    if not isinstance(fc := state.get("fc.weight"), torch.Tensor):
+        held = ", ".join([*state][:3]) or "nothing"
+        raise InputError(f"{args.run}: expected a network with conv6 and fc; the file holds {held}, ...")
+    if stride is None and args.stride is None:
+        raise InputError(f"{args.run}: the file does not tell the stride: pass the --stride of its training")
+    if stride and args.stride and stride != args.stride:
+        raise InputError(f"--stride {args.stride}: the layers of {args.run} say {stride}")
+    flags = ["--dataset", args.dataset, "--arch", args.arch, "--method", "cam"]
+    flags += ["--stride", str(stride or args.stride), "--val-per-class", "0"]
+    values, sources = config.resolve_config(config.parse_args(flags, ""))
+    known = {"num_classes": len(fc), "classes": None, "digests": {}, "epoch": None, "val": None}
+    return known | {"model": state, "config": vars(values), "sources": sources}
 
 
 def evaluate_folder(args: argparse.Namespace) -> None:
@@ -204,7 +243,7 @@ def localize_images(args: argparse.Namespace) -> None:
             entry = {"image": str(path), "width": image.width, "height": image.height}
             entries.append(entry | {"box": found.box, "top5": found.top5})
             picture = evaluation.draw_found(image, found)
-            evaluation.save_picture(folder / f"{len(entries):05d}_{path.stem[:80]}.png", picture)
+            evaluation.save_picture(folder / f"{len(entries):05d}_{utils.short(path.stem, 80)}.png", picture)
             print(f"{path}: {found.text()}", flush=True)
     finally:  # also after Ctrl-C
         utils.write_json(folder / "boxes.json", entries)

@@ -7,6 +7,7 @@ method; the default in VALUES or in the method's class.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import subprocess
 from contextlib import suppress
@@ -265,6 +266,8 @@ def resolve_config(
     if checkpoint:
         values, sources = dict(checkpoint["config"]), dict(checkpoint["sources"])
         for name, value in given.items():
+            if name == "dataset" and Path(values[name]).name == Path(value).name and os.sep in values[name]:
+                continue  # a folder that may have moved: train.py compares the lists of its images
             if name in values and value != values[name] and not all_values()[name].resume:
                 fix = f"the run to resume has {values[name]}: pass that, or another --out"
                 raise InputError(f"{flag(name)} {value}: {fix}")
@@ -273,6 +276,11 @@ def resolve_config(
     else:
         dataset, arch, method = (given.get(x, RUN_VALUES[x].default) for x in ("dataset", "arch", "method"))
         known = any(dataset == pair[0] for pair in PRESETS)
+        if not known and is_folder(dataset, Path(given.get("lists", RUN_VALUES["lists"].default))):
+            # A path, also where a data set of this name appears later, and without the shell's last slash.
+            dataset = os.path.normpath(dataset)
+            dataset = dataset if os.path.dirname(dataset) else os.path.join(os.curdir, dataset)
+            given = given | {"dataset": dataset}
         name = given.get("preset", dataset if known else "CUB")
         of_preset = preset_values(name, arch, method, dataset)
         values = {key: value for key, (value, _) in of_preset.items()} | {"preset": name}

@@ -168,7 +168,7 @@ def read_localization(
         else:
             raise InputError(
                 f"{path}:{n}: {line[:80]}: expected image,x0,y0,x1,y1 (whole pixels, with image_sizes.txt) "
-                "or image,mask,ignore (paths), of an image of image_ids.txt"
+                "or image,mask,ignore (paths), of a listed image"
             )
     return {i: np.array(b) for i, b in boxes.items()}, masks
 
@@ -317,12 +317,15 @@ def load_score_maps(folder: Path, split: Split) -> Iterator[tuple[str, np.ndarra
 def as_score_map(values: Any, name: Any) -> np.ndarray:
     """A score map as float32, H x W in [0, 1]; values beyond by rounding, up to 1e-6, are clipped.
 
-    name: for the InputError about an array of another form, or values that are NaN or outside [0, 1].
+    values: an array, or a tensor of any type and device. name: for the InputError about an array of another
+    form, or values that are NaN or outside [0, 1].
     """
-    score_map = values if isinstance(values, np.ndarray) else np.asarray(None)
-    if score_map.ndim != 2 or not score_map.size or score_map.dtype.kind not in "fiub":
-        form = f"shape {score_map.shape}, type {score_map.dtype}"
-        raise InputError(f"{name}: a score map must be a 2-D array of floats in [0, 1], got {form}")
+    score_map = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values
+    if not isinstance(score_map, np.ndarray) or score_map.ndim != 2 or not score_map.size:
+        form = f"shape {score_map.shape}" if isinstance(score_map, np.ndarray) else type(values).__name__
+        raise InputError(f"{name}: a score map must be one 2-D array of floats in [0, 1], got {form}")
+    if score_map.dtype.kind not in "fiub":
+        raise InputError(f"{name}: a score map must hold floats in [0, 1], got {score_map.dtype}")
     low, high = score_map.min(), score_map.max()
     if not -1e-6 <= low <= high <= 1 + 1e-6:  # false for NaN as well
         raise InputError(f"{name}: values in [{low:.9g}, {high:.9g}] where [0, 1] is expected")

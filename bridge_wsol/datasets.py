@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 from . import utils
@@ -215,7 +214,7 @@ def ilsvrc_train(root: Path, wnids: list[str]) -> Split:
     ids = [f"train/{wnid}/{path.name}" for wnid in wnids for path in _images(root / "train" / wnid)]
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
     labels = np.array([label_of[image.split("/")[1]] for image in ids], dtype=np.int64)
-    print(f"ILSVRC train: {len(ids)} images in {root / 'train'}", flush=True)
+    utils.say(f"ILSVRC train: {len(ids)} images in {root / 'train'}")
     return Split("ILSVRC train", root, ids, labels)
 
 
@@ -261,6 +260,9 @@ def download(dataset: str, data_root: Path) -> None:
 # -------------------------------------------------------------------------------- a folder of your own images
 
 FOLDER_SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
+# What Pillow can read: suffixes in lower case, without those of formats that it only recognizes.
+READABLE = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+READABLE -= {".mpg", ".mpeg", ".h5", ".hdf", ".bufr", ".grib"}
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Split], list[str]]:
@@ -284,6 +286,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Split], list[str]]:
         problem = f"{len(classes)} sub-folders where one per class is expected, two at least"
         raise InputError(f"--dataset {folder}: {problem}")
     ids: dict[str, list[str]] = {}
+    unread: list[Path] = []
     for split in [name for name in SPLITS if (folder / name).is_dir()] if by_split else [""]:
         for name in _folders(folder / split):
             where = folder / split / name
@@ -291,6 +294,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Split], list[str]]:
                 problem = "holds folders" if name in classes else "no class of train"
                 raise InputError(f"{where}: {problem}: --dataset {folder} has one sub-folder per class")
             images = [str(path.relative_to(folder)) for path in _images(where)]
+            unread += [path for path in _visible(where) if path.suffix.lower() not in READABLE]
             for part, chosen in ({split: images} if by_split else _by_hash(images, where)).items():
                 ids.setdefault(part, []).extend(chosen)
     label_of = {name: label for label, name in enumerate(classes)}
@@ -315,7 +319,9 @@ def read_folder(folder: Path) -> tuple[dict[str, Split], list[str]]:
     counts = ", ".join(
         f"{name} {len(split)} ({len(split.boxes)} with boxes)" for name, split in splits.items()
     )
-    print(f"{folder}: {len(classes)} classes; images: {counts}", flush=True)
+    utils.say(f"{folder}: {len(classes)} classes; images: {counts}")
+    if unread:
+        utils.say(f"left out: {len(unread)} files that Pillow does not read, {min(unread)} first")
     return splits, classes
 
 
@@ -324,9 +330,12 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _images(folder: Path) -> list[Path]:
+    return sorted(path for path in _visible(folder) if path.suffix.lower() in READABLE)
+
+
+def _visible(folder: Path) -> list[Path]:
     # Some systems write hidden files such as "._photo.jpg" beside the images.
-    files = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in files if path.suffix.lower() in (*IMG_EXTENSIONS, ".gif"))
+    return [path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir()]
 
 
 def image_files(paths: list[Path]) -> list[Path]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from . import cam, utils
 from .baselines import METHODS
 from .boxes import LEVELS, fixed_level, iou_matrix, level_boxes, scale_boxes
 from .data import Masks, Split, as_score_map, decode, load_masks, load_rgb, test_loader, to_input, to_rgb
-from .datasets import load_splits
+from .datasets import is_folder, load_splits
 from .losses import full_precision
 from .methods import CAM
 from .metrics import LEVEL_NAMES, Evaluator, Measured, label_ranks, measure, selection_score
@@ -151,7 +152,7 @@ def evaluate_maps(
         evaluator.add(job.index, found, job.rank, job.predicted)
         if save_maps is not None:
             with (
-                utils.atomic_write(save_maps / f"{split.ids[job.index]}.npy") as part,
+                utils.atomic_write(Path(save_maps) / f"{split.ids[job.index]}.npy") as part,
                 part.open("wb") as file,
             ):
                 np.save(file, job.score_map)
@@ -285,7 +286,9 @@ def report(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
     if head["method"]:
         title += [
             f"{head['arch']} {head['method']}",
-            f"{head['checkpoint']} checkpoint (epoch {head['epoch']})",
+            f"{head['checkpoint']} checkpoint (epoch {head['epoch']})"
+            if head["epoch"]
+            else head["checkpoint"],
         ]
     else:
         title.append(f"score maps of {head['score_maps']}")
@@ -351,16 +354,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 class TrainedRun:
     """A run of train.py: its method with the weights of RUN/<which>.pt in eval mode, and its data.
 
-    which: "best" or "last". of_map: values of the method's map, instead of those of the run. Raises
-    InputError for a folder that is not a run, and for a value that is not one of its map.
+    which: "best" or "last". checkpoint: instead of that file. of_map: values of the method's map, instead of
+    those of the run. Raises InputError for a folder that is not a run, and for a value that is not one of its
+    map.
     """
 
     def __init__(
-        self, folder: str | Path, which: str, device: torch.device, of_map: dict[str, Any] | None = None
+        self,
+        folder: str | Path,
+        which: str,
+        device: torch.device,
+        of_map: dict[str, Any] | None = None,
+        checkpoint: dict[str, Any] | None = None,
     ):
         self.folder, self.which, self.device, self.of_map = Path(folder), which, device, of_map or {}
-        path = self.folder / f"{which}.pt"
-        self.checkpoint = load_checkpoint(path)
+        path = self.folder if checkpoint else self.folder / f"{which}.pt"
+        self.checkpoint = checkpoint or load_checkpoint(path)
         self.config = SimpleNamespace(**self.checkpoint["config"] | self.of_map)
         cls = METHODS[self.config.method]
         for name, value in self.of_map.items():
@@ -381,20 +390,24 @@ class TrainedRun:
         return val.get("levels") if known else None
 
     def split(self, name: str, data_root: str | Path | None = None, lists: str | Path | None = None) -> Split:
-        """A split of the run's data set. data_root, lists: instead of those of the run.
+        """A split of the run's data set. data_root, lists: instead of those of the run. data_root is the new
+        place of a folder of one's own, or the folder above it.
 
         Raises InputError as `load_splits` does, and where the lists have other classes or another val than
         the run had: its thresholds would be chosen on other images.
         """
         c, then = self.config, self.checkpoint
-        where = data_root or c.data_root, lists or c.lists
-        splits, now = load_splits(c.dataset, *where, (name,), c.val_per_class)
+        dataset, where = c.dataset, (data_root or c.data_root, lists or c.lists)
+        if data_root and is_folder(dataset, Path(where[1])):  # the folder has moved
+            moved = Path(data_root) / Path(dataset).name
+            dataset = os.path.join(moved if moved.is_dir() else data_root, "")
+        splits, now = load_splits(dataset, *where, (name,), c.val_per_class)
         for key in ("num_classes", "classes"):
-            if now[key] != then[key]:
+            if now[key] != then[key] and then[key] is not None:
                 raise InputError(
                     f"{self.folder}: trained on other classes than {c.dataset} has now: check --lists"
                 )
-        if name == "val" and now["digests"]["val"] != then["digests"]["val"]:
+        if name == "val" and now["digests"]["val"] != then["digests"].get("val", now["digests"]["val"]):
             raise InputError(f"{self.folder}: the list of val has changed since the run: check --lists")
         return splits[name]
 
@@ -470,16 +483,19 @@ class Localizer:
             self.threshold = FALLBACK_THRESHOLD if self.level is None else self.level / LEVELS
 
     def __call__(self, images: Any) -> Found | list[Found]:
-        """A path or PIL image -> Found; a list of them -> a list. EXIF orientation is applied.
+        """A path, PIL image or array H x W x 3 uint8 (RGB) -> Found; a list of them -> a list.
+
+        The EXIF orientation of a path or PIL image is applied.
 
         Raises InputError for an image that cannot be read.
         """
-        if isinstance(images, (str, Path, Image.Image)):
+        if isinstance(images, (str, Path, Image.Image, np.ndarray)):
             return self._localize(images)
         return [self._localize(image) for image in images]
 
     @torch.inference_mode()
-    def _localize(self, image: str | Path | Image.Image) -> Found:
+    def _localize(self, image: str | Path | Image.Image | np.ndarray) -> Found:
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
         of_file = not isinstance(image, Image.Image)
         image = decode(Path(image), upright=True) if of_file else to_rgb(image, upright=True)
         run, size = self.run, self.run.config.image_size

@@ -11,7 +11,9 @@ names, so its weights files load directly.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,20 +153,59 @@ def build_network(arch: str, num_classes: int, stride: int, width: float = 1.0) 
 def load_pretrained(net: GAPNetwork, arch: str, weights: str, load_fc: bool = False) -> None:
     """Loads pretrained weights into the network.
 
-    weights: "none", "imagenet" (torchvision's file, downloaded and checked), or a file: tensors by
-    torchvision's names, or a checkpoint of train.py. The fully connected layers of VGG16 are not loaded. The
-    linear layer of ResNet50 is loaded only with load_fc, for ImageNet-1K: the file has the same classes.
+    weights: "none", "imagenet" (torchvision's file, downloaded and checked), or a file of `read_weights`. The
+    fully connected layers of VGG16 are not loaded. The linear layer of ResNet50 is loaded only with load_fc,
+    for ImageNet-1K: the file has the same classes.
     Raises InputError if the download fails, and for a file that lacks tensors or has other shapes.
     """
     if weights == "none":
         return
-    state = _download(arch) if weights == "imagenet" else load_tensors(Path(weights))
-    state = state["model"] if isinstance(state.get("model"), dict) else state
+    state = _download(arch) if weights == "imagenet" else read_weights(Path(weights), arch)[0]
     names = net.pretrained_names + (("fc.",) if load_fc and arch == "resnet50" else ())
     # Files from before PyTorch 0.4.1 do not have num_batches_tracked, which no forward pass here uses.
     own = {name: value for name, value in net.state_dict().items() if not name.endswith("batches_tracked")}
     wanted = {name: value for name, value in own.items() if name.startswith(names)}
     load_weights(net, own | {name: state.get(name) for name in wanted}, weights, strict=False)
+
+
+def read_weights(path: Path, arch: str) -> tuple[dict[str, Tensor], int | None]:
+    """(tensors by our names, VGG16's stride) of a file that train.py, torchvision or another code has saved.
+
+    The tensors may be under `state_dict`, `model_state_dict` or `model`, and their names may begin with
+    `module.`. Names of VGG16 and ResNet50 that are read:
+
+        ours and torchvision's                  features.N, conv6.0, fc             layer4.N
+        the authors' release                    features.0.N, features.2.N, conv6   layer4_1.0, layer4_2.N
+        Choe et al.'s code: cam, has, cutmix    features.N, conv6, fc               layer4.N
+
+    stride: 8 or 16 where the last two tell it; None: unknown. Raises InputError as `load_tensors` does.
+    """
+    state: Any = load_tensors(path)
+    for key in ("state_dict", "model_state_dict", "model"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    if arch == "resnet50":
+        ours = {"layer4_1.0.": "layer4.0.", "layer4_2.0.": "layer4.1.", "layer4_2.1.": "layer4.2."}
+        for theirs, own in ours.items():
+            state = {name.replace(theirs, own): value for name, value in state.items()}
+        return state, None
+    stride = 16 if "conv6.weight" in state else None
+    numbers = {
+        name: int(match[1]) for name in state if (match := re.match(r"features\.(?:[02]\.)?(\d+)\.", name))
+    }
+    if "features.2.0.weight" in state or "features.23.weight" in state:  # no fourth pool, and no place for it
+        stride = 8
+    renamed = {}
+    for name, value in state.items():
+        kind = name.rpartition(".")[2]
+        if name.startswith("features.2.") and name.count(".") == 3:
+            name = f"features.{numbers[name] + (24 if stride == 8 else 23)}.{kind}"
+        elif name in numbers:
+            name = f"features.{numbers[name] + (stride == 8 and numbers[name] >= 23)}.{kind}"
+        elif name in ("conv6.weight", "conv6.bias"):
+            name = f"conv6.0.{kind}"
+        renamed[name] = value
+    return renamed, stride
 
 
 def load_weights(net: nn.Module, state: dict[str, Tensor], path: str | Path, strict: bool = True) -> None:
@@ -177,7 +218,8 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], path: str | Path, str
         there = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else "missing"
         needed = tuple(own[wrong[0]].shape) if wrong[0] in own else "nothing"
         what = f"{len(wrong)} tensors differ, first {wrong[0]}: {there} in the file, {needed} in the network"
-        raise InputError(f"{path}: weights of another architecture or number of classes ({what})")
+        what += f"; the file holds {', '.join(map(str, [*state][:3]))}, ..."
+        raise InputError(f"{path}: weights of another architecture, layout or number of classes ({what})")
     net.load_state_dict(state, strict=strict)
 
 

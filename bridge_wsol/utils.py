@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import json
 import logging
 import multiprocessing
 import os
 import platform
 import random
+import re
 import secrets
 import signal
 import sys
@@ -57,16 +59,31 @@ def one_line_errors() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")  # file names of any bytes
     try:
         yield
+        sys.stdout.flush()
         return
     except InputError as error:
         # A data loader's worker sends its error as text inside a traceback: the message is the last line.
         message = str(error).strip().splitlines()[-1].rsplit(f"{InputError.__name__}: ", 1)[-1]
     except OSError as error:
-        if error.filename is None:
+        if error.errno == errno.EMFILE:
+            message = f"{error.strerror}: pass a smaller --workers, or 0"
+        elif error.filename is None and error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        message = f"{error.filename}: {error.strerror}"
+        else:
+            message = f"{error.filename or 'output'}: {error.strerror}; what was computed before is on disk"
+        if error.filename is None:  # the exit must not write to stdout again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except torch.OutOfMemoryError as error:
         message = f"out of GPU memory ({first_line(error)}): pass a smaller --batch-size"
+    except RuntimeError as error:  # of a data loader
+        limits = ("shared memory", "No space left", "Bus error", "open files", "killed by signal")
+        if not any(limit in str(error) for limit in limits):
+            raise
+        problem = first_line(str(error).strip().splitlines()[-1])
+        message = (
+            f"a worker that loads images ended ({problem}): pass --workers 0, or give the container more "
+        )
+        message += "shared memory (docker run --shm-size 8g)"
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         sys.exit(130)
@@ -133,7 +150,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Readers never see a half-written file. Raises InputError if the file cannot be written.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name[-100:]}.{secrets.token_hex(4)}.part")
+    part = path.with_name(f".{short(path.name, 200)}.{secrets.token_hex(4)}.part")
     try:
         if path.exists() and not path.is_file():
             raise OSError("not a regular file")  # /dev/null would be replaced
@@ -145,6 +162,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def short(name: str, size: int) -> str:
+    """The beginning of a file name, at most `size` bytes: file systems allow 255."""
+    return os.fsencode(name)[:size].decode("utf-8", "ignore")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -197,6 +219,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # torch raises many types
         problem = f"damaged, or not a file of tensors by name ({first_line(error)})"
+        if held := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            problem = f"holds a {held[1]}, which could run code and is not loaded: save its state_dict alone"
         raise InputError(f"{path}: {problem}") from error
 
 
