@@ -461,12 +461,12 @@ class SPG(CAM, name="spg"):
         channels, _ = remove_head(net)
         if vgg and isinstance(net.features[net.dropout_at], nn.MaxPool2d):  # stride 8 has no pool4
             net.features[net.dropout_at] = nn.MaxPool2d(3, stride=2, padding=1)
-        hidden, inner = (channels, channels) if vgg else (512, 1024)  # of the branches; in front of B1 and B2
-        net.a3 = head(channels, [hidden, hidden]) if vgg else nn.Identity()
+        inner, of_c = (channels, channels) if vgg else (1024, 512)  # channels of B1, B2 and B; of C
+        net.a3 = head(channels, [channels, channels]) if vgg else nn.Identity()
         net.a4 = head(channels, [], num_classes)
-        net.b1, net.b2 = head(inner, [hidden]), head(inner, [hidden])
-        net.b = head(hidden, [hidden], 1)
-        net.c = head(channels, [hidden], 1)
+        net.b1, net.b2 = head(inner, [inner]), head(inner, [inner])
+        net.b = head(inner, [inner], 1)
+        net.c = head(channels, [of_c], 1)
         return net
 
     def passes(self, images: Tensor) -> Passes:

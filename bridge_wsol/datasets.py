@@ -193,9 +193,14 @@ def hold_out(train: Split, per_class: int) -> tuple[Split, Split]:
 
 def ilsvrc_wnids(lists: Path) -> list[str]:
     """The 1,000 wnids of ILSVRC, sorted: line k + 1 is class k of the published lists."""
-    own = lists / "ILSVRC" / "wnids.txt"
+    return _shipped(lists, "wnids.txt").split()
+
+
+def _shipped(lists: Path, name: str) -> str:
+    """The text of a file that is in data_splits/ILSVRC of a clone, and perhaps in --lists, too."""
+    own = lists / "ILSVRC" / name
     try:
-        return (own if own.exists() else SHIPPED / "ILSVRC" / "wnids.txt").read_text().split()
+        return (own if own.exists() else SHIPPED / "ILSVRC" / name).read_text()
     except OSError as error:
         raise InputError(
             f"{own}: cannot be read ({error.strerror}): it is in data_splits of a clone"
@@ -219,12 +224,24 @@ def ilsvrc_train(root: Path, wnids: list[str]) -> Split:
 
 
 def _ilsvrc_files(split: Split, lists: Path) -> Split:
-    """The split with the file names of this copy: val/ may be sorted into val/<wnid>/."""
-    wnids = ilsvrc_wnids(lists)
-    if not split.ids[0].startswith("val/") or not (split.root / "val" / wnids[split.labels[0]]).is_dir():
-        return split
-    ids = [image.replace("val/", f"val/{wnids[k]}/", 1) for image, k in zip(split.ids, split.labels)]
-    return replace(split, ids=ids)
+    """The split with the file names of this copy.
+
+    val/ may be sorted into val/<wnid>/. ImageNetV2 in val2/ may have the names of its present release, hashes:
+    imagenet_v2_names.csv maps those of the published list to them, `class/n.jpeg,<hash>.jpeg` a line.
+    """
+    first, wnids = split.ids[0], ilsvrc_wnids(lists)
+    if first.startswith("val/") and (split.root / "val" / wnids[split.labels[0]]).is_dir():
+        ids = [image.replace("val/", f"val/{wnids[k]}/", 1) for image, k in zip(split.ids, split.labels)]
+        return replace(split, ids=ids)
+    if first.startswith("val2/") and not split.path(0).exists():
+        names = _shipped(lists, "val/imagenet_v2_names.csv").split()
+        hashed = {
+            f"val2/{old}": f"val2/{old.rpartition('/')[0]}/{new}"
+            for old, new in (x.split(",") for x in names)
+        }
+        if (split.root / hashed.get(first, "")).is_file():
+            return replace(split, ids=[hashed[image] for image in split.ids])
+    return split
 
 
 # ------------------------------------------------------------------------------------------ the CUB download

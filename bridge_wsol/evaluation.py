@@ -145,11 +145,12 @@ def evaluate_maps(
     Raises InputError as `Evaluator.result` does, and for a threshold outside [0, 1).
     """
     require_threshold(threshold)
-    evaluator, whole = Evaluator(), Evaluator()
+    evaluator, whole, blank = Evaluator(), Evaluator(), 0
     measured = utils.ordered_map(_measure, _jobs(batches, split, threshold), workers)
     share = len(range(utils.rank(), len(split), utils.world_size()))
     for job, found in utils.progress(measured, split.name, share):
         evaluator.add(job.index, found, job.rank, job.predicted)
+        blank += not job.score_map.any()
         if save_maps is not None:
             with (
                 utils.atomic_write(Path(save_maps) / f"{split.ids[job.index]}.npy") as part,
@@ -158,6 +159,8 @@ def evaluate_maps(
                 np.save(file, job.score_map)
     for part in utils.all_gather(evaluator):
         whole.merge(part)
+    if blank := sum(utils.all_gather(blank)):
+        utils.say(f"{blank} of {len(split)} maps are constant, all zero or not finite: they have no box")
     try:
         result = whole.result(val_levels, threshold)
     except InputError as error:
