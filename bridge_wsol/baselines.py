@@ -372,8 +372,8 @@ class CALM(CAM, name="calm"):
 
     Our choice, too: softplus (the authors' code has ReLU, which can give 0/0), the gradient through the sum
     under p(z|x) (a constant in the authors' code; with it a training on CUB10 did not learn to classify), and
-    the defaults of calm_map (which map their published numbers have is not known: their localization code is
-    not released).
+    the defaults of calm_map (the authors' code offers these maps; which of them its published numbers have is
+    not stated).
     Upsampling is bilinear (authors). Both maps have a heavy tail: evenly spaced thresholds miss the extent of
     an object. `evaluate.py --normalize log` spaces them by the logarithm (authors).
     """

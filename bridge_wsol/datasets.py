@@ -234,11 +234,8 @@ def _ilsvrc_files(split: Split, lists: Path) -> Split:
         ids = [image.replace("val/", f"val/{wnids[k]}/", 1) for image, k in zip(split.ids, split.labels)]
         return replace(split, ids=ids)
     if first.startswith("val2/") and not split.path(0).exists():
-        names = _shipped(lists, "val/imagenet_v2_names.csv").split()
-        hashed = {
-            f"val2/{old}": f"val2/{old.rpartition('/')[0]}/{new}"
-            for old, new in (x.split(",") for x in names)
-        }
+        pairs = (line.split(",") for line in _shipped(lists, "val/imagenet_v2_names.csv").split())
+        hashed = {f"val2/{old}": f"val2/{old.rpartition('/')[0]}/{new}" for old, new in pairs}
         if (split.root / hashed.get(first, "")).is_file():
             return replace(split, ids=[hashed[image] for image in split.ids])
     return split
