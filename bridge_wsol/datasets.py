@@ -226,8 +226,8 @@ def ilsvrc_train(root: Path, wnids: list[str]) -> Split:
 def _ilsvrc_files(split: Split, lists: Path) -> Split:
     """The split with the file names of this copy.
 
-    val/ may be sorted into val/<wnid>/. ImageNetV2 in val2/ may have the names of its present release, hashes:
-    imagenet_v2_names.csv maps those of the published list to them, `class/n.jpeg,<hash>.jpeg` a line.
+    val/ may be sorted into val/<wnid>/. ImageNetV2 in val2/ may have the names of its present release: lines
+    `class/n.jpeg,<hash>.jpeg` of imagenet_v2_names.csv map the names of the published list to them.
     """
     first, wnids = split.ids[0], ilsvrc_wnids(lists)
     if first.startswith("val/") and (split.root / "val" / wnids[split.labels[0]]).is_dir():
