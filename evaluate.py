@@ -25,8 +25,6 @@ from bridge_wsol.datasets import image_files, load_split
 from bridge_wsol.models import ARCHS, read_weights
 from bridge_wsol.utils import InputError, flag
 
-OF_MAP = {name: cls.all_values()[name] for cls in METHODS.values() for name in cls.of_map}
-
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags; of_map has the values of the map that were given."""
@@ -58,7 +56,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "the largest contour at T (the rule of CAM, CVPR 2016); with --images: instead of val's threshold"
     )
     add("--threshold", type=float, metavar="T", help=text)
-    for name, value in OF_MAP.items():
+    of_map = {name: cls.all_values()[name] for cls in METHODS.values() for name in cls.of_map}
+    for name, value in of_map.items():
         add(flag(name), choices=value.allowed, help=f"{value.help} (default: the run's)")
 
     add = parser.add_argument_group("where things are").add_argument
@@ -78,19 +77,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument_group("how it runs").add_argument
     add("--batch-size", type=int, default=32, metavar="N", help="default 32")
-    text = "processes that load images and sweep maps (default: with a RUN on the CPU 0, else the cores)"
+    text = "loading and sweeping processes (default: 0 with --images or on the CPU, else the cores)"
     add("--workers", type=int, metavar="N", help=text)
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--amp", choices=("auto", "bf16", "off"), help="default: the run's; auto: bf16 where it is fast")
     add("--quiet", action="store_true", help="no progress line on stderr")
     args = parser.parse_args(argv)
-    args.of_map = {name: vars(args)[name] for name in OF_MAP if vars(args)[name] is not None}
+    args.of_map = {name: vars(args)[name] for name in of_map if vars(args)[name] is not None}
     _check(parser, args)
     return args
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Raises InputError for flags that contradict each other, or that would have no effect."""
+    """Raises InputError for flags that contradict each other."""
     if (args.run is None) == (args.score_maps is None):
         parser.error("pass either a RUN folder or --score-maps DIR")
     if args.score_maps and not args.dataset:

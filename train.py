@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from bridge_wsol import evaluation, utils
-from bridge_wsol.baselines import METHODS
+from bridge_wsol.baselines import METHODS  # with the compared systems registered
 from bridge_wsol.config import parse_args, resolve_config, run_folder, write_config
 from bridge_wsol.data import Split, TrainImages, test_loader, to_input, train_loader
 from bridge_wsol.datasets import download, load_splits
@@ -141,8 +141,8 @@ def train_and_validate(run: Run, loader: DataLoader, epoch: int) -> None:
     for buffer in run.method.buffers() if world_size() > 1 else ():
         dist.broadcast(buffer, src=0)
     if epoch % c.val_every == 0 or epoch == c.epochs:
-        loader = test_loader(run.splits["val"], c.batch_size, c.image_size, c.workers)
-        maps = evaluation.network_maps(run.method, loader, c.amp)
+        val_loader = test_loader(run.splits["val"], c.batch_size, c.image_size, c.workers)
+        maps = evaluation.network_maps(run.method, val_loader, c.amp)
         found = evaluation.evaluate_maps(maps, run.splits["val"], workers=c.workers)
         run.val = {"epoch": epoch, "metrics": found["metrics"], "levels": found["levels"]}
         entry["val"], (_, score) = found["metrics"], selection_score(found["metrics"])  # appendix B
@@ -154,14 +154,14 @@ def train_and_validate(run: Run, loader: DataLoader, epoch: int) -> None:
         utils.write_text(run.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.log))
         if run.best and run.best["epoch"] == epoch:
             save(run, "best.pt")
-        save(run, "last.pt")  # last of all: after a crash before it, this epoch is repeated identically
+        save(run, "last.pt")  # written last: if the process ends before, --resume repeats the epoch
     say(epoch_line(run))
 
 
 def train_one_epoch(run: Run, loader: DataLoader, epoch: int) -> dict[str, float]:
     """One pass over train: means over all images of each loss and of "top1", in percent.
 
-    Raises InputError for a loss that is not finite, with the step and every loss by name.
+    Raises InputError for a loss that is not finite, with every loss by name.
     """
     run.step.train()
     loader.batch_sampler.set_epoch(epoch)
@@ -174,7 +174,7 @@ def train_one_epoch(run: Run, loader: DataLoader, epoch: int) -> dict[str, float
         with autocast(run.device, run.config.amp):
             terms, logits = run.step(images, labels, epoch)
         loss = sum(weight * value for weight, value in terms.values())
-        # Gradients are averaged over processes, whose shares of a last, smaller batch may differ.
+        # Gradients are averaged over processes. In a smaller last batch the processes' shares differ.
         (loss * (own * world_size() / whole)).backward()
         run.optimizer.step()
 
@@ -186,7 +186,8 @@ def train_one_epoch(run: Run, loader: DataLoader, epoch: int) -> dict[str, float
         # A sum stays non-finite. Reading it makes the CPU wait for the GPU.
         read = run.device.type == "cpu" or number % 20 == 19 or number + 1 == len(loader)
         if read and not torch.isfinite(sums["loss"]):
-            problem = f"non-finite loss in {title}, at step {number + 1}/{len(loader)} ({loss_text(values)})"
+            step = f"step {number + 1}/{len(loader)}, or one of the 19 before it on a GPU"
+            problem = f"non-finite loss in {title}, {step} ({loss_text(values)})"
             raise InputError(f"{problem}; last.pt was not updated: lower --lr and --lr-new")
     parts = all_gather({name: value.cpu() for name, value in sums.items()})
     return {name: float(sum(part[name] for part in parts)) / len(run.splits["train"]) for name in parts[0]}
@@ -200,14 +201,15 @@ def test(run: Run) -> None:
         epoch, path = trained.checkpoint["epoch"], run.out / evaluation.results_name(which, "test")
         if epoch in results:
             evaluation.write_results(path, results[epoch], trained.head("test"))
+            say(f"the same epoch: written to {path}")
             continue
         maps, levels = trained.maps(split, c.batch_size, c.workers), trained.val_levels
         results[epoch] = evaluation.evaluate_maps(maps, split, workers=c.workers, val_levels=levels)
         evaluation.report(path, results[epoch], trained.head("test"))
-    if c.pictures and split.boxes:
-        drawn, level = evaluation.evenly(split, c.pictures), results[epoch]["levels"]["largest"]
-        maps = trained.maps(drawn, c.batch_size, workers=0)
-        evaluation.draw_split(run.out / "boxes_test.png", drawn, maps, level)
+        if which == "best" and c.pictures and split.boxes:
+            drawn, level = evaluation.evenly(split, c.pictures), results[epoch]["levels"]["largest"]
+            maps = trained.maps(drawn, c.batch_size, workers=0)
+            evaluation.draw_split(run.out / "boxes_test.png", drawn, maps, level)
 
 
 def save(run: Run, name: str) -> None:

@@ -32,22 +32,15 @@ CHOE = "Choe et al."
 
 Preset = dict[str, dict[str, Any]]  # source -> {name: value}
 
-CUB_VGG16 = dict(
-    lambda_sim=0.5,
-    lambda_norm=0.15,
-    lambda_drop=3.0,
-    tau_fg=0.6,
-    tau_bg=0.1,
-    gamma=0.8,
-    p=0.5,
-    norm_class="max",
-)
+# lambda and tau, gamma and p, of three pairs of data set and architecture.
+CUB_VGG16 = dict(lambda_sim=0.5, lambda_norm=0.15, lambda_drop=3.0, tau_fg=0.6, tau_bg=0.1, gamma=0.8, p=0.5)
 CUB_RESNET50 = dict(
     lambda_sim=0.6, lambda_norm=0.07, lambda_drop=2.0, tau_fg=0.4, tau_bg=0.2, gamma=0.8, p=0.25
 )
 IMAGENET_VGG16 = dict(
     lambda_sim=0.5, lambda_norm=0.2, lambda_drop=3.0, tau_fg=0.5, tau_bg=0.3, gamma=0.8, p=0.5
 )
+MAXIMUM, TARGET = dict(norm_class="max"), dict(norm_class="target")
 CUB_SCHEDULE = dict(epochs=70, warm_epochs=20, decay_at=[41, 61], decay_factor=0.2, warm_batch_size=32)
 CUB10_SCHEDULE = dict(epochs=12, warm_epochs=3, decay_at=[9], decay_factor=0.2, val_every=12)
 BATCHES = dict(warm_batch_size=32, batch_size=32)
@@ -56,13 +49,13 @@ BATCHES = dict(warm_batch_size=32, batch_size=32)
 PRESETS: dict[tuple[str, ...], Preset] = {
     ("CUB", "vgg16"): {
         B: dict(lr=4e-3, lr_new=2e-2),
-        CODE: CUB_VGG16 | CUB_SCHEDULE | dict(batch_size=64),
+        CODE: CUB_VGG16 | MAXIMUM | CUB_SCHEDULE | dict(batch_size=64),
         CHOE: dict(stride=16),
     },
     ("CUB", "resnet50"): {
         B: dict(lr=2e-3, lr_new=2e-2),
         C5: CUB_RESNET50,
-        CODE: CUB_SCHEDULE | dict(batch_size=32, norm_class="max"),
+        CODE: CUB_SCHEDULE | MAXIMUM | dict(batch_size=32),
         CHOE: dict(stride=8),
     },
     # The first ten classes of CUB. CUB's learning rates are too high here. The rates were chosen for the CAM
@@ -70,20 +63,20 @@ PRESETS: dict[tuple[str, ...], Preset] = {
     # factor that VGG16 got; they are not tuned.
     ("CUB10", "vgg16"): {
         OURS: dict(lr=5e-4, lr_new=2.5e-3) | CUB10_SCHEDULE | BATCHES,
-        f"CUB: {CODE}": CUB_VGG16,
+        f"CUB: {CODE}": CUB_VGG16 | MAXIMUM,
         CHOE: dict(stride=16),
     },
     ("CUB10", "resnet50"): {
         OURS: dict(lr=2.5e-4, lr_new=2.5e-3) | CUB10_SCHEDULE | BATCHES,
         f"CUB: {C5}": CUB_RESNET50,
-        f"CUB: {CODE}": dict(norm_class="max"),
+        f"CUB: {CODE}": MAXIMUM,
         CHOE: dict(stride=8),
     },
     ("ILSVRC", "vgg16"): {
         B: dict(lr=2e-5, lr_new=1e-4),
         C5: IMAGENET_VGG16,
         ANSWER: dict(epochs=40, warm_epochs=5, decay_at=[11, 31], decay_factor=0.1) | BATCHES,
-        CODE: dict(norm_class="target"),
+        CODE: TARGET,
         CHOE: dict(stride=16),
     },
     ("ILSVRC", "resnet50"): {
@@ -91,13 +84,13 @@ PRESETS: dict[tuple[str, ...], Preset] = {
         ANSWER: BATCHES
         | dict(lambda_sim=8.0, lambda_norm=1.0, lambda_drop=2.0, tau_fg=0.28, tau_bg=0.25, gamma=0.8, p=0.25)
         | dict(epochs=30, warm_epochs=14, decay_at=[21], decay_factor=0.1),
-        CODE: dict(norm_class="target"),
+        CODE: TARGET,
         CHOE: dict(stride=8),
     },
     ("OpenImages", "vgg16"): {
         OURS: BATCHES
         | dict(lr=2e-3, lr_new=2e-2, epochs=10, warm_epochs=2, decay_at=[4, 7], decay_factor=0.1),
-        C5: IMAGENET_VGG16 | dict(norm_class="target"),
+        C5: IMAGENET_VGG16 | TARGET,
         CHOE: dict(stride=16),
     },
     # The drawn data set: a quarter of VGG16's width, 112 x 112 pixels, 14 x 14 maps. Chosen on val, one seed.
@@ -120,7 +113,7 @@ PRESETS: dict[tuple[str, ...], Preset] = {
     ("demo", "vgg16", "has"): {f"{AUTHORS}, for 112 pixels": dict(has_cells=[0, 8, 16, 22, 28])},
 }
 
-RATE, COUNT = "(0, inf)", "[1, inf)"
+RATE, COUNT, FROM_0 = "(0, inf)", "[1, inf)", "[0, inf)"
 VALUES = {  # of every run; those without a help text have no flag
     "what to train": {
         "dataset": Value(str, "demo", f"{', '.join(DATASETS)}, a data set of --lists, or a folder of images"),
@@ -128,7 +121,7 @@ VALUES = {  # of every run; those without a help text have no flag
         "method": Value(str, "bridge", "bridge: the paper's; cam: the CAM baseline", METHODS),
         "preset": Value(str, None, "data set whose values are the defaults (default: its own, else CUB)"),
         "weights": Value(str, "imagenet", "imagenet (torchvision's), none, or a file"),
-        "frozen_blocks": Value(int, 0, "keep the weights of the first N blocks as pretrained", "[0, inf)"),
+        "frozen_blocks": Value(int, 0, "keep the weights of the first N blocks as pretrained", FROM_0),
         "seed": Value(int, 0, "random seed", "[0, 9223372036854775808)"),
     },
     "where things are": {
@@ -137,31 +130,20 @@ VALUES = {  # of every run; those without a help text have no flag
     },
     "how it runs": {
         "device": Value(str, "auto", "auto, cpu, cuda, cuda:1, ...", resume=True),
-        "amp": Value(
-            str, "auto", "auto: bf16 where the device is fast", ("auto", "bf16", "off"), resume=True
-        ),
+        "amp": Value(str, "auto", "auto: bf16 where it is fast", ("auto", "bf16", "off"), resume=True),
         "workers": Value(
-            int,
-            None,
-            "processes that load images and sweep maps (default: CPU 0, GPU the cores)",
-            "[0, inf)",
-            resume=True,
+            int, None, "loading and sweeping processes (default: CPU 0, GPU the cores)", FROM_0, resume=True
         ),
         "val_every": Value(int, 1, "evaluate on val every N epochs and after the last", COUNT, resume=True),
         "val_per_class": Value(
-            int,
-            None,
-            "images per class held out from train as val (default: 0 if val has a list, else 2)",
-            "[0, inf)",
+            int, None, "val from train, per class (default: 0 if val has a list, else 2)", FROM_0
         ),
-        "pictures": Value(int, 0, "draw the boxes of N test images at the end", "[0, inf)", resume=True),
+        "pictures": Value(int, 0, "draw the boxes of N test images at the end", FROM_0, resume=True),
     },
     "schedule and networks": {
         "epochs": Value(int, None, "epochs in all", COUNT, resume=True),
-        "warm_epochs": Value(int, None, "first epochs, with L_CE and L_drop alone", "[0, inf)"),
-        "batch_size": Value(
-            int, None, "global batch size; also of the warm epochs if --warm-batch-size is not given", COUNT
-        ),
+        "warm_epochs": Value(int, None, "first epochs, with L_CE and L_drop alone", FROM_0),
+        "batch_size": Value(int, None, "global batch size, by default of the warm epochs, too", COUNT),
         "warm_batch_size": Value(int, None, "global batch size of the warm epochs", COUNT),
         "lr": Value(float, None, "learning rate of the pretrained layers (appendix B)", RATE),
         "lr_new": Value(float, None, "learning rate of new layers; ResNet50: layer4 and fc", RATE),
@@ -169,7 +151,7 @@ VALUES = {  # of every run; those without a help text have no flag
         "decay_factor": Value(float, None, "factor of the rates at each of them", RATE),
         "momentum": Value(float, 0.9, "of SGD", "[0, 1)", B),
         "nesterov": Value(bool, True, "", None, CODE),
-        "weight_decay": Value(float, 5e-4, "of SGD", "[0, inf)", B),
+        "weight_decay": Value(float, 5e-4, "of SGD", FROM_0, B),
         "stride": Value(int, 16, "image pixels per location of the map, 8 or 16", None, CHOE),
         "width": Value(float, 1.0, "factor of VGG16's channels", "[0.01, 1]", "the paper's networks"),
         "resize_size": Value(int, 256, "side of a training image before the crop, in pixels", COUNT, CHOE),
@@ -202,7 +184,8 @@ def preset_values(
     found = {key: (value.default_for(dataset or name, arch), value.source) for key, value in names.items()}
     for key in ((name, arch), (name, arch, method)):
         for source, values in PRESETS.get(key, {}).items():
-            found |= {x: (value, f"preset: {source}") for x, value in values.items() if x in names}
+            of = "preset" if name == (dataset or name) else f"preset of {name}"
+            found |= {x: (value, f"{of}: {source}") for x, value in values.items() if x in names}
     return found
 
 
@@ -265,23 +248,26 @@ def resolve_config(
     given = args.given
     if checkpoint:
         values, sources = dict(checkpoint["config"]), dict(checkpoint["sources"])
+        known = all_values()
         for name, value in given.items():
             if name == "dataset" and Path(values[name]).name == Path(value).name and os.sep in values[name]:
                 continue  # a folder that may have moved: train.py compares the lists of its images
-            if name in values and value != values[name] and not all_values()[name].resume:
+            if name in values and value != values[name] and not known[name].resume:
                 fix = f"the run to resume has {values[name]}: pass that, or another --out"
                 raise InputError(f"{flag(name)} {value}: {fix}")
-        if given.get("epochs", values["epochs"]) < checkpoint["epoch"]:
-            raise InputError(f"--epochs {given['epochs']}: the run has {checkpoint['epoch']} epochs already")
+        done, val = checkpoint["epoch"], checkpoint["val"] or {}
+        least = done + (val.get("epoch") != done)  # the last epoch is evaluated on val
+        if given.get("epochs", values["epochs"]) < least:
+            raise InputError(f"--epochs {given['epochs']}: the run has {done} epochs: pass at least {least}")
     else:
         dataset, arch, method = (given.get(x, RUN_VALUES[x].default) for x in ("dataset", "arch", "method"))
-        known = any(dataset == pair[0] for pair in PRESETS)
-        if not known and is_folder(dataset, Path(given.get("lists", RUN_VALUES["lists"].default))):
+        has_preset = any(dataset == pair[0] for pair in PRESETS)
+        if not has_preset and is_folder(dataset, Path(given.get("lists", RUN_VALUES["lists"].default))):
             # A path, also where a data set of this name appears later, and without the shell's last slash.
             dataset = os.path.normpath(dataset)
             dataset = dataset if os.path.dirname(dataset) else os.path.join(os.curdir, dataset)
             given = given | {"dataset": dataset}
-        name = given.get("preset", dataset if known else "CUB")
+        name = given.get("preset", dataset if has_preset else "CUB")
         of_preset = preset_values(name, arch, method, dataset)
         values = {key: value for key, (value, _) in of_preset.items()} | {"preset": name}
         sources = {key: source for key, (_, source) in of_preset.items()}

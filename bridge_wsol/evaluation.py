@@ -57,7 +57,7 @@ def network_maps(
 ) -> Iterator[MapBatch]:
     """Score map of the ground-truth class and logits, for every image: one forward pass each.
 
-    normalization None: the maps as the method returns them, N x h x w, unbounded, for `normalized`.
+    normalization None: the maps as the method returns them, N x h x w, unbounded, for `choose_percentile`.
     """
     method.eval()
     device = next(method.parameters()).device
@@ -118,7 +118,7 @@ class Job(NamedTuple):
 
     index: int
     rank: int | None  # of the label; None without logits
-    predicted: int  # Top-1 class
+    predicted: int | None  # Top-1 class
     score_map: np.ndarray
     boxes: np.ndarray | None  # G x 4, in pixels of the map
     root: Path
@@ -149,6 +149,8 @@ def evaluate_maps(
     measured = utils.ordered_map(_measure, _jobs(batches, split, threshold), workers)
     share = len(range(utils.rank(), len(split), utils.world_size()))
     for job, found in utils.progress(measured, split.name, share):
+        # The boxes are two thirds of what is known of an image, and only the CSV file needs them.
+        found = found if per_image else found._replace(largest=None)
         evaluator.add(job.index, found, job.rank, job.predicted)
         blank += not job.score_map.any()
         if save_maps is not None:
@@ -161,10 +163,7 @@ def evaluate_maps(
         whole.merge(part)
     if blank := sum(utils.all_gather(blank)):
         utils.say(f"{blank} of {len(split)} maps are constant, all zero or not finite: they have no box")
-    try:
-        result = whole.result(val_levels, threshold)
-    except InputError as error:
-        raise InputError(f"{split.name}: {error}") from None
+    result = whole.result(val_levels, threshold)
     if per_image is not None and utils.rank() == 0:
         write_per_image(per_image, split, whole, result["levels"])
     return result
@@ -172,14 +171,14 @@ def evaluate_maps(
 
 def _jobs(batches: Iterable[MapBatch], split: Split, threshold: float | None) -> Iterator[Job]:
     for indices, maps, logits in batches:
-        ranks, predicted = [None] * len(indices), [-1] * len(indices)
+        ranks = predicted = [None] * len(indices)
         if logits is not None:
             ranks, predicted = label_ranks(logits, split.labels[indices]).tolist(), logits.argmax(1).tolist()
-        for index, *of_image in zip(indices, ranks, predicted, maps):
+        for index, rank, top1, score_map in zip(indices, ranks, predicted, maps):
             boxes = split.boxes.get(index)
             if boxes is not None:
-                boxes = scale_boxes(boxes, tuple(split.sizes[index]), len(of_image[-1]))
-            yield Job(index, *of_image, boxes, split.root, split.masks.get(index), threshold)
+                boxes = scale_boxes(boxes, tuple(split.sizes[index]), len(score_map))
+            yield Job(index, rank, top1, score_map, boxes, split.root, split.masks.get(index), threshold)
 
 
 def _measure(job: Job) -> Measured:
@@ -285,17 +284,16 @@ def report(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
             names = {"GT-known Loc": "gt_known_loc", "Top-1 Loc": "top1_loc", "Top-5 Loc": "top5_loc"}
             rows += [(name, fixed[key], note) for name, key in names.items()]
     rows += [("PxAP", m["pxap"], ""), ("Top-1 cls", m["top1_cls"], ""), ("Top-5 cls", m["top5_cls"], "")]
-    title = [f"{head['dataset']} {head['split']}"]
+    title, of_map = (
+        [f"{head['dataset']} {head['split']}"],
+        [name for cls in METHODS.values() for name in cls.of_map],
+    )
     if head["method"]:
-        title += [
-            f"{head['arch']} {head['method']}",
-            f"{head['checkpoint']} checkpoint (epoch {head['epoch']})"
-            if head["epoch"]
-            else head["checkpoint"],
-        ]
+        epoch = f" checkpoint (epoch {head['epoch']})" if head["epoch"] else ""
+        title += [f"{head['arch']} {head['method']}", f"{head['checkpoint']}{epoch}"]
     else:
         title.append(f"score maps of {head['score_maps']}")
-    title += [f"{name} {head[name]}" for cls in METHODS.values() for name in cls.of_map if name in head]
+    title += [f"{name} {head[name]}" for name in dict.fromkeys(of_map) if name in head]
     if "percentile" in head:
         title.append(f"{head['normalize']} at percentile {head['percentile']['value']:.2f}")
     title.append(f"{result['images']} images")
@@ -329,16 +327,9 @@ def read_results(
 
 # ---------------------------------------------------------------------------------------------- trained runs
 
-CHECKPOINT = {
-    "model": dict,
-    "config": dict,
-    "sources": dict,
-    "digests": dict,
-    "epoch": int,
-    "num_classes": int,
-    "classes": (list, type(None)),
-    "val": (dict, type(None)),
-}
+# What a checkpoint holds; with another type or without it, the file is of another program or version.
+CHECKPOINT = dict(model=dict, optimizer=dict, random_states=dict, config=dict, sources=dict, digests=dict)
+CHECKPOINT |= dict(epoch=int, num_classes=int, classes=list | None, val=dict | None, best=dict | None)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -424,12 +415,8 @@ class TrainedRun:
     def head(self, split: str, normalize: str = "minmax") -> dict[str, Any]:
         """The first keys of a results file."""
         keys = {key: getattr(self.config, key) for key in ("dataset", "arch", "method", "seed")} | self.of_map
-        return keys | {
-            "split": split,
-            "checkpoint": self.which,
-            "epoch": self.checkpoint["epoch"],
-            "normalize": normalize,
-        }
+        epoch = self.checkpoint["epoch"]
+        return keys | dict(split=split, checkpoint=self.which, epoch=epoch, normalize=normalize)
 
 
 # -------------------------------------------------------------------------------- a trained run in Python
@@ -448,16 +435,16 @@ class Found(NamedTuple):
 
     def text(self) -> str:
         """The best class with its probability, and the box."""
-        best, box = self.top5[0], ",".join(map(str, self.box or ["none"]))
+        best, box = self.top5[0], "none" if self.box is None else ",".join(map(str, self.box))
         return f"class {best.get('name', best['class'])} ({100 * best['probability']:.1f} %), box {box}"
 
 
 class Localizer:
     """A trained run, for images of one's own: box of the Top-1 class, five best classes, score map.
 
-    The box is the largest contour at `threshold`, in [0, 1): as an argument a fraction of the map's maximum.
-    Default: the threshold chosen on val for this normalization, a fraction of [0, 1]; else
-    FALLBACK_THRESHOLD of the maximum, and `note` tells why.
+    The box is the largest contour at `threshold`, in [0, 1). A threshold that you pass is a fraction of the
+    map's maximum. The default is the one chosen on val for this normalization, a fraction of [0, 1]; without
+    it FALLBACK_THRESHOLD of the maximum, and `note` tells why.
 
     run: a folder that train.py wrote. checkpoint: "best" or "last". amp: default the run's.
     normalize, percentile: of `cam.normalize`. data_root, lists, batch_size, workers: for val, which is
@@ -522,10 +509,12 @@ class Localizer:
         levels, (normalize, percentile) = self.run.val_levels, self.how
         if levels and normalize == "minmax":
             return levels["largest"], ""
+        if levels is None and (self.run.checkpoint["val"] or {}).get("epoch") == self.run.checkpoint["epoch"]:
+            return None, "val has no boxes"
         try:
             split = self.run.split("val", data_root, lists)
         except InputError as error:
-            return None, f"the images of val are needed for it: {error}"
+            return None, f"the threshold needs the images of val: {error}"
         if not split.boxes:
             return None, "val has no boxes"
         maps = self.run.maps(

@@ -52,7 +52,7 @@ class CAM(nn.Module):
 
     def __init_subclass__(cls, name: str | None = None) -> None:
         if name is not None:
-            METHODS[name] = cls
+            METHODS[name] = cls  # a later class of the same name replaces an earlier one
 
     def __init__(self, config: SimpleNamespace, num_classes: int):
         super().__init__()
@@ -127,7 +127,8 @@ class Bridge(CAM, name="bridge"):
 
     def terms(self, passes: Passes, labels: Tensor, epoch: int) -> Terms:
         """L_CE and L_drop, and after the warm stage L_sim and L_norm."""
-        c, terms = self.config, super().terms(passes, labels, epoch)
+        c = self.config
+        terms = super().terms(passes, labels, epoch)
         if passes.dropped is not None:
             terms["l_drop"] = c.lambda_drop, consistency_loss(passes.features, passes.dropped)
         if epoch > c.warm_epochs and (c.lambda_sim or c.lambda_norm):

@@ -33,8 +33,7 @@ EDGES = np.append(np.arange(0, 1, 0.001), [1.0, 2.0, 3.0])
 class Measured(NamedTuple):
     """What is known of one image. None: it has no boxes or masks, or there is no fixed threshold."""
 
-    # 2 x 255 float64 in [0, 1], best IoU with any ground-truth box at each level. Row 0: all contours; row 1:
-    # the largest one.
+    # 2 x 255 float64 in [0, 1], the best IoU at each level: row 0 of all contours, row 1 of the largest one.
     ious: np.ndarray | None = None
     largest: np.ndarray | None = None  # 255 x 4 int64, box of the largest contour, in pixels of the map
     fixed_level: int | None = None  # level of the fixed threshold
@@ -120,7 +119,7 @@ class Evaluator:
     pixels: np.ndarray = field(default_factory=lambda: np.zeros((2, len(EDGES) - 1), dtype=np.int64))
     masked: int = 0  # images with masks
 
-    def add(self, index: int, found: Measured, rank: int | None = None, predicted: int = -1) -> None:
+    def add(self, index: int, found: Measured, rank: int | None = None, predicted: int | None = None) -> None:
         """Adds an image. index: in the split; found: from `measure`; rank: from `label_ranks`.
 
         Raises ValueError if this index was added before.
@@ -136,7 +135,7 @@ class Evaluator:
     def merge(self, other: Evaluator) -> None:
         """Adds the images of another process. Raises ValueError if an image is in both."""
         for index, found in other.images.items():
-            self.add(index, found, other.ranks.get(index), other.predicted.get(index, -1))
+            self.add(index, found, other.ranks.get(index), other.predicted.get(index))
         self.pixels, self.masked = self.pixels + other.pixels, self.masked + other.masked
 
     def result(

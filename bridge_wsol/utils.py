@@ -1,4 +1,4 @@
-"""Helpers of several rooms: errors, values of a configuration, files, progress, devices, processes."""
+"""Errors, values of a configuration, files, progress, devices, processes."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def one_line_errors() -> Iterator[None]:
         sys.stderr.write("\ninterrupted\n")
         sys.exit(130)
     if world_size() > 1 or os.environ.get("RANK", "0") == "0":  # before they join, all raise the same error
-        sys.stderr.write(f"error: {message}\n")
+        # On a terminal, the line of a progress that was interrupted is erased.
+        sys.stderr.write("\r\x1b[K" * sys.stderr.isatty() + f"error: {message}\n")
     sys.exit(2)
 
 
@@ -120,15 +121,16 @@ class Value:
     def check(self, name: str, value: Any) -> None:
         """Raises InputError for a value that is not allowed."""
         if isinstance(self.allowed, tuple | dict):
-            fits, rule = value in self.allowed, " or ".join(self.allowed)
+            fits, rule = value in self.allowed, f"must be {' or '.join(self.allowed)}"
         elif self.allowed:
             low, high = map(float, self.allowed[1:-1].split(","))
             above = value >= low if self.allowed[0] == "[" else value > low
-            fits, rule = above and (value <= high if self.allowed[-1] == "]" else value < high), self.allowed
+            fits = above and (value <= high if self.allowed[-1] == "]" else value < high)
+            rule = f"must be in {self.allowed}"
         else:
             return
         if not fits:
-            raise InputError(f"{flag(name)} {value}: must be {'in ' * (rule == self.allowed)}{rule}")
+            raise InputError(f"{flag(name)} {value}: {rule}")
 
     def default_for(self, dataset: str, arch: str) -> Any:
         """The default on a data set, for an architecture."""
@@ -256,9 +258,8 @@ def set_quiet(quiet: bool) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 0h05m09s."""
-    hours, seconds = divmod(round(seconds), 3600)
-    return f"{hours}h{seconds // 60:02d}m{seconds % 60:02d}s"
+    """Seconds as 0:05:09."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 # ------------------------------------------------------------------------------------- devices and randomness
@@ -311,7 +312,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def cores() -> int:
-    """Number of CPU cores that this process may use, at most 8: worker processes where nothing else runs."""
+    """CPU cores that this process may use, at most 8: for workers where no network needs the CPU."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, usable)
 

@@ -138,16 +138,18 @@ def test_sources_and_the_batch_size_of_the_warm_epochs():
 
 def test_a_run_to_resume_keeps_its_values_except_those_that_may_change():
     then, sources = resolve("--dataset CUB --epochs 9 --lr 0.5")
-    run = {"config": vars(then), "sources": sources, "epoch": 3}
+    run = {"config": vars(then), "sources": sources, "epoch": 3, "val": {"epoch": 3}}
     assert resolve("", run) == (then, sources) == resolve("--lr 0.5 --dataset CUB", run)
     free = "--epochs 12 --val-every 2 --workers 3 --device cpu --amp off --pictures 4 --data-root d --lists l"
     assert set(free.split()[1::2]) <= {str(value) for value in vars(resolve(free, run)[0]).values()}
     for flags in ("--lr 0.4", "--seed 1", "--method cam", "--dataset CUB10", "--warm-epochs 1", "--p 0.1"):
         with pytest.raises(InputError, match=f"{flags}: the run to resume has"):
             resolve(flags, run)
-    with pytest.raises(InputError, match="--epochs 2: the run has 3 epochs already"):
+    with pytest.raises(InputError, match="--epochs 2: the run has 3 epochs: pass at least 3"):
         resolve("--epochs 2", run)
     assert resolve("--epochs 3", run)[0].epochs == 3
+    with pytest.raises(InputError, match="--epochs 3: .* pass at least 4"):  # the last epoch sees val
+        resolve("--epochs 3", run | {"val": {"epoch": 2}})
     with pytest.raises(InputError, match="--adl-gamma: not a value of --method bridge"):
         resolve("--adl-gamma 0.5", run)
 

@@ -73,7 +73,8 @@ def test_cub10_has_the_official_images_labels_and_boxes(real_data):
 def test_a_data_set_of_the_list_format_trains_with_cub_s_values(trained):
     found = json.loads((trained[1] / "config.json").read_text())["config"]
     assert found["dataset"]["value"] == "tiny" and results(trained[1])["images"] == 9
-    cub = config.preset_values("CUB", "vgg16", "bridge")
+    cub = config.preset_values("CUB", "vgg16", "bridge", "tiny")
+    assert cub["lr"][1] == "preset of CUB: appendix B"
     for name in ("lambda_sim", "lambda_norm", "lambda_drop", "tau_fg", "gamma", "lr", "lr_new", "decay_at"):
         assert (found[name]["value"], found[name]["source"]) == cub[name], name
 

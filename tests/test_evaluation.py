@@ -112,8 +112,8 @@ def test_pairs_that_do_not_fit_the_split(split):
         ([(split.ids[0], good[0])], "test/00.png"),
         ([(*whole[2], [1.0, 2.0])], "test/02.png: logits"),  # its label is 2
         ([(*whole[0], [[1.0, 2.0, 3.0]] * 2)], "test/00.png: logits"),
-        (with_logits[:3] + whole[3:], "tiny test.* logits"),
-        (whole[:3] + with_logits[3:], "tiny test.* logits"),
+        (with_logits[:3] + whole[3:], "some images have logits"),
+        (whole[:3] + with_logits[3:], "some images have logits"),
     ):
         with pytest.raises(InputError, match=words):
             evaluate_score_maps(pairs, split, image_size=64)

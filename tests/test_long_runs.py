@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, results, run
@@ -71,7 +72,10 @@ def test_two_processes_are_one_with_the_same_batches(trained, tmp_path):
     for name in names:
         assert results(tmp_path / "again", name) == results(tmp_path / "one", name)
     run("train", f"{flags} --pictures 3 --out {tmp_path}/one --resume")
-    assert (tmp_path / "again/boxes_test.png").read_bytes() == (tmp_path / "one/boxes_test.png").read_bytes()
+    a, b = (
+        np.asarray(Image.open(tmp_path / name / "boxes_test.png"), dtype=int) for name in ("one", "again")
+    )
+    assert np.abs(a - b).max() <= 2  # batches of other sizes round differently
 
 
 @pytest.mark.slow
@@ -301,14 +305,14 @@ def test_a_terminal_shows_one_line_at_most_twice_a_second_and_erases_it(monkeypa
     text = shown(monkeypatch, True, 0.125, 30, 40)
     lines = text.split("\r")[1:]
     assert len(lines) == 8 and "\n" not in text  # seven in 3.75 seconds, then nothing
-    assert lines[0] == "drawing: 4 of 40 images, 8.0/s, 0h00m04s left, well\x1b[K" and lines[-1] == "\x1b[K"
+    assert lines[0] == "drawing: 4 of 40 images, 8.0/s, 0:00:04 left, well\x1b[K" and lines[-1] == "\x1b[K"
 
 
 def test_a_log_gets_a_line_a_minute_and_nothing_if_it_is_to_be_quiet(monkeypatch):
     lines = shown(monkeypatch, False, 1, 150, 300).splitlines()
     assert lines == [
-        "drawing: 60 of 300 images, 1.0/s, 0h04m00s left, well",
-        "drawing: 120 of 300 images, 1.0/s, 0h03m00s left, well",
+        "drawing: 60 of 300 images, 1.0/s, 0:04:00 left, well",
+        "drawing: 120 of 300 images, 1.0/s, 0:03:00 left, well",
     ]
     assert shown(monkeypatch, False, 1, 59, 300) == ""
     utils.set_quiet(True)

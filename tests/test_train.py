@@ -85,7 +85,7 @@ def test_a_run_leaves_its_files_and_says_what_it_did(trained, trained_once):
     names = "best.pt config.json last.pt log.jsonl results_best_test.json results_last_test.json"
     assert sorted(path.name for path in folder.iterdir()) == names.split()
     config = results(folder, "config.json")
-    source = "preset: authors' released configuration"
+    source = "preset of CUB: authors' released configuration"
     assert config["config"]["lambda_sim"] == {"value": 0.5, "source": source}
     assert config["config"]["weights"] == {"value": "none", "source": "flag"}
     assert config["config"]["seed"] == {"value": 0, "source": "default"}
@@ -97,7 +97,7 @@ def test_a_run_leaves_its_files_and_says_what_it_did(trained, trained_once):
     assert warm["loss"] == pytest.approx(warm["l_ce"] + 3 * warm["l_drop"], abs=1e-5)
     weighted = after["l_ce"] + 3 * after["l_drop"] + 0.5 * after["l_sim"] + 0.15 * after["l_norm"]
     assert after["loss"] == pytest.approx(weighted, abs=1e-5)
-    words = ("epoch 2/2", "loss", "l_ce", "l_drop", "l_sim", "l_norm", "MaxBoxAccV2", "images/s", "0h00m00s")
+    words = ("epoch 2/2", "loss", "l_ce", "l_drop", "l_sim", "l_norm", "MaxBoxAccV2", "images/s", "0:00:00")
     assert re.search(" .*".join(words), printed)
 
 
