@@ -54,6 +54,7 @@ def compared(trained, tmp_path):
     return f"compare --methods bridge --seeds 0 --runs {tmp_path}/runs {flags}", tmp_path / "runs", source
 
 
+@pytest.mark.slow
 def test_the_comparison_trains_what_is_missing_and_tabulates_what_was_measured(compared, capsys, fails):
     flags, runs, _ = compared
     eil = "eil:eil_gamma=0.5,eil_lambda=2"
