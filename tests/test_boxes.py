@@ -5,7 +5,7 @@ import plain_boxes
 import pytest
 from plain_boxes import quantize
 
-from bridge_wsol.boxes import iou_matrix, level_boxes
+from bridge_wsol.boxes import fixed_level, iou_matrix, level_boxes
 
 
 def drawn(*rows: str) -> np.ndarray:
@@ -24,6 +24,8 @@ def test_iou_is_inclusive():
     b = [[1, 2, 4, 6], [0, 0, 2, 5], [3, 0, 5, 5]]
     expected = [[8 / 30, 1, 0], [1 / 20, 0, 1 / 18]]
     np.testing.assert_allclose(iou_matrix(a, b), expected)
+    # Side by side, one above the other, and diagonal: nothing in common.
+    np.testing.assert_array_equal(iou_matrix([[0, 0, 2, 2]], [[3, 0, 5, 2], [0, 3, 2, 5], [5, 6, 7, 8]]), 0)
 
 
 def test_a_component_s_box_is_its_extent_plus_one_clipped():
@@ -197,3 +199,11 @@ def test_maps_beyond_16_bit_pixel_numbers():
     swept, labeled = level_boxes(score_map), plain_boxes.level_boxes(score_map)
     np.testing.assert_array_equal(table(swept), table(labeled))
     np.testing.assert_array_equal(swept.largest, labeled.largest)
+
+
+def test_a_fixed_threshold_is_a_fraction_of_the_largest_value():
+    score_map = drawn("02", "41")  # v = 0, 56, 113, 28
+    assert [fixed_level(score_map, threshold) for threshold in (0, 0.5, 0.999)] == [0, 56, 112]
+    for threshold in (-0.1, 1, 1.5):
+        with pytest.raises(ValueError, match="in \\[0, 1\\)"):
+            fixed_level(score_map, threshold)

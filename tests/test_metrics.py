@@ -221,3 +221,26 @@ def test_pxap_by_hand():
     histogram = pixel_histogram(np.array([[0.9, 0.8], [0.7, 0.6]]), mask, ignore)
     assert average_precision(histogram) == pytest.approx(100 * (1 / 2 + 2 / 3 / 2))
     assert average_precision(np.zeros_like(histogram)) is None
+    # An object pixel of score 0 is found last: precision 1 to recall 1/2, then 2/3.
+    mask = np.array([[True, False, True]])
+    histogram = pixel_histogram(np.array([[0.9, 0.5, 0.0]]), mask, ~mask & False)
+    assert average_precision(histogram) == pytest.approx(100 * (1 / 2 + 2 / 3 / 2))
+
+
+def test_what_was_not_measured_is_none_under_its_own_key():
+    nothing = Evaluator()
+    with pytest.raises(InputError, match="nothing to measure"):
+        nothing.result()
+    mask = np.array([[True, False]])
+    masked = measure(np.array([[1.0, 0.0]]), masks=(mask, ~mask & False))
+    found = evaluator([masked, Measured()]).result()
+    boxes = "max_box_acc_v2 max_box_acc gt_known_loc gt_known_loc_largest max_box_acc_v2_at_val_threshold"
+    logits = "top1_loc top5_loc top1_cls top5_cls"
+    assert found == {
+        "images": 2,
+        "images_with_masks": 1,
+        "metrics": dict.fromkeys(f"{boxes} {logits}".split()) | {"pxap": 100},
+        **dict.fromkeys(("levels", "thresholds", "curves")),
+    }
+    assert "images_with_boxes" not in evaluator([image({3: 1})] * 2).result()
+    assert evaluator([image({3: 1}), Measured()]).result()["images_with_boxes"] == 1
