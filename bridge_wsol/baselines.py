@@ -1,21 +1,21 @@
 """The systems that the paper's method is compared with, one class per system.
 
-The CAM baseline is in methods.py, the IVR normalization in cam.py. All use the same backbones, data pipeline,
-evaluation and learning rates. Sources of values in the docstrings:
+All use the same backbones, data pipeline, evaluation and learning rates. The CAM baseline is in methods.py,
+which explains what a method is; the IVR normalization is in cam.py. Import METHODS from here: this import
+registers all methods. Sources of values in the docstrings:
 
     authors       the released code of the method's authors
     common code   the evaluation code of Choe et al. (CVPR 2020)
     search        tuned values for CUB in public scripts: (VGG16), (ResNet50)
     our choice    no source states the value
-
-methods.py explains what a method is. Import METHODS from here: this import registers all methods.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -31,9 +31,7 @@ from .utils import Value
 # Sources of hyperparameters, for config.json.
 AUTHORS, COMMON_CODE, OURS = "its authors' code", "the common code's default", "our choice"
 SHARE = "[0, 1]"
-
-# Data sets with classes of one kind, for CALM's map.
-BIRDS = ("CUB", "CUB10", "demo")
+BIRDS = ("CUB", "CUB10", "demo")  # data sets with classes of one kind, for CALM's map
 
 
 # ---- Erasing and mixing
@@ -42,14 +40,13 @@ BIRDS = ("CUB", "CUB10", "demo")
 class ACoL(CAM, name="acol"):
     """ACoL, adversarial complementary learning (Zhang et al., CVPR 2018), as in the common code.
 
-    Two heads A and B with separate convolutions replace conv6, GAP and fc. B sees the features X with zeros
-    where the min-max normalized map of A for the label is at least acol_delta.
-    L = CE(GAP S_A, y) + CE(GAP S_B, y). The mask carries no gradient; both heads train the backbone.
-    The map is the element-wise maximum of the maps of A and B, each min-max normalized. The logits are A's.
+    Two heads A and B with separate convolutions (see `head`) replace conv6, GAP and fc. B sees the features X
+    with zeros where the min-max normalized map of A for the label is at least acol_delta. The mask has no
+    gradient; both heads train the backbone. L = CE(GAP S_A, y) + CE(GAP S_B, y). The logits are A's. The map
+    is the element-wise maximum of the maps of A and B, each min-max normalized.
 
     VGG16: all pools are 3 x 3 with padding 1. X is conv5_3 after a max pool and an average pool, both 3 x 3
     with stride 1. ResNet50: X is the output of layer4.
-    New convolutions start from Xavier's uniform distribution and biases 0 (common code).
 
     acol_delta: 0.7 (common code, the default), 0.6 (authors), (0.89), (0.57) (search)
     """
@@ -64,10 +61,8 @@ class ACoL(CAM, name="acol"):
         if isinstance(net, VGG16GAP):
             for i, layer in enumerate(net.features):
                 if isinstance(layer, nn.MaxPool2d):
-                    net.features[i] = nn.MaxPool2d(3, stride=2, padding=1)
-            net.pool = nn.Sequential(
-                nn.MaxPool2d(3, stride=1, padding=1), nn.AvgPool2d(3, stride=1, padding=1)
-            )
+                    net.features[i] = nn.MaxPool2d(3, 2, padding=1)
+            net.pool = nn.Sequential(nn.MaxPool2d(3, 1, padding=1), nn.AvgPool2d(3, 1, padding=1))
         net.head_a, net.head_b = (head(channels, [hidden, hidden], num_classes) for _ in range(2))
         return net
 
@@ -77,10 +72,7 @@ class ACoL(CAM, name="acol"):
         return Passes(full_precision(self.net.head_a(self.net.pool(features))).mean((2, 3)), features)
 
     def branches(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(S_A and S_B, each N x K x H x W; labels N, which select the map of A that masks X for B).
-
-        labels None: the top-1 predictions of A.
-        """
+        """(S_A and S_B, N x K x H x W; labels N, by default A's top-1: A's map of them masks X for B)."""
         x = self.net.pool(self.net.after_dropout(self.net.before_dropout(images)))
         s_a = full_precision(self.net.head_a(x))
         labels = s_a.mean((2, 3)).argmax(1) if labels is None else labels
@@ -102,8 +94,8 @@ class ACoL(CAM, name="acol"):
 class ADL(CAM, name="adl"):
     """ADL, attention-based dropout layer (Choe & Shim, CVPR 2019): `attention_based_dropout` at three places.
 
-    The loss is cross-entropy. In eval mode the layers do nothing. VGG16: after pool3, conv4_3 and conv5_3, as
-    in the common code; the authors have pool4 in place of conv4_3.
+    The loss is cross-entropy. In eval mode the layers do nothing. VGG16's places are the common code's; the
+    authors have pool4 in place of conv4_3.
 
     adl_gamma, adl_rate: (0.72), (0.76) and (0.33), (0.24) (search)
     """
@@ -122,29 +114,26 @@ class ADL(CAM, name="adl"):
     def network(self, num_classes: int) -> GAPNetwork:
         """The CAM baseline's network with a dropout hook at each of the three places."""
         net = super().network(num_classes)
-        layers, place = backbone(net)
+        parts = split(net, ("pool3", "conv4_3", "conv5_3"), ("layer3.0", "layer4.0", "layer4.2"))
         # Hooks, not layers: an inserted layer would rename the parameters of all layers after it.
-        vgg = isinstance(net, VGG16GAP)
-        for name in ("pool3", "conv4_3", "conv5_3") if vgg else ("layer3.0", "layer4.0", "layer4.2"):
-            layers[place[name] - 1].register_forward_hook(self.drop)
+        for part in parts[:-1]:
+            part[-1].register_forward_hook(self.drop)
         return net
 
     def drop(self, layer: nn.Module, _: Any, output: Tensor) -> Tensor:
         """Forward hook: `attention_based_dropout` of the layer's output, in training mode only."""
-        if not layer.training:
-            return output
-        return attention_based_dropout(output, self.config.adl_gamma, self.config.adl_rate)
+        c = self.config
+        return attention_based_dropout(output, c.adl_gamma, c.adl_rate) if layer.training else output
 
 
 def attention_based_dropout(z: Tensor, gamma: float, rate: float) -> Tensor:
     """The layer of ADL in training mode (Choe & Shim): z N x C x H x W -> the same shape.
 
-    a is the mean over channels. The drop mask is 1 where a < gamma * max a (per image), else 0. The
-    importance map is sigmoid(a). One draw per call, for the whole batch: the result is z times the mask with
-    probability `rate`, else z times the importance map. Nothing is rescaled. gamma and rate in [0, 1].
+    a is the mean over channels. One draw per call, from torch's default generator: with probability `rate`
+    the whole batch is multiplied by the drop mask, 1 where a < gamma * max a (per image), else 0; otherwise
+    by the importance map sigmoid(a). Nothing is rescaled. gamma and rate in [0, 1].
 
-    Gradient flows to z through the product and the importance map; the mask has none. Random numbers come
-    from torch's default generator.
+    Gradient flows to z through the product and the importance map; the mask has none.
     """
     a = full_precision(z).mean(1, keepdim=True)  # N x 1 x H x W
     if torch.rand(()) < rate:
@@ -152,25 +141,16 @@ def attention_based_dropout(z: Tensor, gamma: float, rate: float) -> Tensor:
     return z * a.sigmoid().to(z.dtype)
 
 
-class ErasedPasses(NamedTuple):
-    """`Passes` of EIL."""
-
-    logits: Tensor  # N x K
-    features: Tensor  # N x C x h x w
-    erased: Tensor | None  # f of the erased pass; None in eval mode
-    dropped: None = None
-
-
 class EIL(CAM, name="eil"):
     """EIL, erasing integrated learning (Mai et al., CVPR 2020): L = CE(u, y) + eil_lambda CE(e, y).
 
-    u are the logits. e are the logits of a second pass through the layers after the split. Its input is zero
-    where the channel mean is at least eil_gamma times the image's maximum. Both passes train all layers. The
-    mask has no gradient. The map is the CAM of the first pass.
+    u are the logits, e those of a second pass through the layers after the split. Its input is zero where the
+    channel mean is at least eil_gamma times the image's maximum. Both passes train all layers; the mask has
+    no gradient. The map is the CAM of the first pass.
 
     VGG16 splits after pool4 (authors). Our choice: ResNet50 splits after layer3 (no released code), and batch
-    norm uses the batch statistics of the erased pass without updating the running statistics.
-    There is one module, as in the released code; MEIL, with several modules, is not implemented.
+    norm uses the batch statistics of the erased pass without updating the running statistics. One module, as
+    in the released code; MEIL, with several modules, is not implemented.
 
     eil_lambda: 1 (authors); the best value is not published
     """
@@ -180,23 +160,21 @@ class EIL(CAM, name="eil"):
         "eil_lambda": Value(float, 1.0, "weight of the erased pass's loss", "[0, inf)", AUTHORS),
     }
 
-    def passes(self, images: Tensor) -> ErasedPasses:
-        """The clean pass and, in training mode, the erased one."""
-        layers, place = backbone(self.net)
-        split = place["pool4" if isinstance(self.net, VGG16GAP) else "layer3"]
-        z = layers[:split](images)
-        features, erased = layers[split:](z), None
-        logits = self.net.classify(features)
+    def passes(self, images: Tensor) -> Passes:
+        """The clean pass; extra: f of the erased pass, None in eval mode."""
+        first, second = split(self.net, ("pool4",), ("layer3",))
+        z = first(images)
+        features, erased = second(z), None
         if self.training:
             a = full_precision(z).mean(1, keepdim=True)  # N x 1 x H x W
             strong = a >= self.config.eil_gamma * a.amax((2, 3), keepdim=True)
             with frozen_statistics(self.net):
-                erased = layers[split:](z.masked_fill(strong, 0))
-        return ErasedPasses(logits, features, erased)
+                erased = second(z.masked_fill(strong, 0))
+        return Passes(self.net.classify(features), features, extra=erased)
 
-    def terms(self, passes: ErasedPasses, labels: Tensor, epoch: int) -> Terms:
+    def terms(self, passes: Passes, labels: Tensor, epoch: int) -> Terms:
         """Cross-entropy of the clean and of the erased pass."""
-        erased = nnf.cross_entropy(full_precision(self.net.classify(passes.erased)), labels)
+        erased = nnf.cross_entropy(full_precision(self.net.classify(passes.extra)), labels)
         return super().terms(passes, labels, epoch) | {"l_erased": (self.config.eil_lambda, erased)}
 
 
@@ -242,10 +220,9 @@ class CutMix(CAM, name="cutmix"):
 def mix(images: Tensor, beta: float) -> tuple[Tensor, Tensor, float]:
     """CutMix of a batch: images N x C x H x W -> (mixed images, indices N of the pasted images, lambda).
 
-    lambda, in [0, 1], is the share of pixels that an image keeps. First lambda ~ Beta(beta, beta). The
-    rectangle has sqrt(1 - lambda) of height and width, rounded down, and a uniformly drawn centre. It is
-    clipped to the image, and lambda is recomputed from its area. One rectangle and one permutation per batch.
-    Random numbers come from torch's default generator.
+    First lambda ~ Beta(beta, beta). The rectangle has sqrt(1 - lambda) of height and width, rounded down, and
+    a uniformly drawn centre. It is clipped to the image, and lambda becomes the share of pixels, in [0, 1],
+    that an image keeps. One rectangle and one permutation per batch, from torch's default generator.
     """
     height, width = images.shape[2:]
     side = (1 - float(torch.distributions.Beta(beta, beta).sample())) ** 0.5
@@ -255,9 +232,9 @@ def mix(images: Tensor, beta: float) -> tuple[Tensor, Tensor, float]:
         start = int(torch.randint(n, ())) - int(n * side) // 2
         spans.append(slice(max(start, 0), min(start + int(n * side), n)))
     rows, columns = spans
-    mixed = images.clone()
-    mixed[:, :, rows, columns] = images[other][:, :, rows, columns]
-    return mixed, other, 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
+    mixed, pasted = images.clone(), images[other][..., rows, columns]
+    mixed[..., rows, columns] = pasted
+    return mixed, other, 1 - pasted[0, 0].numel() / (height * width)
 
 
 def cell_sides(text: str) -> list[int]:
@@ -271,16 +248,13 @@ def cell_sides(text: str) -> list[int]:
 class HaS(CAM, name="has"):
     """HaS, hide-and-seek (Singh & Lee, ICCV 2017): cross-entropy on images with hidden cells (see `hide`).
 
-    has_cells: cell sides in pixels, comma-separated. Each image draws one; 0 hides nothing. The authors'
-    sides are for 224-pixel images. The common code has one side for all images, by default 4. Search: (65),
-    (120)
-    has_p: (0.47), (0.66) (search)
+    The authors' sides are for 224-pixel images. The common code has one side for all images, by default 4.
+
+    has_cells, has_p: (65), (120) and (0.47), (0.66) (search)
     """
 
     values = {
-        "has_cells": Value(
-            cell_sides, [0, 16, 32, 44, 56], "sides of the cells in pixels, comma-separated", None, AUTHORS
-        ),
+        "has_cells": Value(cell_sides, [0, 16, 32, 44, 56], "sides of the cells in pixels", None, AUTHORS),
         "has_p": Value(float, 0.5, "probability to hide a cell", SHARE, AUTHORS),
     }
 
@@ -293,8 +267,8 @@ def hide(images: Tensor, sides: list[int], p: float) -> Tensor:
     """HaS of a batch: images N x C x H x W, normalized -> the same shape with hidden cells.
 
     Each image draws a side in pixels from `sides` and is divided into square cells, cut off at the image
-    border. Each cell becomes zero, the mean colour, with probability p. Random numbers come from torch's
-    default generator.
+    border. Each cell becomes zero, the mean colour, with probability p; side 0 hides nothing. Random numbers
+    come from torch's default generator.
     """
     height, width = images.shape[2:]
     hidden = torch.zeros(len(images), height, width, dtype=torch.bool)
@@ -313,19 +287,14 @@ class PaS(CAM, name="pas"):
     """PaS, rethinking class activation mapping (Bae et al., ECCV 2020). Its three parts are separate options.
 
     pas_theta: `thresholded_average` in place of GAP, in training and prediction. A negative value is GAP; 0
-    is the mean over positive locations. The default for ResNet50 is that of VGG16 (our choice).
+        is the mean over positive locations. The default for ResNet50 is that of VGG16 (our choice).
     pas_nwc: "on" clamps negative class weights to 0 in the map. The logits use all weights.
-    The third part, a percentile as threshold, is `evaluate.py --normalize pas`. train.py evaluates with
-    min-max.
+    A percentile as threshold is `evaluate.py --normalize pas`; train.py evaluates with min-max.
     """
 
     values = {
         "pas_theta": Value(
-            float,
-            0.1,
-            "pools above this share of the maximum; below 0: GAP",
-            "[-1, 1]",
-            f"{AUTHORS}, for VGG16",
+            float, 0.1, "pools above this share of the maximum; < 0: GAP", "[-1, 1]", f"{AUTHORS}, for VGG16"
         ),
         "pas_nwc": Value(str, "on", "non-negative class weights in the map", ("on", "off"), AUTHORS),
     }
@@ -361,19 +330,17 @@ class CALM(CAM, name="calm"):
 
     p(y|x,z) is the softmax over classes of the linear layer at a location. p(z|x) is the softplus of a 1 x 1
     convolution, divided by its sum over locations. The joint is p(y,z|x) = p(y|x,z) p(z|x). The logits are
-    the log of its sum over z.
+    log p(y|x), the log of its sum over z.
 
     calm_map: "joint" is p(y,z|x) of the label. "location" is p(z|x), the joint summed over all classes. The
-    authors' code can sum the joint over a superclass; "location" is this sum where all classes are of one
-    kind. It is the default on CUB, CUB10 and the demo, where every class is a bird; "joint" elsewhere.
+        authors' code can sum the joint over a superclass; "location" is this sum where all classes are of one
+        kind, and the default there: on CUB, CUB10 and the demo every class is a bird.
+    calm_loss: "ml" is -log p(y|x). "em" is -log of the joint, weighted by the detached responsibilities
+        p(z|x,y). On CUB the authors report a higher accuracy with em.
 
-    calm_loss: "ml" is -log p(y|x). "em" (default, our choice) is -log of the joint, weighted by the detached
-    responsibilities p(z|x,y). On CUB the authors report a higher accuracy with em.
-
-    Our choice, too: softplus (the authors' code has ReLU, which can give 0/0), the gradient through the sum
-    under p(z|x) (a constant in the authors' code; with it a training on CUB10 did not learn to classify), and
-    the defaults of calm_map (the authors' code offers these maps; which of them its published numbers have is
-    not stated).
+    Our choice: the defaults (the authors' code offers these maps; which of them its published numbers have is
+    not stated), softplus (the authors' code has ReLU, which can give 0/0), and the gradient through the sum
+    under p(z|x) (a constant in the authors' code; with it a training on CUB10 did not learn to classify).
     Upsampling is bilinear (authors). Both maps have a heavy tail: evenly spaced thresholds miss the extent of
     an object. `evaluate.py --normalize log` spaces them by the logarithm (authors).
     """
@@ -440,18 +407,16 @@ class SPG(CAM, name="spg"):
         C   on the input of S's last layer    from mean(sigmoid(B1), sigmoid(B2))  thresholds spg_h3, spg_l3
 
     L = L_CE + L_B1 + L_B2 + L_C, where the last three are `seed_loss`. VGG16's pool4 is 3 x 3 with padding 1.
-    New convolutions start from Xavier's uniform distribution and biases 0 (common code).
+    The new convolutions are made by `head`.
 
     Pairs (h, l): (.29,.23)(.03,.02)(.82,.59) and (.41,.35)(.24,.21)(.12,.08) (search).
     First pair: (.7,.05) (authors).
     """
 
     values = {
-        f"spg_{end}{i}": Value(
-            float, default, f"{'object' if end == 'h' else 'background'} seeds", SHARE, COMMON_CODE
-        )
+        f"spg_{end}{i}": Value(float, default, f"{kind} seeds", SHARE, COMMON_CODE)
         for i, pair in enumerate(((0.7, 0.01), (0.5, 0.05), (0.7, 0.1)), 1)
-        for end, default in zip("hl", pair)
+        for end, kind, default in zip("hl", ("object", "background"), pair)
     }
 
     def network(self, num_classes: int) -> GAPNetwork:
@@ -465,47 +430,37 @@ class SPG(CAM, name="spg"):
         net.a3 = head(channels, [channels, channels]) if vgg else nn.Identity()
         net.a4 = head(channels, [], num_classes)
         net.b1, net.b2 = head(inner, [inner]), head(inner, [inner])
-        net.b = head(inner, [inner], 1)
-        net.c = head(channels, [of_c], 1)
+        net.b, net.c = head(inner, [inner], 1), head(channels, [of_c], 1)
         return net
 
     def passes(self, images: Tensor) -> Passes:
-        """Logits from S, and the features of the backbone."""
+        """Logits from S, and the features of the backbone; extra: S, N x K x h x w."""
         features = self.net.after_dropout(self.net.before_dropout(images))
-        return Passes(self.class_maps(features).mean((2, 3)), features)
-
-    def class_maps(self, features: Tensor) -> Tensor:
-        """S, N x K x h x w, from the features of the backbone."""
-        return full_precision(self.net.a4(self.net.a3(features)))
+        s = full_precision(self.net.a4(self.net.a3(features)))
+        return Passes(s.mean((2, 3)), features, extra=s)
 
     def forward(self, images: Tensor, labels: Tensor, epoch: int) -> tuple[Terms, Tensor]:
         """Cross-entropy of the logits, and of B1, B2 and C with their seeds."""
-        c, net, (layers, place) = self.config, self.net, backbone(self.net)
-        names = ("pool4", "conv5_3") if isinstance(net, VGG16GAP) else ("layer3.0", "layer3")
-        first, second = (place[name] for name in names)
-        a1 = layers[:first](images)
-        a2 = layers[first:second](a1)
-        a3 = net.a3(layers[second:](a2))
+        c, net = self.config, self.net
+        first, second, third = split(net, ("pool4", "conv5_3"), ("layer3.0", "layer3"))
+        a1 = first(images)
+        a2 = second(a1)
+        a3 = net.a3(third(a2))
         s = full_precision(net.a4(a3))
+        branches = net.b(net.b1(a1)), net.b(net.b2(a2)), net.c(a3)
+        maps = [*(branch[:, 0] for branch in branches), of_class(s, labels)]
+        b1, b2, of_c, s_y = (resize(x, images.shape[-1], "bilinear") for x in maps)
         logits = s.mean((2, 3))
-
-        def full(x: Tensor) -> Tensor:
-            return resize(x, images.shape[-1], "bilinear")
-
-        b1, b2, of_c = (full(x[:, 0]) for x in (net.b(net.b1(a1)), net.b(net.b2(a2)), net.c(a3)))
-        s_y = full(of_class(s, labels))
-        terms = {
-            "l_ce": nnf.cross_entropy(logits, labels),
-            "l_b2": seed_loss(b2, seeds(minmax(s_y), c.spg_h1, c.spg_l1)),
-            "l_b1": seed_loss(b1, seeds(b2.sigmoid(), c.spg_h2, c.spg_l2)),
-            "l_c": seed_loss(of_c, seeds((b1.sigmoid() + b2.sigmoid()) / 2, c.spg_h3, c.spg_l3)),
-        }
-        return {name: (1.0, value) for name, value in terms.items()}, logits
+        return {
+            "l_ce": (1.0, nnf.cross_entropy(logits, labels)),
+            "l_b2": (1.0, seed_loss(b2, seeds(minmax(s_y), c.spg_h1, c.spg_l1))),
+            "l_b1": (1.0, seed_loss(b1, seeds(b2.sigmoid(), c.spg_h2, c.spg_l2))),
+            "l_c": (1.0, seed_loss(of_c, seeds((b1.sigmoid() + b2.sigmoid()) / 2, c.spg_h3, c.spg_l3))),
+        }, logits
 
     def predict(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits and maps from S."""
-        s = self.class_maps(self.net.after_dropout(self.net.before_dropout(images)))
-        logits = s.mean((2, 3))
+        logits, _, _, s = self.passes(images)
         return logits, of_class(s, logits.argmax(1) if labels is None else labels)
 
 
@@ -534,27 +489,21 @@ def seed_loss(logits: Tensor, target: Tensor) -> Tensor:
 # ---- Networks
 
 
-def backbone(net: GAPNetwork) -> tuple[nn.Sequential, dict[str, int]]:
-    """(layers, place): the layers up to the last feature map, in order, and the end of each place in them.
+# The number of layers up to the end of a place (a pool, a convolution with its ReLU, a block or blocks). In
+# layer1 to layer4 of ResNet50 a layer is a block.
+ENDS = {"pool3": 17, "conv4_3": 23, "pool4": 24, "conv5_3": 30}
+ENDS |= {"layer3.0": 12, "layer3": 17, "layer4.0": 18, "layer4.2": 20}
 
-    The layers are the network's own, not copies. A place names a pool, convolution or block (`pool4`,
-    `layer3.0`); `layers[: place[name]]` ends with it.
-    """
+
+def split(net: GAPNetwork, vgg16: tuple[str, ...], resnet50: tuple[str, ...]) -> list[nn.Sequential]:
+    """The network's own layers (no copies) up to the last feature map, cut at the end of each given place."""
     if isinstance(net, VGG16GAP):
-        layers, pool4 = [*net.features, net.conv6], net.dropout_at
-        pool3 = max(i for i in range(pool4) if isinstance(layers[i], nn.MaxPool2d))
-        return nn.Sequential(*layers), {
-            "pool3": pool3 + 1,
-            "conv4_3": pool4,
-            "pool4": pool4 + 1,
-            "conv5_3": len(net.features),
-        }
-    layers, place = [net.conv1, net.bn1, net.relu, net.maxpool], {}
-    for name in ("layer1", "layer2", "layer3", "layer4"):
-        for i, block in enumerate(getattr(net, name)):
-            layers.append(block)
-            place[f"{name}.{i}"] = place[name] = len(layers)
-    return nn.Sequential(*layers), place
+        layers, places = [*net.features, net.conv6], vgg16
+    else:
+        stem, places = [net.conv1, net.bn1, net.relu, net.maxpool], resnet50
+        layers = [*stem, *net.layer1, *net.layer2, *net.layer3, *net.layer4]
+    ends = [0, *(ENDS[place] for place in places), None]
+    return [nn.Sequential(*layers[start:end]) for start, end in pairwise(ends)]
 
 
 def remove_head(net: GAPNetwork) -> tuple[int, int]:
@@ -569,8 +518,7 @@ def remove_head(net: GAPNetwork) -> tuple[int, int]:
 def head(channels: int, hidden: list[int], out: int | None = None) -> nn.Sequential:
     """A 3 x 3 convolution and ReLU for each entry of `hidden`, then a 1 x 1 convolution to `out` channels.
 
-    out None: no 1 x 1 convolution. Initialization: Xavier's uniform distribution, biases 0, as in the common
-    code for ACoL and SPG.
+    out None: without the latter. Initialization: Xavier's uniform distribution, biases 0 (common code).
     """
     layers: list[nn.Module] = []
     for c in hidden:

@@ -12,9 +12,10 @@ import hashlib
 import os
 import re
 import signal
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,16 +81,15 @@ class Split:
 
         Lists each folder once: a million single queries take minutes on a network disk.
         """
-        there: dict[str, set[str]] = {}
-        missing = []
-        for i, image in enumerate(self.ids):
-            folder, _, name = image.rpartition("/")
-            if folder not in there:
-                inside = self.root / folder
-                there[folder] = set(os.listdir(inside)) if inside.is_dir() else set()
-            # A file system may list a name in another spelling (accents, case): query the file.
-            if name not in there[folder] and not self.path(i).is_file():
-                missing.append(i)
+
+        @cache
+        def names(folder: str) -> set[str]:
+            return {*os.listdir(self.root / folder)} if (self.root / folder).is_dir() else set()
+
+        # A file system may list a name in another spelling (accents, case): query the file then.
+        parts = map(os.path.split, self.ids)
+        unlisted = [i for i, (folder, name) in enumerate(parts) if name not in names(folder)]
+        missing = [i for i in unlisted if not self.path(i).is_file()]
         if missing:
             raise InputError(
                 f"{self.path(missing[0])}: no such image ({len(missing)} of the {len(self)} of {self.name} "
@@ -125,20 +125,18 @@ def read_split(folder: Path, root: Path, name: str, num_classes: int | None = No
         raise InputError(f"{path}: empty")
     ids = list(index)
     labels = _one_per_image(folder / "class_labels.txt", index, "image,label", 1)[:, 0]
-    if not 0 <= labels.min() <= labels.max() < (num_classes or MAX_CLASSES):
+    top = (num_classes or MAX_CLASSES) - 1
+    if not 0 <= labels.min() <= labels.max() <= top:
         worst = int(labels.argmin() if labels.min() < 0 else labels.argmax())
-        rule = f"labels run from 0 to {(num_classes or MAX_CLASSES) - 1}"
-        rule += ", the classes of train" if num_classes else ""
+        rule = f"labels run from 0 to {top}{', the classes of train' if num_classes else ''}"
         raise InputError(f"{folder / 'class_labels.txt'}: {ids[worst]} has label {labels[worst]}: {rule}")
-    path = folder / "image_sizes.txt"
-    sizes = None
+    path, sizes = folder / "image_sizes.txt", None
     if path.exists() and path.stat().st_size:
         sizes = _one_per_image(path, index, "image,width,height", 2)
         if sizes.min() < 1:
             raise InputError(f"{path}: {ids[sizes.min(1).argmin()]}: width and height must be positive")
-    return Split(
-        name, root, ids, labels, sizes, *read_localization(folder / "localization.txt", index, sizes)
-    )
+    boxes, masks = read_localization(folder / "localization.txt", index, sizes)
+    return Split(name, root, ids, labels, sizes, boxes, masks)
 
 
 def read_localization(
@@ -149,8 +147,7 @@ def read_localization(
     Boxes: G x 4 int64, pixels, both corners inside. index: {image id: index}. sizes: N x 2, width and height.
     Raises InputError as `read_split` does.
     """
-    boxes: dict[int, list[list[int]]] = {}
-    masks: dict[int, Masks] = {}
+    boxes, masks = defaultdict(list), defaultdict(lambda: Masks([], []))
     for n, line in _lines(path) if path.exists() else ():
         image, box = _numbers(line, 4)
         fields = line.rsplit(",", 2)
@@ -160,34 +157,33 @@ def read_localization(
             if not (0 <= x0 <= x1 < width and 0 <= y0 <= y1 < height):
                 rule = f"0 <= x0 <= x1 < {width} and 0 <= y0 <= y1 < {height}, pixels of its image"
                 raise InputError(f"{path}:{n}: box {x0},{y0},{x1},{y1}: must have {rule}")
-            boxes.setdefault(index[image], []).append(box)
+            boxes[index[image]].append(box)
         elif fields[0] in index and len(fields) == 3 and fields[1] and not any(map(leaves_root, fields[1:])):
-            of_image = masks.setdefault(index[fields[0]], Masks([], []))
-            of_image.instances.append(fields[1])
-            of_image.ignore.extend([fields[2]] if fields[2] else [])
+            instances, ignore = masks[index[fields[0]]]
+            instances.append(fields[1])
+            ignore += [fields[2]] if fields[2] else []
         else:
             raise InputError(
                 f"{path}:{n}: {line[:80]}: expected image,x0,y0,x1,y1 (whole pixels, with image_sizes.txt) "
                 "or image,mask,ignore (paths), of a listed image"
             )
-    return {i: np.array(b) for i, b in boxes.items()}, masks
+    return {i: np.array(b) for i, b in boxes.items()}, dict(masks)
 
 
 def _one_per_image(path: Path, index: dict[str, int], form: str, k: int) -> np.ndarray:
     """N x k int64 from a file with one line per image, of this form."""
-    values, seen = np.zeros((len(index), k), dtype=np.int64), set()
+    values: dict[str, list[int]] = {}
     for n, line in _lines(path):
         image, numbers = _numbers(line, k)
-        if image not in index or image in seen:
-            problem = (
-                f"a second line for {image[:80]}" if image in seen else f"expected {form} in whole numbers"
-            )
+        if image not in index or image in values:
+            again = image in values
+            problem = f"a second line for {image[:80]}" if again else f"expected {form} in whole numbers"
             raise InputError(f"{path}:{n}: {line[:80]}: {problem}, of an image of image_ids.txt")
-        seen.add(image)
-        values[index[image]] = numbers
-    if len(seen) < len(index):
-        raise InputError(f"{path}: no line for {next(image for image in index if image not in seen)}")
-    return values
+        values[image] = numbers
+    for image in index:
+        if image not in values:
+            raise InputError(f"{path}: no line for {image}")
+    return np.array([values[image] for image in index], dtype=np.int64)
 
 
 def _numbers(line: str, k: int) -> tuple[str | None, list[int]]:
@@ -213,9 +209,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     yield n, line
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(
-            f"{path}: cannot be read ({reason}): data_splits/README.md describes the format"
-        ) from error
+        fix = "data_splits/README.md describes the format"
+        raise InputError(f"{path}: cannot be read ({reason}): {fix}") from error
 
 
 # --------------------------------------------------------------------------------------------------- decoding
@@ -228,14 +223,13 @@ def decode(path: Path, listed: np.ndarray | None = None, upright: bool = False) 
     read, or that has another size than listed.
     """
     try:
-        with Image.open(path) as image:
-            rgb = to_rgb(image, path, upright)
+        image = Image.open(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such image") from None
-    except InputError:
-        raise
     except Exception as error:  # Pillow's readers raise errors of many types for a damaged header
         raise InputError(f"{path}: not an image that can be read ({first_line(error)})") from error
+    with image:
+        rgb = to_rgb(image, path, upright)
     if listed is not None and rgb.size != tuple(listed):
         sizes = f"{rgb.width} x {rgb.height} pixels where the list has {listed[0]} x {listed[1]}"
         raise InputError(f"{path}: {sizes}: its boxes would not fit")
@@ -272,14 +266,12 @@ def load_masks(root: Path, masks: Masks, size: int) -> tuple[np.ndarray, np.ndar
     """(mask, ignore) of an image, size x size bool: the union of its instances; what to ignore outside it."""
     mask, ignore = np.zeros((2, size, size), dtype=bool)
     for paths, region in zip(masks, (mask, ignore)):
-        for relative in paths:
+        for path in (root / relative for relative in paths):
             try:
-                with Image.open(root / relative) as image:
+                with Image.open(path) as image:
                     pixels = np.asarray(image.convert("L"))
             except Exception as error:
-                raise InputError(
-                    f"{root / relative}: missing or damaged mask ({first_line(error)})"
-                ) from error
+                raise InputError(f"{path}: missing or damaged mask ({first_line(error)})") from error
             # Nearest neighbour in double precision, like OpenCV's INTER_NEAREST in the evaluator of Choe et
             # al. At size 224, 105 of the widths 225 ... 1699 have a pixel at floor(x * n / size) - 1.
             rows, columns = (np.floor(np.arange(size) * (1 / (size / n))).astype(int) for n in pixels.shape)
@@ -301,12 +293,8 @@ def load_score_maps(folder: Path, split: Split) -> Iterator[tuple[str, np.ndarra
         if not path.is_file() and stems[stem] == 1:
             path = folder / f"{stem}.npy"
         if not path.is_file():
-            fix = (
-                ""
-                if stems[stem] == 1
-                else "; other images differ in the suffix only: name the maps by whole ids"
-            )
-            raise InputError(f"{folder / image}.npy: no score map for {image}{fix}")
+            fix = "; other images differ in the suffix only: name the maps by whole ids"
+            raise InputError(f"{folder / image}.npy: no score map for {image}{fix * (stems[stem] > 1)}")
         try:
             score_map = np.load(path, allow_pickle=False)
         except Exception as error:  # numpy parses the header as Python code: errors of many types
@@ -356,12 +344,11 @@ class TrainImages(Dataset):
 
     def pixels(self, index: int) -> np.ndarray:
         """The resized image: resize_size x resize_size x 3 uint8."""
-        if index in self.kept:
-            return self.kept[index]
-        path = self.split.path(index)
-        image = np.asarray(load_rgb(path, self.resize_size, upright=self.split.upright))
-        if self.keep:
-            self.kept[index] = image
+        if (image := self.kept.get(index)) is None:
+            path = self.split.path(index)
+            image = np.asarray(load_rgb(path, self.resize_size, upright=self.split.upright))
+            if self.keep:
+                self.kept[index] = image
         return image
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:

@@ -12,6 +12,8 @@ import argparse
 import filecmp
 import hashlib
 import shutil
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -74,15 +76,13 @@ def load_splits(
     ({name: `Split.digest`}) and "notes" (lines to print). Raises InputError as `read_split` does, and for
     labels outside 0 ... K - 1, where K is the number of classes of train.
     """
-    data_root, lists, record = Path(data_root), Path(lists), {"notes": []}
+    data_root, lists, notes = Path(data_root), Path(lists), []
     if is_folder(dataset, lists):
-        found, record["classes"] = read_folder(Path(dataset))
+        found, classes = read_folder(Path(dataset), join_val=bool(val_per_class))
         val_per_class = (0 if "val" in found else 2) if val_per_class is None else val_per_class
         if not val_per_class and "val" not in found:
             raise InputError(f"--val-per-class 0: {dataset} has no val/: pass another number")
-        if val_per_class and "val" in found:
-            found["train"] = _join(found["train"], found.pop("val"))
-        num_classes = len(record["classes"])
+        num_classes = len(classes)
     else:
         kind = DATASETS.get(dataset, DataSet(dataset))
         if kind.draw:
@@ -92,32 +92,31 @@ def load_splits(
             own = (lists / dataset / "val" / "image_ids.txt").exists() and (folder.is_dir() or not images)
             val_per_class = 0 if own else 2
         needed = {"train" if name == "val" and val_per_class else name for name in names}
-        found, num_classes, record["classes"] = _read_lists(dataset, kind, data_root, lists, needed)
-        record["notes"] += _other_lists(dataset, lists)
+        found, num_classes, classes = _read_lists(dataset, kind, data_root, lists, needed)
+        notes += _other_lists(dataset, lists)
     if val_per_class and {"train", "val"} & {*names}:
         found["train"], found["val"] = hold_out(found["train"], val_per_class)
-    record |= {"val_per_class": val_per_class, "num_classes": num_classes}
-    record["digests"] = {name: found[name].digest() for name in names}
+    digests = {name: found[name].digest() for name in names}
     if "val" in names:
         origin = f"{val_per_class} per class held out from train" if val_per_class else "its own list"
-        record["notes"].append(f"val: {len(found['val'])} images, {origin}")
+        notes.append(f"val: {len(found['val'])} images, {origin}")
     if "train" in names and len(absent := np.setdiff1d(np.arange(num_classes), found["train"].labels)):
-        record["notes"].append(f"{len(absent)} of {num_classes} classes have no image in train: {absent[:5]}")
+        notes.append(f"{len(absent)} of {num_classes} classes have no image in train: {absent[:5]}")
     if dataset == "ILSVRC" and images:
         found = {name: _ilsvrc_files(split, lists) for name, split in found.items()}
     if images:
         for name in names:
             found[name].require_images()
-    return {name: found[name] for name in names}, record
+    record = dict(notes=notes, classes=classes, val_per_class=val_per_class, num_classes=num_classes)
+    return {name: found[name] for name in names}, record | {"digests": digests}
 
 
 def load_split(
     dataset: str, name: str = "test", data_root: str | Path = "data", lists_dir: str | Path = "data_splits"
 ) -> Split:
-    """One split from its lists alone, without its images: what the evaluation of score maps needs.
+    """One split ("train", "val" or "test") from its lists alone: what the evaluation of score maps needs.
 
-    name: "train", "val" or "test". Raises InputError as `load_splits` does. Masks are read later, from
-    data_root.
+    Masks are read later, from data_root. Raises InputError as `load_splits` does.
     """
     return load_splits(dataset, data_root, lists_dir, (name,), images=False)[0][name]
 
@@ -131,44 +130,39 @@ def _read_lists(
     """(splits, number of classes, their names if the folders of train tell them)."""
     folder, root = lists / dataset, data_root / kind.images
     if not folder.is_dir():
+        problem = f"--dataset {dataset}: no lists in {folder}"
         fix = f"pass --lists DIR, a folder that holds {dataset}/train, val and test"
-        raise InputError(
-            f"--dataset {dataset}: no lists in {folder}: {fix}, or the path of a folder of images"
-        )
-    found: dict[str, Split] = {}
+        raise InputError(f"{problem}: {fix}, or the path of a folder of images")
+    found, num_classes, classes = {}, None, None
     if (folder / "train" / "image_ids.txt").exists():  # also for the number of classes
         found["train"] = train = read_split(folder / "train", root, f"{dataset} train")
         num_classes, classes = int(train.labels.max()) + 1, class_names(train)
     elif dataset == "ILSVRC":
-        classes = ilsvrc_wnids(lists)
+        classes = _shipped(lists, "wnids.txt").split()
         num_classes = len(classes)
         if "train" in names:
             found["train"] = ilsvrc_train(root, classes)
-    else:
-        num_classes, classes = None, None
+    elif "train" in names:
+        read_split(folder / "train", root, f"{dataset} train")  # raises the error
     for name in names - {"train"}:
         images = data_root / kind.val_images if name == "val" and kind.val_images else root
         found[name] = read_split(folder / name, images, f"{dataset} {name}", num_classes)
-    if "train" in names and "train" not in found:
-        read_split(folder / "train", root, f"{dataset} train")  # raises the error
     return found, num_classes or max(int(s.labels.max()) + 1 for s in found.values()), classes
 
 
 def _other_lists(dataset: str, lists: Path) -> list[str]:
     """A line if the lists are others than the shipped ones of this data set."""
-    files = sorted((SHIPPED / dataset).glob("*/*.txt")) if dataset in DATASETS else []
-    pairs = [(file, lists / file.relative_to(SHIPPED)) for file in files if lists.resolve() != SHIPPED]
-    other = [pair[1] for pair in pairs if pair[1].exists() and not filecmp.cmp(*pair, shallow=False)]
-    if not other or DATASETS[dataset].draw:
+    if dataset not in DATASETS or DATASETS[dataset].draw or lists.resolve() == SHIPPED:
         return []
-    return [f"{len(other)} lists are not the published ones ({other[0]} first): results do not compare"]
+    names = sorted(str(path.relative_to(SHIPPED)) for path in (SHIPPED / dataset).glob("*/*.txt"))
+    _, other, _ = filecmp.cmpfiles(SHIPPED, lists, names, shallow=False)
+    problem = "lists are not the published ones"
+    return [f"{len(other)} {problem} ({lists / other[0]} first): results do not compare"] if other else []
 
 
 def class_names(train: Split) -> list[str] | None:
     """The folder names of the classes, if each class has one folder and each folder one class; else None."""
-    folders = {
-        (int(k), image.rpartition("/")[0].rpartition("/")[2]) for k, image in zip(train.labels, train.ids)
-    }
+    folders = {(int(k), f"/{image}".split("/")[-2]) for k, image in zip(train.labels, train.ids)}
     names = [name for _, name in sorted(folders)]
     one_each = len(folders) == len({label for label, _ in folders}) == len(set(names))
     return names if one_each and len(names) > 1 else None
@@ -180,8 +174,7 @@ def hold_out(train: Split, per_class: int) -> tuple[Split, Split]:
     The images are drawn with a fixed seed. Each class keeps at least one image in train. Raises InputError if
     no class has two images.
     """
-    rng = np.random.default_rng(0)
-    held: list[int] = []
+    rng, held = np.random.default_rng(0), []
     for label in np.unique(train.labels):
         of_class = np.flatnonzero(train.labels == label)
         held += rng.permutation(of_class)[: min(per_class, len(of_class) - 1)].tolist()
@@ -191,35 +184,33 @@ def hold_out(train: Split, per_class: int) -> tuple[Split, Split]:
     return train.take(kept, train.name), train.take(sorted(held), train.name.replace("train", "val"))
 
 
-def ilsvrc_wnids(lists: Path) -> list[str]:
-    """The 1,000 wnids of ILSVRC, sorted: line k + 1 is class k of the published lists."""
-    return _shipped(lists, "wnids.txt").split()
-
-
 def _shipped(lists: Path, name: str) -> str:
-    """The text of a file that is in data_splits/ILSVRC of a clone, and perhaps in --lists, too."""
+    """The text of a file that is in data_splits/ILSVRC of a clone, and perhaps in --lists, too.
+
+    wnids.txt: the 1,000 wnids of ILSVRC, sorted; line k + 1 is class k of the published lists.
+    """
     own = lists / "ILSVRC" / name
     try:
         return (own if own.exists() else SHIPPED / "ILSVRC" / name).read_text()
     except OSError as error:
-        raise InputError(
-            f"{own}: cannot be read ({error.strerror}): it is in data_splits of a clone"
-        ) from error
+        problem = f"cannot be read ({error.strerror}): it is in data_splits of a clone"
+        raise InputError(f"{own}: {problem}") from error
 
 
 def ilsvrc_train(root: Path, wnids: list[str]) -> Split:
     """ILSVRC's train from its folders ILSVRC/train/<wnid>. Raises InputError for other folders."""
-    folders = {path.name for path in (root / "train").glob("n????????") if path.is_dir()}
+    train = root / "train"
+    folders = {path.name for path in train.glob("n????????") if path.is_dir()}
     if folders != {*wnids}:
         example = min(folders ^ {*wnids})
-        problem = f"{len(folders)} folders of classes where the 1,000 of ILSVRC 2012 are expected"
-        raise InputError(
-            f"{root / 'train'}: {problem}: {example} is {'extra' if example in folders else 'missing'}"
+        problem = (
+            f"{len(folders)} folders of classes where the 1,000 of ILSVRC 2012 are expected: {example} is"
         )
-    ids = [f"train/{wnid}/{path.name}" for wnid in wnids for path in _images(root / "train" / wnid)]
-    label_of = {wnid: label for label, wnid in enumerate(wnids)}
-    labels = np.array([label_of[image.split("/")[1]] for image in ids], dtype=np.int64)
-    utils.say(f"ILSVRC train: {len(ids)} images in {root / 'train'}")
+        raise InputError(f"{train}: {problem} {'extra' if example in folders else 'missing'}")
+    images = [_images(train / wnid) for wnid in wnids]
+    ids = [f"train/{path.parent.name}/{path.name}" for of_class in images for path in of_class]
+    labels = np.repeat(np.arange(len(wnids)), [len(of_class) for of_class in images])
+    utils.say(f"ILSVRC train: {len(ids)} images in {train}")
     return Split("ILSVRC train", root, ids, labels)
 
 
@@ -229,7 +220,7 @@ def _ilsvrc_files(split: Split, lists: Path) -> Split:
     val/ may be sorted into val/<wnid>/. ImageNetV2 in val2/ may have the names of its present release: lines
     `class/n.jpeg,<hash>.jpeg` of imagenet_v2_names.csv map the names of the published list to them.
     """
-    first, wnids = split.ids[0], ilsvrc_wnids(lists)
+    first, wnids = split.ids[0], _shipped(lists, "wnids.txt").split()
     if first.startswith("val/") and (split.root / "val" / wnids[split.labels[0]]).is_dir():
         ids = [image.replace("val/", f"val/{wnids[k]}/", 1) for image, k in zip(split.ids, split.labels)]
         return replace(split, ids=ids)
@@ -266,27 +257,26 @@ def download(dataset: str, data_root: Path) -> None:
         (part / target.name).rename(target)
         shutil.rmtree(part)  # the archive has a file beside the folder
     except Exception as error:  # errors of the network, the archive and the disk
-        raise InputError(
-            f"{CUB_URL}: download failed ({utils.first_line(error)}): see docs/data.md"
-        ) from error
+        problem = f"download failed ({utils.first_line(error)})"
+        raise InputError(f"{CUB_URL}: {problem}: see docs/data.md") from error
 
 
 # -------------------------------------------------------------------------------- a folder of your own images
 
-FOLDER_SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
+VAL_FROM, TEST_FROM = 0.7, 0.85  # of the hashes, in [0, 1): train, then val, then test
 # What Pillow can read: suffixes in lower case, without those of formats that it only recognizes.
 READABLE = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 READABLE -= {".mpg", ".mpeg", ".h5", ".hdf", ".bufr", ".grib"}
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Split], list[str]]:
+def read_folder(folder: Path, join_val: bool = False) -> tuple[dict[str, Split], list[str]]:
     """(splits, names of the classes) of a folder of images, in one of two layouts.
 
     <class>/<image>: the SHA-256 of an image's path below the folder sets its split: about 70 % train, 15 %
-        val, 15 % test. If a split would have no image of a class, it gets the nearest one; a class needs at
-        least 3 images. So adding or removing images moves no others, except in such small classes.
+        val, 15 % test, so adding or removing images moves no others. But a split without an image of a class
+        gets the nearest one; a class needs at least 3 images.
     <split>/<class>/<image>, with train/, test/ and perhaps val/ (torchvision's ImageFolder): as it is. The
-        classes are those of train.
+        classes are those of train. join_val: val joins train, in the order of their paths.
 
     Classes are in the order of their names. folder/localization.txt, if it is there, has boxes of some or all
     images, lines `path below the folder,x0,y0,x1,y1` in pixels of the upright image (EXIF orientation
@@ -294,14 +284,14 @@ def read_folder(folder: Path) -> tuple[dict[str, Split], list[str]]:
     """
     if not folder.is_dir():
         raise InputError(f"--dataset {folder}: neither the name of a data set nor a folder")
-    by_split = all((folder / name).is_dir() and _folders(folder / name) for name in ("train", "test"))
+    layout = [name for name in SPLITS if (folder / name).is_dir()]
+    by_split = all(name in layout and _folders(folder / name) for name in ("train", "test"))
     classes = _folders(folder / "train" if by_split else folder)
     if len(classes) < 2:
         problem = f"{len(classes)} sub-folders where one per class is expected, two at least"
         raise InputError(f"--dataset {folder}: {problem}")
-    ids: dict[str, list[str]] = {}
-    unread: list[Path] = []
-    for split in [name for name in SPLITS if (folder / name).is_dir()] if by_split else [""]:
+    ids, unread = defaultdict(list), []
+    for split in layout if by_split else [""]:
         for name in _folders(folder / split):
             where = folder / split / name
             if name not in classes or _folders(where):
@@ -310,32 +300,32 @@ def read_folder(folder: Path) -> tuple[dict[str, Split], list[str]]:
             images = [str(path.relative_to(folder)) for path in _images(where)]
             unread += [path for path in _visible(where) if path.suffix.lower() not in READABLE]
             for part, chosen in ({split: images} if by_split else _by_hash(images, where)).items():
-                ids.setdefault(part, []).extend(chosen)
+                ids[part] += chosen
+    everything = [image for chosen in ids.values() for image in chosen]
+    index = {image: i for i, image in enumerate(everything)}
     label_of = {name: label for label, name in enumerate(classes)}
-    everything = [image for name in ids for image in ids[name]]
     labels = np.array([label_of[Path(image).parent.name] for image in everything], dtype=np.int64)
     whole = Split(str(folder), folder, everything, labels, upright=True)
     if (path := folder / "localization.txt").exists():
         read = utils.ordered_map(partial(upright_size, folder), everything, utils.cores())
         read = utils.progress(read, f"reading the sizes of {folder}", len(everything))
         sizes = np.array([size for _, size in read])
-        boxes, masks = read_localization(path, {image: i for i, image in enumerate(everything)}, sizes)
+        boxes, masks = read_localization(path, index, sizes)
         if masks:
             raise InputError(f"{path}: masks need a data set in the list format: write boxes here")
         whole = replace(whole, sizes=sizes, boxes=boxes)
-    place = {image: i for i, image in enumerate(everything)}
-    splits = {
-        name: whole.take(map(place.get, ids[name]), f"{folder} {name}") for name in SPLITS if name in ids
-    }
+    names = [name for name in SPLITS if name in ids]
+    splits = {name: whole.take(map(index.get, ids[name]), f"{folder} {name}") for name in names}
     for name, split in splits.items():
         if not len(split):
             raise InputError(f"{folder / name}: no images")
-    counts = ", ".join(
-        f"{name} {len(split)} ({len(split.boxes)} with boxes)" for name, split in splits.items()
-    )
-    utils.say(f"{folder}: {len(classes)} classes; images: {counts}")
+    counts = [f"{name} {len(split)} ({len(split.boxes)} with boxes)" for name, split in splits.items()]
+    utils.say(f"{folder}: {len(classes)} classes; images: {', '.join(counts)}")
     if unread:
         utils.say(f"left out: {len(unread)} files that Pillow does not read, {min(unread)} first")
+    if join_val and splits.pop("val", None):
+        joined = sorted(ids["train"] + ids["val"])
+        splits["train"] = whole.take(map(index.get, joined), splits["train"].name)
     return splits, classes
 
 
@@ -356,8 +346,9 @@ def image_files(paths: list[Path]) -> list[Path]:
     """The files, and every image below the folders. Raises InputError for a folder without images."""
     files: list[Path] = []
     for path in paths:
-        folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())] if path.is_dir() else []
-        inside = sorted(image for folder in folders for image in _images(folder)) if folders else [path]
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(i for p in (path, *path.rglob("*")) if p.is_dir() for i in _images(p))
         if not inside:
             raise InputError(f"--images {path}: no images in this folder")
         files += inside
@@ -366,32 +357,19 @@ def image_files(paths: list[Path]) -> list[Path]:
 
 def _by_hash(images: list[str], where: Path) -> dict[str, list[str]]:
     """{split: images, sorted} of one class."""
-    if len(images) < len(FOLDER_SHARES):
-        raise InputError(f"{where}: {len(images)} images: at least 3 per class are needed, one per split")
+    n = len(images)
+    if n < 3:
+        raise InputError(f"{where}: {n} images: at least 3 per class are needed, one per split")
 
     def place(image: str) -> float:  # in [0, 1)
         digest = hashlib.sha256(image.encode("utf-8", "surrogateescape")).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
-    places = {image: place(image) for image in images}
-    order = sorted(images, key=lambda image: (places[image], image))
-    n, first, second = len(order), FOLDER_SHARES["train"], FOLDER_SHARES["train"] + FOLDER_SHARES["val"]
+    places, order = zip(*sorted((place(image), image) for image in images))
     # The positions in `order` at which val and test begin, so that no split is empty.
-    val = min(max(sum(places[image] < first for image in order), 1), n - 2)
-    test = min(max(sum(places[image] < second for image in order), val + 1), n - 1)
+    val = min(max(bisect_left(places, VAL_FROM), 1), n - 2)
+    test = min(max(bisect_left(places, TEST_FROM), val + 1), n - 1)
     return {"train": sorted(order[:val]), "val": sorted(order[val:test]), "test": sorted(order[test:])}
-
-
-def _join(a: Split, b: Split) -> Split:
-    """The images of two splits of one folder, in the order of their ids."""
-    both = replace(
-        a,
-        ids=a.ids + b.ids,
-        labels=np.concatenate([a.labels, b.labels]),
-        sizes=None if a.sizes is None else np.concatenate([a.sizes, b.sizes]),
-        boxes=a.boxes | {len(a) + i: boxes for i, boxes in b.boxes.items()},
-    )
-    return both.take(sorted(range(len(both)), key=both.ids.__getitem__), a.name)
 
 
 def upright_size(root: Path, image: str) -> tuple[int, int]:
@@ -400,16 +378,15 @@ def upright_size(root: Path, image: str) -> tuple[int, int]:
         with Image.open(root / image) as opened:
             return ImageOps.exif_transpose(opened).size
     except Exception as error:  # Pillow raises errors of many types
-        raise InputError(
-            f"{root / image}: not an image that can be read ({utils.first_line(error)})"
-        ) from error
+        problem = f"not an image that can be read ({utils.first_line(error)})"
+        raise InputError(f"{root / image}: {problem}") from error
 
 
 # ------------------------------------------------------------------------------------------------------ check
 
 
 def check(dataset: str, data_root: Path, lists: Path, workers: int) -> int:
-    """Opens every image and mask of every split; prints a line per problem, and returns their number.
+    """Opens every image and mask of every split; prints the problems, a line each, and returns their number.
 
     Raises InputError for bad lists and missing images, as `load_splits` does.
     """
@@ -419,10 +396,9 @@ def check(dataset: str, data_root: Path, lists: Path, workers: int) -> int:
     for split in splits.values():
         inspected = utils.ordered_map(partial(_problem_of, split), range(len(split)), workers)
         found = [problem for _, problem in utils.progress(inspected, split.name, len(split)) if problem]
-        print(
-            "\n".join([*found, f"{split.name}: {len(split)} images, {len(found)} with a problem"]), flush=True
-        )
-        problems += len(found)
+        found.append(f"{split.name}: {len(split)} images, {len(found)} with a problem")
+        print("\n".join(found), flush=True)
+        problems += len(found) - 1
     return problems
 
 

@@ -11,8 +11,7 @@ RUN is a folder that train.py wrote. curves also takes results files of evaluate
 FILE is a JSON file that `python -m bridge_wsol.experiments sweep` wrote.
 curves, histogram and gap take runs with the same name in --names as one: seeds of the same configuration.
 A figure goes to figures/COMMAND.png and .pdf, or where --out says. curves, histogram, boxes and gap write
-their numbers as JSON, too. The same input gives the same bytes.
-All but gap need matplotlib (the extra `figures`).
+their numbers as JSON, too. The same input gives the same bytes. All but gap need matplotlib: extra `figures`.
 """
 
 from __future__ import annotations
@@ -42,7 +41,8 @@ Flags = argparse.Namespace  # of `parse_args`
 COLUMN, PAGE = 3.3, 6.9  # widths of a column and of the text of a two-column page, in inches
 RANDOM = 4  # images that maps and boxes draw without a choice
 MAPS = ("CAM", "F", "S")
-Maps = tuple[list[int], dict[str, Tensor]]
+Maps = tuple[list[int], dict[str, Tensor]]  # of `map_batches`
+Regions = dict[str, tuple[np.ndarray, np.ndarray]]  # of `regions`
 
 
 # ------------------------------------------------------------------------------------------------- matplotlib
@@ -83,7 +83,7 @@ def figure(
     import matplotlib
     from matplotlib.figure import Figure
 
-    undated = {".png": {"Software": None}, ".pdf": dict.fromkeys(("CreationDate", "Creator", "Producer"))}
+    undated = {"png": {"Software": None}, "pdf": dict.fromkeys(("CreationDate", "Creator", "Producer"))}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
@@ -96,10 +96,10 @@ def figure(
                 panel.set(xticks=[], yticks=[], box_aspect=aspect)
                 panel.spines[:].set_visible(False)
         yield drawn, panels
-        for suffix, metadata in undated.items():
-            with atomic_write(Path(f"{args.out}{suffix}")) as part:
-                drawn.savefig(part, format=suffix[1:], metadata=metadata, **crop)
-            print(f"written to {args.out}{suffix}")
+        for kind, metadata in undated.items():
+            with atomic_write(Path(f"{args.out}.{kind}")) as part:
+                drawn.savefig(part, format=kind, metadata=metadata, **crop)
+            print(f"written to {args.out}.{kind}")
 
 
 def print_numbers(names: list[str], rows: dict[str, tuple[list[float | None], int]]) -> None:
@@ -140,8 +140,8 @@ def open_runs(args: Flags) -> list[Run]:
         trained = TrainedRun(folder, args.checkpoint, device)
         split = trained.split(args.split, args.data_root, args.lists)
         drawable = sorted(split.boxes) if args.command == "boxes" else range(len(split))
-        size, ids = trained.config.image_size, {split.ids[i]: i for i in drawable}
-        runs.append(Run(name, trained, split, size, ids))
+        ids = {split.ids[i]: i for i in drawable}
+        runs.append(Run(name, trained, split, trained.config.image_size, ids))
     return runs
 
 
@@ -193,12 +193,12 @@ def read_curves(args: Flags) -> tuple[list[dict[str, Any]], list[dict[str, np.nd
         found.setdefault(name, []).append((path, result["curves"]))
     entries, all_curves = [], []
     for name, runs in found.items():
-        entries.append({"name": name, "results": [str(path) for path, _ in runs]})
-        all_curves.append({})
-        for iou in map(str, DELTAS):
-            curve = all_curves[-1][iou] = np.mean([of_run[iou] for _, of_run in runs], axis=0)
+        entry: dict[str, Any] = {"name": name, "results": [str(path) for path, _ in runs]}
+        entries.append(entry)
+        all_curves.append({iou: np.mean([c[iou] for _, c in runs], axis=0) for iou in map(str, DELTAS)})
+        for iou, curve in all_curves[-1].items():
             (first, last, width), top = flatness(curve), int(np.argmax(curve))
-            entries[-1][iou] = {
+            entry[iou] = {
                 "maximum": float(curve[top]),
                 "threshold": top / LEVELS,
                 "within_95_percent": [first / LEVELS, last / LEVELS],
@@ -224,17 +224,15 @@ def curves(args: Flags) -> dict[str, Any]:
         for panel, delta in zip(panels.flat, DELTAS):
             handles = []
             for i, (entry, of_run) in enumerate(zip(entries, all_curves)):
-                curve, found, style = of_run[str(delta)], entry[str(delta)], look(i)
-                first, last = (round(threshold * LEVELS) for threshold in found["within_95_percent"])
+                curve, found = of_run[str(delta)], entry[str(delta)]
+                at = found["threshold"], *found["within_95_percent"]
+                top, first, last = (round(threshold * LEVELS) for threshold in at)
                 band = slice(first, last + 1)
-                panel.plot(thresholds[band], curve[band], color=style["color"], linewidth=5, alpha=0.25)
+                panel.plot(thresholds[band], curve[band], color=look(i)["color"], linewidth=5, alpha=0.25)
                 flat = "–" if found["flatness"] is None else f"{found['flatness']:.2f}"
-                style |= {
-                    "marker": MARKERS[i % len(MARKERS)],
-                    "markevery": [round(found["threshold"] * LEVELS)],
-                }
-                style["label"] = f"{found['maximum']:.1f}, {flat} wide"
-                handles += panel.plot(thresholds, curve, **style)
+                marker = {"marker": MARKERS[i % len(MARKERS)], "markevery": [top]}
+                label = f"{found['maximum']:.1f}, {flat} wide"
+                handles += panel.plot(thresholds, curve, label=label, **marker, **look(i))
             panel.set(xlim=(0, 1), ylim=(0, 105), yticks=[0, 25, 50, 75, 100])
             panel.set_title(f"IoU {delta / 100}", loc="right")
             panel.legend(**ABOVE)
@@ -270,8 +268,7 @@ def histogram(args: Flags) -> dict[str, Any]:
             pooled, of_runs = np.concatenate(runs), [float(of_run.mean()) for of_run in runs]
             density = np.histogram(pooled, edges, density=True)[0]
             panel.stairs(density, edges, fill=True, color=look(i)["color"], alpha=0.15)
-            label = f"{name}: mean {pooled.mean():.3g}"
-            panel.stairs(density, edges, linewidth=1.2, label=label, **look(i))
+            panel.stairs(density, edges, linewidth=1.2, label=f"{name}: mean {pooled.mean():.3g}", **look(i))
             entry = {"name": name, "images": len(pooled), "mean": pooled.mean()}
             entry |= {"median": float(np.median(pooled)), "deviation": pooled.std()}
             entries.append(entry | {"means_of_runs": of_runs, "density": density.tolist()})
@@ -381,8 +378,8 @@ def boxes(args: Flags) -> dict[str, Any]:
         for r, (run, split) in enumerate(zip(runs, splits)):
             for found in of_runs[r]:
                 row, column = divmod(found.index, columns)
-                panel, image = panels[row * len(runs) + r, column], split.path(found.index)
-                handles = draw_boxes(panel, decode(image, upright=split.upright), found)
+                panel = panels[row * len(runs) + r, column]
+                handles = draw_boxes(panel, decode(split.path(found.index), upright=split.upright), found)
                 panel.set_ylabel("" if column else run.name)
                 of_image = {"box": found.box.tolist(), "truth": found.truth.tolist(), "iou": found.iou}
                 numbers.append({"run": run.name, "image": images[found.index], **of_image})
@@ -406,7 +403,7 @@ def draw_boxes(panel: Any, image: Any, found: Found) -> list[Any]:
     outlines = []
     drawn = [*((box, TRUTH, "-") for box in found.truth), (found.box, PREDICTION, "--")]
     for (x0, y0, x1, y1), colour, line in drawn:
-        style = {"edgecolor": [c / 255 for c in colour], "linestyle": line, "linewidth": 1.2}
+        style = {"edgecolor": np.divide(colour, 255), "linestyle": line, "linewidth": 1.2}
         outline = Rectangle((x0, y0), x1 - x0 + 1, y1 - y0 + 1, fill=False, clip_on=False, **style)
         outlines.append(panel.add_patch(outline))
     text = {"color": "white", "fontsize": 7, "va": "top", "bbox": {"color": "black", "pad": 1}}
@@ -437,13 +434,11 @@ def draw_sweep(panel: Any, file: dict[str, Any]) -> None:
     results = [row[file["metric"]] for row in file["values"]]
     mean, seeds = [np.mean(of_value) for of_value in results], len(results[0])
     panel.axvline(preset, color="0.35", linestyle=":", linewidth=1, label=f"preset: {preset:g}")
-    bars, label = None, None
-    if seeds > 1:
-        bars, label = np.std(results, axis=1, ddof=1), f"mean ± deviation, {seeds} seeds"
+    bars = np.std(results, axis=1, ddof=1) if seeds > 1 else None
+    label = f"mean ± deviation, {seeds} seeds" if seeds > 1 else None
     panel.errorbar(values, mean, bars, capsize=2, label=label, marker="o", **look(0))
     if preset in values:
-        star = {"markersize": 13, "color": COLOURS[1], "zorder": 3}
-        panel.plot([preset], [mean[values.index(preset)]], "*", **star)
+        panel.plot(preset, mean[values.index(preset)], "*", markersize=13, color=COLOURS[1], zorder=3)
     symbol, _, index = file["param"].partition("_")  # the paper's symbol in TeX, for lambda, tau and gamma
     tex = rf"$\{symbol}" + (rf"_{{\mathrm{{{index}}}}}$" if index else "$")
     greek = symbol in ("lambda", "tau", "gamma")
@@ -464,9 +459,7 @@ GAP = {
 REGIONS = ("box", "mask", "part")
 
 
-def regions(
-    split: Split, index: int, size: int, shape: tuple[int, int]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def regions(split: Split, index: int, size: int, shape: tuple[int, int]) -> Regions:
     """{"box" | "mask" | "part": (inside, outside)}, h x w bool, as far as the image has them.
 
     size: side of the score maps in pixels. shape: h, w of the feature map. A location is inside where its
@@ -513,8 +506,7 @@ def gap_of(run: Run, args: Flags) -> dict[str, Any]:
         sized = ((indices, resized(run, name, found[name])) for indices, found in kept)
         score_maps = (MapBatch(indices, cam.normalize(values).numpy()) for indices, values in sized)
         metrics = evaluate_maps(score_maps, run.split, workers=args.workers)["metrics"]
-        keys = ("max_box_acc_v2", "max_box_acc", "pxap")
-        entry["localization"][name] = {key: metrics[key] for key in keys}
+        entry["localization"][name] = {key: metrics[key] for key in ("max_box_acc_v2", "max_box_acc", "pxap")}
     return entry
 
 

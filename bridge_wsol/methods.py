@@ -38,6 +38,7 @@ class Passes(NamedTuple):
     logits: Tensor  # N x K
     features: Tensor  # N x C x h x w: f, after the last ReLU
     dropped: Tensor | None = None  # f of a second pass with dropout; None in eval mode, and without one
+    extra: Tensor | None = None  # what a compared system adds: see its `passes`
 
 
 class CAM(nn.Module):
