@@ -282,12 +282,12 @@ def load_masks(root: Path, masks: Masks, size: int) -> tuple[np.ndarray, np.ndar
 # ----------------------------------------------------------------------------------------------- score maps
 
 
-def load_score_maps(folder: Path, split: Split) -> Iterator[tuple[str, np.ndarray]]:
+def load_score_maps(folder: str | Path, split: Split) -> Iterator[tuple[str, np.ndarray]]:
     """(image id, map) of each image, from DIR/<image id>.npy or DIR/<image id without extension>.npy.
 
     Raises InputError for a map that is missing, that two images share or that is not a .npy array.
     """
-    stems = Counter(os.path.splitext(image)[0] for image in split.ids)
+    folder, stems = Path(folder), Counter(os.path.splitext(image)[0] for image in split.ids)
     for image in split.ids:
         path, stem = folder / f"{image}.npy", os.path.splitext(image)[0]
         if not path.is_file() and stems[stem] == 1:

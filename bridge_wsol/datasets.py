@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import filecmp
 import hashlib
+import os
 import shutil
 from bisect import bisect_left
 from collections import defaultdict
@@ -348,7 +349,8 @@ def image_files(paths: list[Path]) -> list[Path]:
     for path in paths:
         inside = [path]
         if path.is_dir():
-            inside = sorted(i for p in (path, *path.rglob("*")) if p.is_dir() for i in _images(p))
+            folders = (Path(folder) for folder, _, _ in os.walk(path, followlinks=True))
+            inside = sorted(image for folder in folders for image in _images(folder))
         if not inside:
             raise InputError(f"--images {path}: no images in this folder")
         files += inside
