@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_tiny, write_split
 from PIL import Image
+from torchvision.transforms.functional import InterpolationMode, resize
 
 from bridge_wsol import data, datasets
 from bridge_wsol.boxes import scale_boxes
@@ -298,3 +299,47 @@ def test_a_damaged_training_image_ends_the_run_with_its_name(tiny, fails, tmp_pa
     path = tmp_path / "data" / "tiny" / "train" / "03.png"
     path.write_bytes(path.read_bytes()[:200])
     fails("train", f"{tiny} --workers {workers} --out {tmp_path}/run", path)
+
+
+def test_images_are_resized_as_torchvision_resizes_them(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for size in (32, 128):  # antialiased where it shrinks
+        expected = resize(Image.fromarray(pixels), [size, size], InterpolationMode.BILINEAR)
+        np.testing.assert_array_equal(data.load_rgb(tmp_path / "a.png", size), expected)
+
+
+def test_a_digest_knows_ids_and_labels_and_a_part_keeps_what_its_images_have():
+    split = Split("a", tmp := datasets.SHIPPED, ["x", "y"], np.array([0, 1]), masks={1: Masks(["m"], [])})
+    others = [Split("a", tmp, ["x", "z"], np.array([0, 1])), Split("a", tmp, ["x", "y"], np.array([1, 1]))]
+    assert len({split.digest(), *(other.digest() for other in others)}) == 3
+    assert split.digest() == Split("b", tmp / "c", ["x", "y"], np.array([0, 1])).digest()
+    part = split.take([1], "part")
+    assert (part.name, part.ids, part.sizes, part.masks) == ("part", ["y"], None, {0: Masks(["m"], [])})
+
+
+def test_values_of_32_bits_are_those_of_8_or_refused():
+    for mode, kind, values, fits in (
+        ("I", np.int32, (0, 255), True),
+        ("I", np.int32, (0, 256), False),
+        ("I", np.int32, (-1, 255), False),
+        ("F", np.float32, (0, 1.5), True),
+        ("F", np.float32, (0, 1), False),  # a map in [0, 1], not an image
+        ("F", np.float32, (0, 0), True),
+    ):
+        image = Image.fromarray(np.array([values], dtype=kind))
+        assert image.mode == mode
+        if fits:
+            assert data.to_rgb(image).getpixel((1, 0)) == (int(values[1]),) * 3
+        else:
+            with pytest.raises(InputError, match="where 0 ... 255 are expected"):
+                data.to_rgb(image)
+
+
+def test_boxes_of_one_pixel_and_sizes_of_batches(tmp_path):
+    (tmp_path / "localization.txt").write_text("a.png,3,4,3,4\n")
+    boxes, masks = data.read_localization(tmp_path / "localization.txt", {"a.png": 0}, np.array([[9, 9]]))
+    assert boxes[0].tolist() == [[3, 4, 3, 4]] and not masks
+    sampler = data.EpochSampler(7, 3, seed=0)
+    assert [sampler.size(batch) for batch in range(len(sampler))] == [(3, 3), (3, 3), (1, 1)]
+    assert [len(batch) for batch in sampler] == [3, 3, 1]
