@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument_group("how it runs").add_argument
     add("--batch-size", type=int, default=32, metavar="N", help="default 32")
-    text = "loading and sweeping processes (default: 0 with --images or on the CPU, else the cores)"
+    text = "loading and sweeping processes (default: 0 with --images or a RUN on the CPU, else the cores)"
     add("--workers", type=int, metavar="N", help=text)
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--amp", choices=("auto", "bf16", "off"), help="default: the run's; auto: bf16 where it is fast")

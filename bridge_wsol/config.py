@@ -246,6 +246,12 @@ def resolve_config(
     flag that contradicts that run, that its method does not have, or whose value is out of range.
     """
     given = args.given
+    lists = Path(given.get("lists", RUN_VALUES["lists"].default))
+    if "dataset" in given and is_folder(given["dataset"], lists):
+        # A path, also where a data set of this name appears later, and without the shell's last slash.
+        dataset = os.path.normpath(given["dataset"])
+        dataset = dataset if os.path.dirname(dataset) else os.path.join(os.curdir, dataset)
+        given = given | {"dataset": dataset}
     if checkpoint:
         values, sources = dict(checkpoint["config"]), dict(checkpoint["sources"])
         known = all_values()
@@ -262,11 +268,6 @@ def resolve_config(
     else:
         dataset, arch, method = (given.get(x, RUN_VALUES[x].default) for x in ("dataset", "arch", "method"))
         has_preset = any(dataset == pair[0] for pair in PRESETS)
-        if not has_preset and is_folder(dataset, Path(given.get("lists", RUN_VALUES["lists"].default))):
-            # A path, also where a data set of this name appears later, and without the shell's last slash.
-            dataset = os.path.normpath(dataset)
-            dataset = dataset if os.path.dirname(dataset) else os.path.join(os.curdir, dataset)
-            given = given | {"dataset": dataset}
         name = given.get("preset", dataset if has_preset else "CUB")
         of_preset = preset_values(name, arch, method, dataset)
         values = {key: value for key, (value, _) in of_preset.items()} | {"preset": name}

@@ -99,8 +99,8 @@ def load_splits(
         found["train"], found["val"] = hold_out(found["train"], val_per_class)
     digests = {name: found[name].digest() for name in names}
     if "val" in names:
-        origin = f"{val_per_class} per class held out from train" if val_per_class else "its own list"
-        notes.append(f"val: {len(found['val'])} images, {origin}")
+        origin = f", {val_per_class} per class held out from train" if val_per_class else ""
+        notes.append(f"val: {len(found['val'])} images{origin}")
     if "train" in names and len(absent := np.setdiff1d(np.arange(num_classes), found["train"].labels)):
         notes.append(f"{len(absent)} of {num_classes} classes have no image in train: {absent[:5]}")
     if dataset == "ILSVRC" and images:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from colorsys import hsv_to_rgb
 from contextlib import suppress
@@ -457,4 +456,8 @@ def _folded(layers: nn.Sequential) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    pretrain(Path(sys.argv[1]), Path(sys.argv[2]))
+    with utils.one_line_errors():
+        parser = utils.Parser(prog="python -m bridge_wsol.demo", description=pretrain.__doc__)
+        parser.add_argument("folder", type=Path, help="where the shapes are drawn")
+        parser.add_argument("out", type=Path, help="weights file to write")
+        pretrain(**vars(parser.parse_args()))
