@@ -186,8 +186,9 @@ def train_one_epoch(run: Run, loader: DataLoader, epoch: int) -> dict[str, float
         # A sum stays non-finite. Reading it makes the CPU wait for the GPU.
         read = run.device.type == "cpu" or number % 20 == 19 or number + 1 == len(loader)
         if read and not torch.isfinite(sums["loss"]):
-            step = f"step {number + 1}/{len(loader)}, or one of the 19 before it on a GPU"
-            problem = f"non-finite loss in {title}, {step} ({loss_text(values)})"
+            late = "" if run.device.type == "cpu" else " or one of the 19 before it"
+            step = f"step {number + 1}/{len(loader)}{late} ({loss_text(values)})"
+            problem = f"non-finite loss in {title}, {step}"
             raise InputError(f"{problem}; last.pt was not updated: lower --lr and --lr-new")
     parts = all_gather({name: value.cpu() for name, value in sums.items()})
     return {name: float(sum(part[name] for part in parts)) / len(run.splits["train"]) for name in parts[0]}
