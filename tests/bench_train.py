@@ -63,10 +63,10 @@ class Plain(Bridge):
             return values[where].mean() if where.any() else values.new_zeros(())
 
         l_sim = l_norm = 0
-        for i in range(len(labels)):
-            s = S[i].amax(0) if c.norm_class == "max" else S_y[i]
-            l_sim = l_sim + mean(S_y[i], F_hat[i] < c.tau_bg) - mean(S_y[i], F_hat[i] > c.tau_fg)
-            l_norm = l_norm + mean(F_hat[i], s < 0) - mean(F_hat[i], s > 0)
+        for s_all, s_y, f_hat in zip(S, S_y, F_hat):
+            s = s_all.amax(0) if c.norm_class == "max" else s_y
+            l_sim = l_sim + mean(s_y, f_hat < c.tau_bg) - mean(s_y, f_hat > c.tau_fg)
+            l_norm = l_norm + mean(f_hat, s < 0) - mean(f_hat, s > 0)
         return {
             "l_ce": (1.0, nnf.cross_entropy(passes.logits, labels)),
             "l_drop": (c.lambda_drop, (passes.dropped - f).abs().mean()),
@@ -78,12 +78,10 @@ class Plain(Bridge):
 def make(mode: str, args: argparse.Namespace, device: torch.device) -> Callable[..., dict[str, float]]:
     """A function that does one step on (images, labels) and returns the unweighted losses."""
     values = {name: x for name, (x, _) in preset_values(args.dataset, args.arch, "bridge").items()}
+    config = SimpleNamespace(**values | {"arch": args.arch})
     torch.manual_seed(0)
-    method = (Plain if mode == PLAIN else Bridge)(
-        SimpleNamespace(**values | {"arch": args.arch}), CLASSES[args.dataset]
-    )
-    method.to(device).train()
-    step, optimizer = method, build_optimizer(method, method.config)
+    step = method = (Plain if mode == PLAIN else Bridge)(config, CLASSES[args.dataset]).to(device).train()
+    optimizer = build_optimizer(method, config)
     if mode == PLAIN:
         for group in optimizer.param_groups:
             group |= {"fused": False, "foreach": False}
@@ -156,25 +154,12 @@ def serve(mode: str, args: argparse.Namespace, device: torch.device) -> None:
     print(json.dumps({"losses": first, "flops": counter and counter.get_total_flops()}), flush=True)
     for _ in sys.stdin:
         print(seconds(lambda: step(images, labels), device), flush=True)
-    if device.type == "cuda":
-        print(torch.cuda.max_memory_allocated(device) / 1e9)
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
-
-
-def measure_input() -> None:
-    """Prints images/s of the training input."""
-    with tempfile.TemporaryDirectory() as folder:
-        split = drawn_split(Path(folder), 256)
-        loader = train_loader(TrainImages(split, resize_size=256, image_size=224, seed=0), 32, workers=0)
-        for what in ("decoded", "kept in memory"):  # the second pass does not read the files
-            images_per_second = len(split) / seconds(lambda: list(loader), torch.device("cpu"))
-            print(f"  input, one process, {what:<15}{images_per_second:9.0f} images/s")
+    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print((torch.cuda.max_memory_allocated(device) if device.type == "cuda" else of_process) / 1e9)
 
 
 def parse_args() -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--dataset", choices=CLASSES, default="CUB", help="whose preset and number of classes")
     add("--arch", choices=ARCHS, default="vgg16")
@@ -207,8 +192,8 @@ def main() -> None:
     memory = {mode: runner.end() for mode, runner in runners.items()}
     of_plain, flops = runners[PLAIN].first["losses"], runners[PLAIN].first["flops"]
 
-    gpu = device.type == "cuda" and torch.cuda.get_device_name(device)
-    where = gpu or f"CPU, {torch.get_num_threads()} threads"
+    threads = f"CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     size = f"batch {args.batch_size}, 224 x 224, {CLASSES[args.dataset]} classes"
     print(f"{args.arch}, {size}, {where}; {flops / args.batch_size / 1e9:.0f} GFLOP per image")
     for mode, runner in runners.items():
@@ -220,7 +205,12 @@ def main() -> None:
             f"   {memory[mode]:6.2f} GB at most   {share:5.1f} % of a matrix product's"
             f" {reachable / 1e12:.2f} TFLOP/s   first losses {apart:.0e} apart"
         )
-    measure_input()
+    with tempfile.TemporaryDirectory() as folder:
+        split = drawn_split(Path(folder), 256)
+        loader = train_loader(TrainImages(split, resize_size=256, image_size=224, seed=0), 32, workers=0)
+        for what in ("decoded", "kept in memory"):  # the second pass does not read the files
+            images_per_second = len(split) / seconds(lambda: list(loader), torch.device("cpu"))
+            print(f"  input, one process, {what:<15}{images_per_second:9.0f} images/s")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ import json
 import shutil
 import statistics
 import sys
-from argparse import Namespace
 from functools import partial
 
 import pytest
 from conftest import REPOSITORY, results, run
 
-from bridge_wsol.experiments import ROWS, check_pools, read_sweep
+from bridge_wsol.experiments import ROWS, read_sweep
 from bridge_wsol.methods import METHODS
 from bridge_wsol.utils import InputError
 
@@ -308,26 +307,3 @@ def test_the_committed_results_are_readable(tmp_path):
     assert float(rows["bridge"]["v2_mean_mean"]) == pytest.approx(statistics.mean(v2))
     assert float(rows["bridge"]["v2_mean_deviation"]) == pytest.approx(statistics.stdev(v2))
     assert rows.keys() == {file.stem.partition("_seed")[0] for file in files}
-
-
-def test_only_seeds_of_one_configuration_are_pooled(trained, tmp_path):
-    _, source = trained
-    runs = [source, *(changed(source, tmp_path / f"run{seed}", seed=seed) for seed in (1, 2))]
-    same = changed(source, tmp_path / "same", seed=1)
-    weaker = changed(source, tmp_path / "weaker", seed=3, gamma=0.5)
-    check_pools(Namespace(runs=runs, names=["a", "a", "a"]))
-    check_pools(Namespace(runs=[*runs, weaker], names=["a", "a", "a", "b"]))
-    for run_, words in ((same, "run1, and the same seed"), (weaker, "gamma 0.8 and 0.5")):
-        with pytest.raises(InputError, match=f"{run_}: has the name a.*{words}"):
-            check_pools(Namespace(runs=[*runs, run_], names=["a"] * 4))
-
-
-def test_bad_input_to_table(trained, tmp_path, fails):
-    _, source = trained
-    fails("experiments", f"table {tmp_path}/nowhere", tmp_path / "nowhere")
-    fails("experiments", f"table {source} --names a b", "2 names for 1 runs")
-    fails("experiments", f"table {source} --frobnicate", "--frobnicate")
-    last = f"table {source} --split val --checkpoint last"
-    fails("experiments", last, f"python evaluate.py {source} --checkpoint last --split val")
-    (source / "results_best_test.json").write_text("{}")
-    fails("experiments", f"table {source}", source / "results_best_test.json", "evaluate.py")

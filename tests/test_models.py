@@ -142,7 +142,7 @@ def test_a_wrong_weights_file_is_described_and_never_executed(tmp_path):
         (state | {"features.0.bias": 3}, "features.0.bias"),
         ({"model": 4}, "26 tensors .*missing"),
         ([torch.zeros(2)], "list"),
-        ({"features.0.weight": Harm()}, "holds a io.open, which could run code"),
+        ({"features.0.weight": Harm()}, "holds a _?io.open, which could run code"),
     ):
         torch.save(wrong, path)
         before = {k: v.clone() for k, v in net.state_dict().items()}
