@@ -133,7 +133,8 @@ def test_a_folder_of_images_that_has_moved(tmp_path, capsys):
 
 @pytest.mark.parametrize("end", ["pipe", pytest.param("full disk", marks=pytest.mark.slow)])
 def test_results_are_written_where_the_output_ends(trained, tmp_path, end):
-    flags = f"{trained[1]} --out {tmp_path}/r.json --data-root {tmp_path}/data --lists {tmp_path}/lists --quiet --batch-size 8"
+    flags = f"{trained[1]} --out {tmp_path}/r.json --data-root {tmp_path}/data --lists {tmp_path}/lists"
+    flags += " --quiet --batch-size 8"
     command = [sys.executable, str(REPOSITORY / "evaluate.py"), *flags.split()]
     if end == "pipe":
         reader, writer = os.pipe()
