@@ -144,6 +144,7 @@ def test_the_shares_of_all_processes_are_the_batches_of_one(n, batch_size, proce
         sampler = EpochSampler(n, batch_size, seed=0)
         parts = [(part, *sampler.size(number)) for number, part in enumerate(sampler)]
         torch.save(parts, tmp_path / f"{rank}.pt")
+        torch.distributed.barrier()  # none leaves before all are connected
         torch.distributed.destroy_process_group()
 
     started = [FORK.Process(target=share, args=(rank,)) for rank in range(processes)]
