@@ -25,7 +25,7 @@ def test_iou_is_inclusive():
     expected = [[8 / 30, 1, 0], [1 / 20, 0, 1 / 18]]
     np.testing.assert_allclose(iou_matrix(a, b), expected)
     # Side by side, one above the other, and diagonal: nothing in common.
-    np.testing.assert_array_equal(iou_matrix([[0, 0, 2, 2]], [[3, 0, 5, 2], [0, 3, 2, 5], [5, 6, 7, 8]]), 0)
+    np.testing.assert_array_equal(iou_matrix([[0, 0, 2, 2]], [[4, 0, 6, 2], [0, 4, 2, 6], [5, 6, 7, 8]]), 0)
 
 
 def test_a_component_s_box_is_its_extent_plus_one_clipped():
