@@ -6,6 +6,7 @@
     python evaluate.py runs/CUB_vgg16_bridge --images photo.jpg folder/    boxes and pictures for your images
 
 Prints a table and writes RUN/results_<checkpoint>_<split>.json; for score maps results_<DIR>_<split>.json.
+A file of the same name with .npz has what is right image by image, for `experiments difference`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from bridge_wsol import cam, config, evaluation, utils
 from bridge_wsol.baselines import METHODS
 from bridge_wsol.data import Split, decode, load_score_maps
 from bridge_wsol.datasets import image_files, load_split
+from bridge_wsol.intervals import hits_path
 from bridge_wsol.models import ARCHS, read_weights
 from bridge_wsol.utils import InputError, flag
 
@@ -67,6 +69,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, metavar="PATH", help=text)
     add("--save-maps", type=Path, metavar="DIR", help="writes each score map to DIR/<image id>.npy")
     add("--per-image", type=Path, metavar="FILE.csv", help="writes class, IoU and box of every image")
+    add("--no-intervals", action="store_true", help="without the 95 %% intervals over images")
     add(
         "--pictures",
         type=int,
@@ -212,7 +215,8 @@ def finish(
     args: argparse.Namespace, maps_of: Callable, split: Split, out: Path, head: dict[str, Any], **options: Any
 ) -> None:
     """Evaluates the maps of the split, writes the results file, prints its table, draws --pictures."""
-    options |= {"per_image": args.per_image, "threshold": args.threshold}
+    options |= {"per_image": args.per_image, "threshold": args.threshold, "hits": hits_path(out)}
+    options |= {"intervals": not args.no_intervals}
     result = evaluation.evaluate_maps(maps_of(split), split, **options)
     evaluation.report(out, result, head)
     if args.pictures and split.boxes:

@@ -13,6 +13,7 @@ Writes --out (default runs/DATASET_ARCH_METHOD): config.json, log.jsonl, last.pt
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from bridge_wsol.baselines import METHODS  # with the compared systems registere
 from bridge_wsol.config import parse_args, resolve_config, run_folder, write_config
 from bridge_wsol.data import Split, TrainImages, test_loader, to_input, train_loader
 from bridge_wsol.datasets import download, load_splits
+from bridge_wsol.intervals import hits_path
 from bridge_wsol.methods import CAM
 from bridge_wsol.metrics import selection_score
 from bridge_wsol.models import load_pretrained, load_weights
@@ -195,17 +197,22 @@ def train_one_epoch(run: Run, loader: DataLoader, epoch: int) -> dict[str, float
 
 
 def test(run: Run) -> None:
-    """The best and the last checkpoint on test: tables, results_best_test.json, results_last_test.json."""
+    """The best and the last checkpoint on test: tables, results_{best,last}_test.json, .npz (hits)."""
     c, split, results = run.config, run.splits["test"], {}
     for which in ("best", "last"):
         trained = evaluation.TrainedRun(run.out, which, run.device)
         epoch, path = trained.checkpoint["epoch"], run.out / evaluation.results_name(which, "test")
         if epoch in results:
+            if rank() == 0:
+                shutil.copyfile(
+                    hits_path(path.with_name(evaluation.results_name("best", "test"))), hits_path(path)
+                )
             evaluation.write_results(path, results[epoch], trained.head("test"))
             say(f"the same epoch: written to {path}")
             continue
         maps, levels = trained.maps(split, c.batch_size, c.workers), trained.val_levels
-        results[epoch] = evaluation.evaluate_maps(maps, split, workers=c.workers, val_levels=levels)
+        options = {"val_levels": levels, "hits": hits_path(path), "intervals": True}
+        results[epoch] = evaluation.evaluate_maps(maps, split, workers=c.workers, **options)
         evaluation.report(path, results[epoch], trained.head("test"))
         if which == "best" and c.pictures and split.boxes:
             drawn, level = evaluation.evenly(split, c.pictures), results[epoch]["levels"]["largest"]

@@ -26,13 +26,14 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 from . import cam, utils
+from . import intervals as bootstrap
 from .baselines import METHODS
 from .boxes import LEVELS, fixed_level, iou_matrix, level_boxes, scale_boxes
 from .data import Masks, Split, as_score_map, decode, load_masks, load_rgb, test_loader, to_input, to_rgb
 from .datasets import is_folder, load_splits
 from .losses import full_precision
 from .methods import CAM
-from .metrics import LEVEL_NAMES, Evaluator, Measured, label_ranks, measure, selection_score
+from .metrics import DELTAS, LEVEL_NAMES, Evaluator, Measured, label_ranks, measure, selection_score
 from .models import load_weights
 from .utils import InputError
 
@@ -134,23 +135,24 @@ def evaluate_maps(
     val_levels: dict[str, int] | None = None,
     save_maps: Path | None = None,
     per_image: Path | None = None,
+    hits: Path | None = None,
+    intervals: bool = False,
     threshold: float | None = None,
 ) -> dict[str, Any]:
-    """All metrics of the score maps, `metrics.Evaluator.result`. `workers` changes no result.
+    """All metrics of the score maps, `metrics.Hits.result`. `workers` changes no result.
 
     workers: processes that sweep maps while the network makes the next ones.
     val_levels: levels chosen on val, for the accuracy at thresholds that did not see this split.
-    save_maps: a folder for the maps. per_image: a CSV file to write.
+    save_maps: a folder for the maps. per_image, hits: a CSV file and a hits file to write.
+    intervals: add "intervals", [low, high] of each metric.
     threshold: a fixed one, a fraction of each map's maximum, for "fixed_threshold" in the metrics.
-    Raises InputError as `Evaluator.result` does, and for a threshold outside [0, 1).
+    Raises InputError as `Evaluator.hits` does, and for a threshold outside [0, 1).
     """
     require_threshold(threshold)
-    evaluator, whole, blank = Evaluator(), Evaluator(), 0
+    evaluator, whole, blank = Evaluator(keep=per_image is not None), Evaluator(), 0
     measured = utils.ordered_map(_measure, _jobs(batches, split, threshold), workers)
     share = len(range(utils.rank(), len(split), utils.world_size()))
     for job, found in utils.progress(measured, split.name, share):
-        # The boxes are two thirds of what is known of an image, and only the CSV file needs them.
-        found = found if per_image else found._replace(largest=None)
         evaluator.add(job.index, found, job.rank, job.predicted)
         blank += not job.score_map.any()
         if save_maps is not None:
@@ -163,9 +165,14 @@ def evaluate_maps(
         whole.merge(part)
     if blank := sum(utils.all_gather(blank)):
         utils.say(f"{blank} of {len(split)} maps are constant, all zero or not finite: they have no box")
-    result = whole.result(val_levels, threshold)
+    found = whole.hits(val_levels, threshold)
+    result = found.result()
+    if intervals:
+        result["intervals"] = bootstrap.intervals([found], split.digest())
     if per_image is not None and utils.rank() == 0:
         write_per_image(per_image, split, whole, result["levels"])
+    if hits is not None and utils.rank() == 0:
+        bootstrap.save_hits(hits, found, split)
     return result
 
 
@@ -199,8 +206,8 @@ def write_per_image(path: Path, split: Split, evaluator: Evaluator, levels: dict
     rows = csv.writer(text, lineterminator="\n")
     head = ["id", "label", "predicted", *(f"iou_{name}" for name in LEVEL_NAMES), "x0", "y0", "x1", "y1"]
     rows.writerow(head)
-    for index, found in sorted(evaluator.images.items()):
-        row: list[Any] = [split.ids[index], split.labels[index], evaluator.predicted.get(index, "")]
+    for index, (*_, predicted, found) in sorted(evaluator.images.items()):
+        row: list[Any] = [split.ids[index], split.labels[index], "" if predicted is None else predicted]
         if found.ious is not None:
             row += [f"{found.ious[int(name == 'largest'), levels[name]]:.6f}" for name in LEVEL_NAMES]
             row += [*found.largest[levels["largest"]]]
@@ -257,7 +264,7 @@ def results_name(
 
 
 def write_results(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
-    """The head, then images, metrics, levels, thresholds and curves. Only the first process writes."""
+    """The head, then images, metrics, levels, thresholds, curves, intervals. The first process writes."""
     if utils.rank() == 0:
         utils.write_json(path, head | result)
 
@@ -265,25 +272,37 @@ def write_results(path: Path, result: dict[str, Any], head: dict[str, Any]) -> N
 def report(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
     """Writes the results file, then prints its table: percent; thresholds as fractions of the 255 levels."""
     write_results(path, result, head)
-    m, t = result["metrics"], result["thresholds"]
-    rows: list[tuple[str, float | None, str]] = []
+    m, t, known = result["metrics"], result["thresholds"], result.get("intervals", {})
+    rows: list[tuple[str, Any, Any, str]] = []
+
+    def add(name: str, key: str, note: str = "", of: str | None = None) -> None:
+        value, interval = (tree.get(key) for tree in (m, known))
+        if of is not None:
+            value, interval = (tree and tree[of] for tree in (value, interval))
+        rows.append((name, value, interval, note))
+
     if t is not None:
-        v2, at_val = m["max_box_acc_v2"], m["max_box_acc_v2_at_val_threshold"] or {"mean": None}
-        at_deltas = ", ".join(f"IoU {d}: {v2[d]:.2f} at threshold {t[d]:.3f}" for d in ("30", "50", "70"))
+        add("MaxBoxAccV2", "max_box_acc_v2", "mean of the three", "mean")
+        for delta in map(str, DELTAS):
+            add(f"  IoU {delta}", "max_box_acc_v2", f"at threshold {t[delta]:.3f}", delta)
+        add("GT-known Loc", "gt_known_loc", "all contours, = MaxBoxAccV2 at IoU 50")
         largest = f"largest contour, = MaxBoxAcc, at threshold {t['largest']:.3f}"
-        rows += [
-            ("MaxBoxAccV2", v2["mean"], at_deltas),
-            ("GT-known Loc", m["gt_known_loc"], "all contours, = MaxBoxAccV2 at IoU 50"),
-            ("GT-known Loc", m["gt_known_loc_largest"], largest),
-            ("Top-1 Loc", m["top1_loc"], "all contours"),
-            ("Top-5 Loc", m["top5_loc"], "all contours"),
-            ("MaxBoxAccV2", at_val["mean"], "at the thresholds chosen on val"),
-        ]
+        add("GT-known Loc", "gt_known_loc_largest", largest)
+        add("Top-1 Loc", "top1_loc", "all contours")
+        add("Top-5 Loc", "top5_loc", "all contours")
+        add("MaxBoxAccV2", "max_box_acc_v2_at_val_threshold", "at the thresholds chosen on val", "mean")
         if fixed := m.get("fixed_threshold"):
             note = f"largest contour, at the fixed threshold {fixed['threshold']:g} of the map's maximum"
             names = {"GT-known Loc": "gt_known_loc", "Top-1 Loc": "top1_loc", "Top-5 Loc": "top5_loc"}
-            rows += [(name, fixed[key], note) for name, key in names.items()]
-    rows += [("PxAP", m["pxap"], ""), ("Top-1 cls", m["top1_cls"], ""), ("Top-5 cls", m["top5_cls"], "")]
+            for name, key in names.items():
+                add(name, "fixed_threshold", note, key)
+    for name, key in {
+        "PxAP": "pxap",
+        "peak IoU": "piou",
+        "Top-1 cls": "top1_cls",
+        "Top-5 cls": "top5_cls",
+    }.items():
+        add(name, key)
     title, of_map = (
         [f"{head['dataset']} {head['split']}"],
         [name for cls in METHODS.values() for name in cls.of_map],
@@ -299,8 +318,11 @@ def report(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
     title.append(f"{result['images']} images")
     counts = {key: n for key, n in result.items() if key.startswith("images_with_")}
     title += [f"{n} with {key.removeprefix('images_with_')}" for key, n in counts.items()]
-    utils.say(f"{', '.join(title)} (percent)")
-    utils.say("\n".join(f"  {name:<14}{x:6.2f}  {note}".rstrip() for name, x, note in rows if x is not None))
+    utils.say(f"{', '.join(title)} (percent{', [95 % interval over images]' if known else ''})")
+    for name, x, interval, note in rows:
+        if x is not None:
+            bounds = "[{:.1f}, {:.1f}]".format(*interval) if interval else ""
+            utils.say(f"  {name:<14}{x:6.2f} {bounds:<{14 if known else 0}} {note}".rstrip())
     utils.say(f"written to {path}")
 
 

@@ -4,6 +4,7 @@
     python -m bridge_wsol.experiments compare --methods cam cam+ivr bridge:lambda_norm=0 --dataset CUB
     python -m bridge_wsol.experiments sweep --param lambda_sim --values 0 0.5 1     one run per value and seed
     python -m bridge_wsol.experiments table RUN [RUN ...]                           tables of existing runs
+    python -m bridge_wsol.experiments difference RUN RUN                            B - A with its interval
 
 A row of a table is METHOD[:NAME=VALUE,...][+NORMALIZATION]: a method, values of its run, a normalization of
 its maps. Each row and seed has one run, in RUNS/<row>_seed<N>. Rows that differ only in the normalization or
@@ -33,6 +34,8 @@ from .cam import NORMALIZATIONS
 from .config import MACHINE, RUN_VALUES, parse_args, read_config, resolve_config
 from .datasets import SPLITS, download, load_splits
 from .evaluation import read_results, results_name
+from .intervals import Stored, hits_path, intervals, localized, read_hits, require_same_images
+from .intervals import difference as paired
 from .utils import InputError, Parser, flag, one_line_errors, read_json, set_quiet, write_json, write_text
 
 # The comparison's default rows: the paper's systems and the field's, some with their own normalization.
@@ -55,6 +58,7 @@ METRICS = {
     "top1_cls": "Top-1 cls",
     "top5_cls": "Top-5 cls",
     "pxap": "PxAP",
+    "piou": "peak IoU",
 }
 HEADINGS = METRICS | {"images_per_second": "images/s"}
 # What a sweep measures, the first that the data set has: PxAP without boxes, Top-1 cls without masks, too.
@@ -66,8 +70,10 @@ COMPARED = (
 FORMS = (
     ("Localization, %", ("top1_loc", "top5_loc", "gt_known_loc", "gt_known_loc_largest", "top1_cls")),
     ("MaxBoxAccV2, %", ("v2_30", "v2_50", "v2_70", "v2_mean", "v2_at_val")),
-    ("PxAP, % (the form of Table A1)", ("pxap",)),
+    ("PxAP, % (the form of Table A1)", ("pxap", "piou")),
 )
+# The metric of a table that has a column with its interval over images: the first that the table has.
+LEADING = ("v2_mean", "gt_known_loc", "pxap", "top1_cls")
 
 
 @dataclass
@@ -79,7 +85,7 @@ class Row:
     values: dict[str, str] = field(default_factory=dict)  # of the run
     of_map: dict[str, str] = field(default_factory=dict)  # values of the map, for evaluate.py
     normalization: str = "minmax"
-    results: list[dict[str, Any]] = field(default_factory=list)  # one results file per seed
+    results: list[dict[str, Any]] = field(default_factory=list)  # one results file per seed, and its "path"
 
     @property
     def pair(self) -> str:
@@ -89,12 +95,21 @@ class Row:
 
     def numbers(self, key: str) -> list[float]:
         """The values of a key of HEADINGS, one per seed; none where the results have no such number."""
-        found = []
-        for result in self.results:
-            v2, at_val = (result["metrics"].get(f"max_box_acc_v2{x}") for x in ("", "_at_val_threshold"))
-            known = result | result["metrics"] | {f"v2_{name}": value for name, value in (v2 or {}).items()}
-            found.append((known | {"v2_at_val": (at_val or {}).get("mean")}).get(key))
+        found = [(result | flat(result["metrics"])).get(key) for result in self.results]
         return [value for value in found if value is not None]
+
+    def stored(self) -> dict[Path, Stored]:
+        """The hits files of the seeds, which must be of the same images. Raises InputError."""
+        files = {result["path"]: read_hits(result["path"]) for result in self.results}
+        require_same_images(files)
+        return files
+
+    def intervals(self) -> dict[str, Any]:
+        """The interval over images of the seeds' mean by the keys of METRICS; empty without hits files."""
+        if not all(hits_path(result["path"]).exists() for result in self.results):
+            return flat(self.results[0].get("intervals", {})) if len(self.results) == 1 else {}
+        files = [*self.stored().values()]
+        return flat(intervals([file.hits for file in files], files[0].digest))
 
     def folder(self, runs: Path, seed: int) -> Path:
         """The folder of a run. Rows that differ in the map only share it."""
@@ -104,6 +119,12 @@ class Row:
         """The flags of train.py for a run."""
         own = {"method": self.method, **self.values, "seed": seed, "out": self.folder(args.runs, seed)}
         return [*args.flags, *(f"{flag(name)}={value}" for name, value in own.items()), "--resume"]
+
+
+def flat(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of a results file, or what else has their keys, with the keys of METRICS, too."""
+    v2, at_val = (metrics.get(f"max_box_acc_v2{x}") or {} for x in ("", "_at_val_threshold"))
+    return metrics | {f"v2_{name}": value for name, value in v2.items()} | {"v2_at_val": at_val.get("mean")}
 
 
 def row_of(name: str) -> Row:
@@ -213,7 +234,7 @@ def finish(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         run_script("evaluate.py", [str(folder), *flags], folder)
     log = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     speed = statistics.median(json.loads(line)["images_per_second"] for line in log)
-    return read_results(path, args.checkpoint, "test")[1] | {"images_per_second": speed}
+    return read_results(path, args.checkpoint, "test")[1] | {"images_per_second": speed, "path": path}
 
 
 def run_script(script: str, arguments: list[str], folder: Path) -> None:
@@ -240,6 +261,11 @@ def spread(values: Sequence[float] | None, digits: int) -> str:
     return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
 
 
+def bracket(bounds: Sequence[float], digits: int) -> str:
+    """[low, high]."""
+    return f"[{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table of these cells, with a line end after each row."""
     lines = [[cell.replace("|", r"\|") for cell in row] for row in (head, *rows)]
@@ -249,19 +275,25 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def table_of(title: str, rows: list[Row], keys: Sequence[str], digits: int, corner: str = "") -> str:
     """A Markdown table under its title: a line per label, a column per key and pair that any row has.
 
-    corner: heading of the labels. Returns "" for a table without numbers.
+    A column more has the interval over images of the first of LEADING, where hits files are there. corner:
+    heading of the labels. Returns "" for a table without numbers.
     """
-    found = {(row.label, row.pair, key): row.numbers(key) for row in rows for key in keys}
-    found = {place: values for place, values in found.items() if values}
-    pairs = dict.fromkeys(row.pair for row in rows)
-    used = {(pair, key) for _, pair, key in found}
-    columns = [(pair, key) for pair in pairs for key in keys if (pair, key) in used]
-    head = [f"{pair if len(pairs) > 1 else ''} {HEADINGS[key]}".strip() for pair, key in columns]
-    counts = sorted({len(values) for values in found.values()})
-    if counts not in ([], [1]):
-        title += f"; mean ± standard deviation over {' or '.join(map(str, counts))} seeds"
-    labels = dict.fromkeys(label for label, _, _ in found)
-    lines = [[label, *(spread(found.get((label, *x)), digits) for x in columns)] for label in labels]
+    cells, counts, leading = {}, set(), next((key for key in LEADING if key in keys), None)
+    for row in rows:
+        for key in keys:
+            if values := row.numbers(key):
+                counts.add(len(values))
+                cells[row.label, row.pair, HEADINGS[key]] = spread(values, digits)
+            if key == leading and values and (bounds := row.intervals().get(key)):
+                cells[row.label, row.pair, f"{HEADINGS[key]}, 95 % over images"] = bracket(bounds, 1)
+    names = [name for key in keys for name in (HEADINGS[key], f"{HEADINGS[key]}, 95 % over images")]
+    pairs, used = dict.fromkeys(row.pair for row in rows), {place[1:] for place in cells}
+    columns = [(pair, name) for pair in pairs for name in names if (pair, name) in used]
+    head = [f"{pair if len(pairs) > 1 else ''} {name}".strip() for pair, name in columns]
+    if counts not in (set(), {1}):
+        title += f"; mean ± standard deviation over {' or '.join(map(str, sorted(counts)))} seeds"
+    labels = dict.fromkeys(label for label, _, _ in cells)
+    lines = [[label, *(cells.get((label, *x), "–") for x in columns)] for label in labels]
     return f"{title}\n\n{markdown([corner, *head], lines)}" if lines else ""
 
 
@@ -299,7 +331,7 @@ def settings(run: Path) -> dict[str, Any]:
     if run.suffix != ".json":
         return {name: value for name, value in read_config(run).items() if name not in MACHINE}
     result = read_results(run, "", "")[1]
-    measured = {"metrics", "levels", "thresholds", "curves"}
+    measured = {"metrics", "levels", "thresholds", "curves", "intervals"}
     # These differ between seeds where val chose them.
     measured |= {"epoch"} if result.get("checkpoint") != "last" else set()
     measured |= {"percentile"} if "chosen_on" in (result.get("percentile") or {}) else set()
@@ -339,8 +371,8 @@ def grouped(args: argparse.Namespace) -> list[Row]:
     """
     found: dict[str, tuple[Row, dict[str, Any]]] = {}
     for run, name in zip(args.runs, names_of(args)):
-        result = read_results(run, args.checkpoint, args.split, args.normalize)[1]
-        config = settings(run)
+        path, result = read_results(run, args.checkpoint, args.split, args.normalize)
+        config, result["path"] = settings(run), path
         seed = config.pop("seed") if "seed" in result else config["seed"]
         if not args.names:
             name = name.removesuffix(f"_seed{seed}") if run.suffix == ".json" else config["method"]
@@ -435,7 +467,62 @@ def table(args: argparse.Namespace) -> None:
     write_tables(args.out, "\n".join(filter(None, tables)), rows, METRICS)
 
 
-COMMANDS = {"compare": compare, "sweep": sweep, "table": table}
+def difference(args: argparse.Namespace) -> None:
+    """Compares two runs, or the seeds of two, on the same images: B - A with its interval.
+
+    A and B are rows as in `table`, A the first. Writes --out as .md and .json.
+    """
+    rows = grouped(args)
+    if len(rows) != 2:
+        found = f"{len(rows)} configurations ({', '.join(row.label for row in rows)})"
+        raise InputError(f"difference: {found} instead of 2: --names says which runs belong together")
+    files = [row.stored() for row in rows]
+    require_same_images(files[0] | files[1])
+    (a, b), digest = ([x.hits for x in of.values()] for of in files), next(iter(files[0].values())).digest
+    found, bounds = map(flat, paired(a, b, digest))
+    own, names = [row.intervals() for row in rows], [row.label for row in rows]
+    keys = [key for key in METRICS if found.get(key) is not None]
+    lines, content = [], {"runs": {row.label: [str(path) for path in of] for row, of in zip(rows, files)}}
+    for key in keys:
+        means = [float(np.mean(row.numbers(key))) for row in rows]
+        sides = [f"{x:.{args.digits}f} {bracket(of[key], 1)}" for x, of in zip(means, own)]
+        lines.append([METRICS[key], *sides, f"{found[key]:+.{args.digits}f} {bracket(bounds[key], 1)}"])
+        sides = {name: {"value": x, "interval": of[key]} for name, x, of in zip(names, means, own)}
+        content[key] = sides | {"difference": found[key], "interval": bounds[key]}
+    text = markdown(["%, [95 % over images]", *names, f"{names[1]} − {names[0]}"], lines)
+    if any(hits.right is not None for hits in a + b):
+        right = [localized(seeds) for seeds in (a, b)]
+        only = [float((x * (1 - y)).sum()) for x, y in (right, right[::-1])]
+        text += f"\nRight at IoU 50 by {names[0]} alone: {only[0]:.4g} of {len(right[0])} images, "
+        text += f"by {names[1]} alone: {only[1]:.4g}.\n"
+        content["only"] = dict(zip(names, only))
+    leading = next(key for key in LEADING if key in keys)
+    text += f"\n{in_words(names, METRICS[leading], found[leading], bounds[leading])}\n"
+    if len(a + b) > 2:
+        text += (
+            f"\nMeans over {len(a)} and {len(b)} seeds. The intervals do not contain the choice of seeds.\n"
+        )
+    print(text)
+    write_text(args.out.with_name(f"{args.out.name}.md"), text)
+    write_json(args.out.with_name(f"{args.out.name}.json"), content)
+    print(f"written to {args.out}.md and .json")
+
+
+def in_words(names: Sequence[str], metric: str, value: float, bounds: Sequence[float]) -> str:
+    """One line on a difference. names: A, B; value, bounds: of B - A."""
+    better, worse = names[::-1] if value >= 0 else names
+    low, high = bounds if value >= 0 else (-bounds[1], -bounds[0])
+    what = (
+        "more than the choice of test images explains"
+        if low > 0
+        else "the choice of test images may explain it"
+    )
+    return (
+        f"{better} is better than {worse} by {abs(value):.1f} {bracket((low, high), 1)} in {metric}: {what}."
+    )
+
+
+COMMANDS = {"compare": compare, "sweep": sweep, "table": table, "difference": difference}
 
 
 def parse_command(argv: list[str] | None) -> argparse.Namespace:
@@ -449,7 +536,7 @@ def parse_command(argv: list[str] | None) -> argparse.Namespace:
         sub = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
         default = "last" if name == "compare" else "best"
         sub.add_argument("--checkpoint", choices=("best", "last"), default=default, help=f"default {default}")
-        if name != "table":
+        if name in ("compare", "sweep"):
             sub.epilog = "Flags not listed here are passed to train.py."
             seeds, runs = ([0, 1, 2], "comparison") if name == "compare" else (None, "sweep")
             text = "default 0 1 2" if seeds else "default: the value of --seed, or 0"
@@ -461,19 +548,20 @@ def parse_command(argv: list[str] | None) -> argparse.Namespace:
     add = commands.choices["sweep"].add_argument
     add("--param", required=True, help="a number of the preset, for example lambda_sim")
     add("--values", nargs="+", required=True, type=float, metavar="X", help="values of --param")
-    add = commands.choices["table"].add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="folders of train.py, files of evaluate.py")
-    add("--names", nargs="+", metavar="NAME", help="names of the runs, in their order (default: methods)")
-    add("--split", choices=("test", "val"), default="test", help="split of the results (default test)")
-    add("--normalize", choices=NORMALIZATIONS, default="minmax", help="of the maps (default minmax)")
-    add("--digits", type=int, default=2, choices=range(10), metavar="N", help="decimals (default 2)")
-    text = "files to write, without suffix (default figures/table)"
-    add("--out", type=Path, default=Path("figures/table"), metavar="PATH", help=text)
+    for name in ("table", "difference"):
+        add = commands.choices[name].add_argument
+        add("runs", nargs="+", type=Path, metavar="RUN", help="folders of train.py, files of evaluate.py")
+        add("--names", nargs="+", metavar="NAME", help="names of the runs, in their order (default: methods)")
+        add("--split", choices=("test", "val"), default="test", help="split of the results (default test)")
+        add("--normalize", choices=NORMALIZATIONS, default="minmax", help="of the maps (default minmax)")
+        add("--digits", type=int, default=2, choices=range(10), metavar="N", help="decimals (default 2)")
+        text = f"files to write, without suffix (default figures/{name})"
+        add("--out", type=Path, default=Path("figures", name), metavar="PATH", help=text)
 
     args, args.flags = parser.parse_known_args(argv)
-    if args.flags and args.command == "table":
+    if args.flags and args.command in ("table", "difference"):
         parser.error(f"unrecognized arguments: {' '.join(args.flags)}")
-    if args.command == "table" and args.out.suffix in (".md", ".csv"):
+    if args.command in ("table", "difference") and args.out.suffix in (".md", ".csv", ".json"):
         args.out = args.out.with_suffix("")
     own = ["--out", "--resume", *(["--method", "--seed"] if args.command == "compare" else [])]
     if taken := [word for word in args.flags if word.split("=")[0] in own]:

@@ -33,6 +33,7 @@ from .boxes import LEVELS, iou_matrix, level_boxes, scale_boxes
 from .data import Masks, Split, decode, load_masks, test_loader, to_input
 from .evaluation import PREDICTION, TRUTH, MapBatch, TrainedRun, evaluate_maps, read_results
 from .experiments import SWEPT, check_pools, markdown, names_of, read_sweep, spread
+from .intervals import band, hits_path, read_hits, require_same_images
 from .losses import feature_norm, minmax
 from .metrics import DELTAS, flatness
 from .utils import InputError, Parser, Value, atomic_write, autocast, one_line_errors, progress, write_json
@@ -178,8 +179,13 @@ def resized(run: Run, name: str, maps: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- Figs. A1 and A2, curves and histogram
 
 
-def read_curves(args: Flags) -> tuple[list[dict[str, Any]], list[dict[str, np.ndarray]]]:
-    """(numbers, {IoU: curve}) of each name; the curve is the mean over the runs with that name.
+Curves = dict[str, np.ndarray]  # IoU in percent -> 255 values, or 2 x 255
+
+
+def read_curves(args: Flags) -> tuple[list[dict[str, Any]], list[Curves], list[Curves]]:
+    """(numbers, curves, intervals) of each name; a curve is the mean over the runs with that name.
+
+    The intervals are `intervals.band`, where all runs of the name have hits files.
 
     Numbers of each IoU: the maximum in percent, its threshold, the range of thresholds that `flatness` finds,
     and the percent of the thresholds at which the curve is above or below the first name's. Raises InputError
@@ -191,8 +197,13 @@ def read_curves(args: Flags) -> tuple[list[dict[str, Any]], list[dict[str, np.nd
         if result["curves"] is None:
             raise InputError(f"{path}: {result['dataset']} has no boxes, so no curves: use maps or gap")
         found.setdefault(name, []).append((path, result["curves"]))
-    entries, all_curves = [], []
+    entries, all_curves, bands = [], [], []
     for name, runs in found.items():
+        stored = {path: read_hits(path) for path, _ in runs if hits_path(path).exists()}
+        bands.append({})
+        if len(stored) == len(runs):
+            require_same_images(stored)
+            bands[-1] = band([x.hits for x in stored.values()], next(iter(stored.values())).digest)
         entry: dict[str, Any] = {"name": name, "results": [str(path) for path, _ in runs]}
         entries.append(entry)
         all_curves.append({iou: np.mean([c[iou] for _, c in runs], axis=0) for iou in map(str, DELTAS)})
@@ -206,16 +217,17 @@ def read_curves(args: Flags) -> tuple[list[dict[str, Any]], list[dict[str, np.nd
                 "above_first": 100 * float((curve > all_curves[0][iou]).mean()),
                 "below_first": 100 * float((curve < all_curves[0][iou]).mean()),
             }
-    return entries, all_curves
+    return entries, all_curves, bands
 
 
 def curves(args: Flags) -> dict[str, Any]:
     """Fig. A1: accuracy against the threshold.
 
-    A marker shows each maximum, MaxBoxAccV2 at that IoU, and a band the range of `flatness` around it.
+    A marker shows each maximum, MaxBoxAccV2 at that IoU, and a thick line the range of `flatness` around it.
+    A band shows the 95 % interval over images, at each threshold by itself.
     Prints the numbers of claim C.1: maximum, `flatness`, and the share of thresholds above the first run.
     """
-    entries, all_curves = read_curves(args)
+    entries, all_curves, bands = read_curves(args)
     names, thresholds = [entry["name"] for entry in entries], np.arange(LEVELS) / LEVELS
     rows, columns = (1, 3) if args.width > 5 else (3, 1)
     lines = 0.13 * len(names)  # height of a legend
@@ -223,12 +235,14 @@ def curves(args: Flags) -> dict[str, Any]:
     with figure(args, height, rows, columns, **share) as (drawn, panels):
         for panel, delta in zip(panels.flat, DELTAS):
             handles = []
-            for i, (entry, of_run) in enumerate(zip(entries, all_curves)):
+            for i, (entry, of_run, bounds) in enumerate(zip(entries, all_curves, bands)):
                 curve, found = of_run[str(delta)], entry[str(delta)]
                 at = found["threshold"], *found["within_95_percent"]
                 top, first, last = (round(threshold * LEVELS) for threshold in at)
-                band = slice(first, last + 1)
-                panel.plot(thresholds[band], curve[band], color=look(i)["color"], linewidth=5, alpha=0.25)
+                near, colour = slice(first, last + 1), look(i)["color"]
+                panel.plot(thresholds[near], curve[near], color=colour, linewidth=5, alpha=0.25)
+                if bounds:
+                    panel.fill_between(thresholds, *bounds[str(delta)], color=colour, alpha=0.15, linewidth=0)
                 flat = "–" if found["flatness"] is None else f"{found['flatness']:.2f}"
                 marker = {"marker": MARKERS[i % len(MARKERS)], "markevery": [top]}
                 label = f"{found['maximum']:.1f}, {flat} wide"

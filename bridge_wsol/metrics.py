@@ -6,12 +6,12 @@ Level t is the threshold t / 255 on the quantized map (see boxes.py).
 
     found = measure(score_map, boxes)          one image, also in a worker process
     evaluator.add(index, found, rank)          all images, in any order
-    evaluator.result()                         metrics, levels, curves
+    evaluator.hits().result()                  metrics, levels, curves
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ class Measured(NamedTuple):
     ious: np.ndarray | None = None
     largest: np.ndarray | None = None  # 255 x 4 int64, box of the largest contour, in pixels of the map
     fixed_level: int | None = None  # level of the fixed threshold
-    pixels: np.ndarray | None = None  # 2 x bins int64, `pixel_histogram`
+    pixels: np.ndarray | None = None  # 2 x bins int32, `pixel_histogram`
 
 
 def measure(
@@ -74,35 +74,57 @@ def label_ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def pixel_histogram(score_map: np.ndarray, mask: np.ndarray, ignore: np.ndarray) -> np.ndarray:
-    """Scores of the pixels per bin of EDGES: 2 x bins int64, object pixels and other pixels.
+    """Scores of the pixels per bin of EDGES: 2 x bins int32, object pixels and other pixels.
 
     score_map H x W in [0, 1]; mask and ignore H x W bool. Pixels in `ignore` do not count, unless they are in
     `mask`.
     """
     bins = np.searchsorted(EDGES, score_map, side="right") - 1
     regions = mask, ~mask & ~ignore
-    return np.stack([np.bincount(bins[region], minlength=len(EDGES) - 1) for region in regions])
+    counts = [np.bincount(bins[region], minlength=len(EDGES) - 1) for region in regions]
+    return np.stack(counts).astype(np.int32)
 
 
-def average_precision(histogram: np.ndarray) -> float | None:
+def average_precision(histogram: np.ndarray) -> np.ndarray:
     """PxAP (Choe et al.): sum of precision * (increase in recall) over descending thresholds, in percent.
 
-    histogram: the sum of `pixel_histogram` over all images. None without object pixels.
+    histogram: ... x 2 x bins, sums of `pixel_histogram` -> ... float64; NaN without object pixels.
     """
-    true_positive, false_positive = histogram[:, ::-1].cumsum(axis=1)
-    if not true_positive[-1]:
-        return None
+    true_positive, false_positive = _descending(histogram)
     precision = true_positive / np.maximum(true_positive + false_positive, 1)
-    recall = true_positive / true_positive[-1]
-    return 100 * float((precision * np.diff(recall, prepend=0)).sum())
+    with np.errstate(invalid="ignore"):
+        recall = true_positive / true_positive[..., -1:]
+    return 100 * (precision * np.diff(recall, prepend=0)).sum(-1)
+
+
+def peak_iou(histogram: np.ndarray) -> np.ndarray:
+    """Peak IoU of the pooled pixels (as DA-WSOL and BagCAMs report it), in percent.
+
+    The maximum over thresholds of TP / (TP + FP + FN). Shapes and NaN as in `average_precision`.
+    """
+    true_positive, false_positive = _descending(histogram)
+    objects = true_positive[..., -1:]  # TP + FN
+    with np.errstate(invalid="ignore"):
+        return 100 * (true_positive / np.where(objects > 0, objects + false_positive, 0)).max(-1)
+
+
+def _descending(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(object pixels, other pixels) with at least the score of each bin, the highest bin first."""
+    sums = histogram[..., ::-1].cumsum(-1)
+    return sums[..., 0, :], sums[..., 1, :]
 
 
 # -------------------------------------------------------------------------------------------- all images
 
 
-def percent(hits: np.ndarray) -> float:
-    """Share of True values in percent, from integer counts: hits N bool, N >= 1."""
-    return 100 * int(hits.sum()) / len(hits)
+class Counted(NamedTuple):
+    """What an `Evaluator` keeps of an image."""
+
+    right: np.ndarray | None  # 4 x 255 bool: whether a box is right at a level, in the order of LEVEL_NAMES
+    fixed: bool | None  # whether the largest contour's box is right at the fixed threshold
+    rank: int | None
+    predicted: int | None
+    found: Measured
 
 
 @dataclass
@@ -110,14 +132,11 @@ class Evaluator:
     """The images of a split, by their index in it.
 
     Results do not depend on the order of `add`, and merging the parts of several processes is exact. No image
-    counts twice.
+    counts twice. keep: keep IoUs and boxes, too.
     """
 
-    images: dict[int, Measured] = field(default_factory=dict)
-    ranks: dict[int, int] = field(default_factory=dict)  # of the label; empty without a classifier
-    predicted: dict[int, int] = field(default_factory=dict)  # Top-1 class
-    pixels: np.ndarray = field(default_factory=lambda: np.zeros((2, len(EDGES) - 1), dtype=np.int64))
-    masked: int = 0  # images with masks
+    keep: bool = False
+    images: dict[int, Counted] = field(default_factory=dict)
 
     def add(self, index: int, found: Measured, rank: int | None = None, predicted: int | None = None) -> None:
         """Adds an image. index: in the split; found: from `measure`; rank: from `label_ranks`.
@@ -126,99 +145,151 @@ class Evaluator:
         """
         if index in self.images:
             raise ValueError(f"image {index} was added before")
-        if found.pixels is not None:
-            self.pixels, self.masked = self.pixels + found.pixels, self.masked + 1
-        self.images[index] = found._replace(pixels=None)
-        if rank is not None:
-            self.ranks[index], self.predicted[index] = int(rank), predicted
+        right = fixed = None
+        if found.ious is not None:
+            right = np.stack([*(found.ious[0] >= delta / 100 for delta in DELTAS), found.ious[1] >= 0.5])
+            fixed = None if found.fixed_level is None else bool(right[3, found.fixed_level])
+        kept = found if self.keep else found._replace(ious=None, largest=None)
+        self.images[index] = Counted(right, fixed, None if rank is None else int(rank), predicted, kept)
 
     def merge(self, other: Evaluator) -> None:
         """Adds the images of another process. Raises ValueError if an image is in both."""
-        for index, found in other.images.items():
-            self.add(index, found, other.ranks.get(index), other.predicted.get(index))
-        self.pixels, self.masked = self.pixels + other.pixels, self.masked + other.masked
+        for index in other.images.keys() & self.images.keys():
+            raise ValueError(f"image {index} was added before")
+        self.images |= other.images
 
-    def result(
-        self, val_levels: dict[str, int] | None = None, threshold: float | None = None
-    ) -> dict[str, Any]:
+    def hits(self, val_levels: dict[str, int] | None = None, threshold: float | None = None) -> Hits:
+        """The images in their order.
+
+        val_levels: the "levels" of another split (train-fullsup), for the accuracy at thresholds that were
+        not chosen on these images. threshold: the fixed one that `measure` was given.
+        Raises InputError where there is nothing to measure, and where some images have no rank.
+        """
+        images = [self.images[i] for i in sorted(self.images)]
+        boxed = np.array([x.right is not None for x in images], dtype=bool)
+        masked = np.array([x.found.pixels is not None for x in images], dtype=bool)
+        ranked = [x.rank for x in images if x.rank is not None]
+        if not boxed.any() and not masked.any() and not ranked:
+            raise InputError("no boxes, masks or logits: there is nothing to measure")
+        if 0 < len(ranked) < len(images):
+            raise InputError("some images have logits and others not: pass them for all images, or for none")
+        hits = Hits(boxed, masked, ranks=np.array(ranked) if ranked else None, threshold=threshold)
+        if boxed.any():
+            nowhere = np.zeros((len(LEVEL_NAMES), LEVELS), dtype=bool)
+            hits.right = np.stack([nowhere if x.right is None else x.right for x in images])
+            hits.fixed = None if threshold is None else np.array([bool(x.fixed) for x in images])
+            hits.val_levels = val_levels
+        if masked.any():
+            nothing = np.zeros((2, len(EDGES) - 1), dtype=np.int32)
+            hits.pixels = np.stack([nothing if x.found.pixels is None else x.found.pixels for x in images])
+        return hits
+
+
+@dataclass
+class Hits:
+    """What is right in each of the N images of a split, in their order: all that the metrics need."""
+
+    boxed: np.ndarray  # N bool: the image has boxes
+    masked: np.ndarray  # N bool: it has masks
+    right: np.ndarray | None = None  # N x 4 x 255 bool, `Counted.right`; False without boxes
+    ranks: np.ndarray | None = None  # N int, of the label
+    pixels: np.ndarray | None = None  # N x 2 x bins int32, `pixel_histogram`; 0 without masks
+    fixed: np.ndarray | None = None  # N bool, `Counted.fixed`
+    threshold: float | None = None
+    val_levels: dict[str, int] | None = None
+
+    def measure(self, counts: np.ndarray) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+        """(metrics, levels, curves) of R samples of the images. counts: R x N, how often a sample has each.
+
+        metrics: the keys of results_*.json, each with R float64 in percent (NaN where the sample has no such
+        image), or None. levels: R x 4 int, curves: R x 4 x 255 in percent, in the order of LEVEL_NAMES; of
+        equally good levels, the lowest. The sums are of whole numbers, so they are exact.
+        """
+        metrics: dict[str, Any] = dict.fromkeys(
+            ("max_box_acc_v2", "max_box_acc", "gt_known_loc", "gt_known_loc_largest", "top1_loc", "top5_loc")
+            + ("top1_cls", "top5_cls", "max_box_acc_v2_at_val_threshold", "pxap", "piou")
+        )
+        best = {} if self.ranks is None else {k: self.ranks < k for k in (1, 5)}
+        metrics |= {f"top{k}_cls": _percent(counts, top, np.ones_like(top)) for k, top in best.items()}
+        if self.pixels is not None:
+            pooled = _sums(counts, self.pixels)
+            metrics |= {"pxap": average_precision(pooled), "piou": peak_iou(pooled)}
+        if self.right is None:
+            return metrics, np.zeros((len(counts), 0), dtype=int), np.zeros((len(counts), 0, LEVELS))
+        curves = _percent(counts, self.right, self.boxed)
+        levels, samples = curves.argmax(2), np.arange(len(counts))
+        chosen = dict(zip(LEVEL_NAMES, curves.max(2).T))
+        metrics |= {"max_box_acc_v2": _with_mean(chosen), "gt_known_loc": chosen["50"]}
+        metrics |= dict.fromkeys(("max_box_acc", "gt_known_loc_largest"), chosen["largest"])
+        if self.val_levels is not None:
+            at_val = {name: curves[:, i, self.val_levels[name]] for i, name in enumerate(LEVEL_NAMES)}
+            metrics["max_box_acc_v2_at_val_threshold"] = _with_mean(at_val)
+        for k, top in best.items():  # the box is right, and the label among the k best classes
+            of_level = _percent(counts, self.right[:, 1] & top[:, None], self.boxed)
+            metrics[f"top{k}_loc"] = of_level[samples, levels[:, 1]]
+        if self.fixed is not None:
+            fixed = {"gt_known_loc": self.fixed, **dict.fromkeys(("top1_loc", "top5_loc"))}
+            fixed |= {f"top{k}_loc": self.fixed & top for k, top in best.items()}
+            metrics["fixed_threshold"] = each(lambda hits: _percent(counts, hits, self.boxed), fixed)
+        return metrics, levels, curves
+
+    def result(self) -> dict[str, Any]:
         """{"images", "metrics", "levels", "thresholds", "curves"} as in results_*.json, in percent.
 
         Metrics, levels and curves are None where boxes, masks or logits are missing. levels: the best level
-        per IoU ("30", "50", "70") for all contours, and "largest" for the largest contour at IoU 50; of
-        equally good levels, the lowest. curves: the accuracy at each of the 255 levels, likewise. thresholds:
-        levels / 255. "images_with_boxes" and "images_with_masks": where some images have them, but not all.
-        val_levels: the `levels` of another split (train-fullsup). They give the accuracy at thresholds that
-        were not chosen on these images. threshold: the fixed one that `measure` was given.
-        Raises InputError where there is nothing to measure, and where some images have no rank.
+        per IoU ("30", "50", "70") for all contours, and "largest" for the largest contour at IoU 50.
+        thresholds: levels / 255. curves: the accuracy at each of the 255 levels. "images_with_boxes" and
+        "images_with_masks": where some images have them, but not all.
         """
-        order = sorted(self.images)
-        boxed = [i for i in order if self.images[i].ious is not None]
-        if not boxed and not self.masked and not self.ranks:
-            raise InputError("no boxes, masks or logits: there is nothing to measure")
-        if self.ranks and len(self.ranks) < len(order):
-            raise InputError("some images have logits and others not: pass them for all images, or for none")
-        ranks = np.array([self.ranks[i] for i in order]) if self.ranks else None
-        metrics = dict.fromkeys(
-            ("max_box_acc_v2", "max_box_acc", "gt_known_loc", "gt_known_loc_largest", "top1_loc", "top5_loc")
-            + ("top1_cls", "top5_cls", "max_box_acc_v2_at_val_threshold", "pxap")
-        )
-        result = {"images": len(order), "metrics": metrics}
-        for kind, count in (("boxes", len(boxed)), ("masks", self.masked)):
-            if 0 < count < len(order):
+        metrics, levels, curves = self.measure(np.ones((1, len(self.boxed)), dtype=np.uint8))
+        metrics = each(lambda x: None if np.isnan(x[0]) else float(x[0]), metrics)
+        if "fixed_threshold" in metrics:
+            metrics["fixed_threshold"] = {"threshold": self.threshold, **metrics["fixed_threshold"]}
+        result = {"images": len(self.boxed), "metrics": metrics}
+        for kind, count in (("boxes", int(self.boxed.sum())), ("masks", int(self.masked.sum()))):
+            if 0 < count < len(self.boxed):
                 result[f"images_with_{kind}"] = count
         result |= dict.fromkeys(("levels", "thresholds", "curves"))
-        if ranks is not None:
-            metrics |= {f"top{k}_cls": percent(ranks < k) for k in (1, 5)}
-        if self.masked:
-            metrics["pxap"] = average_precision(self.pixels)
-        if boxed:
-            boxed_ranks = None if ranks is None else np.array([self.ranks[i] for i in boxed])
-            found = _box_metrics([self.images[i] for i in boxed], boxed_ranks, val_levels, threshold)
-            metrics |= found.pop("metrics")
-            result |= found
+        if self.right is not None:
+            result["levels"] = dict(zip(LEVEL_NAMES, levels[0].tolist()))
+            result["thresholds"] = {name: level / LEVELS for name, level in result["levels"].items()}
+            result["curves"] = dict(zip(LEVEL_NAMES, curves[0].tolist()))
         return result
 
 
-def _box_metrics(
-    images: list[Measured],
-    ranks: np.ndarray | None,
-    val_levels: dict[str, int] | None,
-    threshold: float | None,
-) -> dict[str, Any]:
-    """`Evaluator.result` of images with boxes. ranks: N of the labels."""
-    ious = np.stack([found.ious for found in images], axis=1)  # 2 x N x 255
-    hits = {str(delta): ious[0] >= delta / 100 for delta in DELTAS}
-    hits["largest"] = ious[1] >= 0.5
-    curves = {name: [percent(at_level) for at_level in h.T] for name, h in hits.items()}
-    levels = {name: int(np.argmax(curve)) for name, curve in curves.items()}
-    best = {name: curve[levels[name]] for name, curve in curves.items()}
-    metrics: dict[str, Any] = {
-        "max_box_acc_v2": _with_mean(best),
-        "max_box_acc": best["largest"],
-        "gt_known_loc": best["50"],
-        "gt_known_loc_largest": best["largest"],
-        **_top_k(hits["50"][:, levels["50"]], ranks),
-    }
-    if val_levels is not None:
-        at_val = {name: curve[val_levels[name]] for name, curve in curves.items()}
-        metrics["max_box_acc_v2_at_val_threshold"] = _with_mean(at_val)
-    if threshold is not None:
-        at_fixed = np.array([found.ious[1, found.fixed_level] >= 0.5 for found in images])
-        fixed = {"threshold": threshold, "gt_known_loc": percent(at_fixed), **_top_k(at_fixed, ranks)}
-        metrics["fixed_threshold"] = fixed
-    thresholds = {name: level / LEVELS for name, level in levels.items()}
-    return {"metrics": metrics, "levels": levels, "thresholds": thresholds, "curves": curves}
+BLOCK = 2048  # images
 
 
-def _top_k(hits: np.ndarray, ranks: np.ndarray | None) -> dict[str, float | None]:
-    """Top-1 and Top-5 Loc: the box is right, and the label among the k best classes. hits, ranks: N."""
-    return {f"top{k}_loc": None if ranks is None else percent(hits & (ranks < k)) for k in (1, 5)}
+def _sums(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """R x N counts, N x ... values -> R x ... float64, exact for whole numbers. In blocks, for the memory."""
+    flat, total = values.reshape(len(values), -1), 0.0
+    for start in range(0, len(flat), BLOCK):
+        block = slice(start, start + BLOCK)
+        total = total + counts[:, block].astype(float) @ flat[block].astype(float)
+    return total.reshape(len(counts), *values.shape[1:])
 
 
-def _with_mean(accuracies: dict[str, float]) -> dict[str, float]:
+def _percent(counts: np.ndarray, hits: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """Share of the hits, N x ... bool, among the images `among`, N bool: R x ... in percent."""
+    of = _sums(counts, among).reshape(-1, *[1] * (hits.ndim - 1))
+    with np.errstate(invalid="ignore"):
+        return 100 * _sums(counts, hits) / of
+
+
+def _with_mean(accuracies: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The accuracies at the three IoU thresholds and their mean, which is MaxBoxAccV2."""
     of_deltas = {str(delta): accuracies[str(delta)] for delta in DELTAS}
     return of_deltas | {"mean": sum(of_deltas.values()) / len(DELTAS)}
+
+
+def each(function: Callable[..., Any], *trees: Any) -> Any:
+    """The function of the leaves of nested dicts of metrics, by the keys that all have. None stays None."""
+    if any(tree is None for tree in trees):
+        return None
+    if isinstance(trees[0], dict):
+        shared = [key for key in trees[0] if all(key in tree for tree in trees)]
+        return {key: each(function, *(tree[key] for tree in trees)) for key in shared}
+    return function(*trees)
 
 
 def flatness(curve: Sequence[float]) -> tuple[int, int, float | None]:

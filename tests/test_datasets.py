@@ -186,7 +186,7 @@ def test_masks_and_ignore_regions_count_at_the_size_of_the_map(tmp_path):
     split = data.Split("masks", tmp_path, [*maps], np.zeros(4, dtype=int), masks=masks)
     for workers in (0, 2):
         found = evaluation.evaluate_score_maps(maps.items(), split, image_size=size, workers=workers)
-        assert found["metrics"]["pxap"] == plain.result()["metrics"]["pxap"] > 0
+        assert found["metrics"]["pxap"] == plain.hits().result()["metrics"]["pxap"] > 0
 
 
 def test_download_checks_and_unpacks_the_archive(tmp_path, fails, monkeypatch):

@@ -11,6 +11,7 @@ from bridge_wsol.metrics import (
     flatness,
     label_ranks,
     measure,
+    peak_iou,
     pixel_histogram,
     selection_score,
 )
@@ -33,12 +34,14 @@ def evaluator(images, ranks=None):
 
 
 def metrics(images, ranks=None, **options):
-    return evaluator(images, ranks).result(**options)["metrics"]
+    return evaluator(images, ranks).hits(**options).result()["metrics"]
 
 
 def test_the_threshold_is_chosen_for_the_set_not_for_each_image():
     # Each image has a level at which its box is right. At every level, at most two of the three are right.
-    result = evaluator([image({10: 0.9}), image({10: 0.6, 20: 0.9}), image({20: 0.4, 30: 0.9})]).result()
+    result = (
+        evaluator([image({10: 0.9}), image({10: 0.6, 20: 0.9}), image({20: 0.4, 30: 0.9})]).hits().result()
+    )
     third = pytest.approx(100 / 3)
     two = pytest.approx(200 / 3)
     expected = {"30": two, "50": two, "70": third, "mean": pytest.approx(500 / 9)}
@@ -66,7 +69,7 @@ def test_an_iou_of_exactly_delta_counts_and_the_next_smaller_number_does_not():
 
 def test_the_two_box_rules_are_separate():
     # The first image has no right box among the largest contours, at any level.
-    result = evaluator([image({10: 0.8}), image({10: 0.8}, {40: 0.55})], ranks=[0, 0]).result()
+    result = evaluator([image({10: 0.8}), image({10: 0.8}, {40: 0.55})], ranks=[0, 0]).hits().result()
     found = result["metrics"]
     assert found["max_box_acc_v2"] == {"30": 100, "50": 100, "70": 100, "mean": 100}
     assert found["gt_known_loc"] == found["top1_loc"] == found["top5_loc"] == 100
@@ -103,17 +106,17 @@ def test_thresholds_of_val_are_applied_unchanged_each_to_its_iou():
         ({"30": 40, "50": 30, "70": 20, "largest": 10}, {"30": 25, "50": 50, "70": 0, "mean": 25}),
     ):
         assert metrics(images, val_levels=levels)["max_box_acc_v2_at_val_threshold"] == expected
-    best = evaluator(images).result()
+    best = evaluator(images).hits().result()
     assert best["levels"] == {"30": 10, "50": 20, "70": 30, "largest": 0}
     assert best["metrics"]["max_box_acc_v2"] == {"30": 100, "50": 75, "70": 50, "mean": 75}
 
 
 def test_classes_count_for_all_images_and_boxes_for_those_that_have_them():
-    found = evaluator([image({10: 0.6}), Measured(), image(), Measured()], ranks=[0, 0, 0, 9]).result()
+    found = evaluator([image({10: 0.6}), Measured(), image(), Measured()], ranks=[0, 0, 0, 9]).hits().result()
     assert (found["images"], found["images_with_boxes"]) == (4, 2) and "images_with_masks" not in found
     assert found["metrics"]["gt_known_loc"] == found["metrics"]["top1_loc"] == 50
     assert found["metrics"]["top1_cls"] == 75 and found["metrics"]["pxap"] is None
-    without_boxes = evaluator([Measured(), Measured()], ranks=[0, 5]).result()
+    without_boxes = evaluator([Measured(), Measured()], ranks=[0, 5]).hits().result()
     assert without_boxes["levels"] is None is without_boxes["metrics"]["max_box_acc_v2"]
     assert selection_score(without_boxes["metrics"]) == ("Top-1 cls", 50)
     assert selection_score(found["metrics"]) == ("MaxBoxAccV2", pytest.approx(100 / 3))  # 50, 50, 0
@@ -131,12 +134,15 @@ def test_merging_in_any_order_gives_the_same_result_and_no_image_counts_twice():
         masks = (rng.random((9, 8)) < 0.3, ignore) if i % 4 else None
         found = measure(score_map, box[None], masks, threshold=0.4)
         for into in (whole, parts[i % 3]):
-            into.add(i, found, rank=int(rng.integers(0, 8)) if into is whole else whole.ranks[i], predicted=i)
+            into.add(
+                i, found, rank=int(rng.integers(0, 8)) if into is whole else whole.images[i].rank, predicted=i
+            )
     parts[2].merge(parts[0])
     parts[2].merge(parts[1])
     val_levels = {"30": 10, "50": 90, "70": 120, "largest": 40}
-    result = whole.result(val_levels, 0.4)
-    assert parts[2].result(val_levels, 0.4) == result and parts[2].predicted == whole.predicted
+    result = whole.hits(val_levels, 0.4).result()
+    assert parts[2].hits(val_levels, 0.4).result() == result
+    assert [parts[2].images[i].predicted for i in range(11)] == [*range(11)]
     assert result["images_with_masks"] == 8 and 0 < result["metrics"]["pxap"] < 100
     with pytest.raises(ValueError, match="image 0 was added before"):
         parts[2].merge(parts[0])
@@ -211,8 +217,8 @@ def test_pxap_equals_average_precision_over_all_pixels():
         scores.append(score_map[counted])
         positive.append(mask[counted])
     expected = by_definition(np.concatenate(scores), np.concatenate(positive))
-    assert found.result()["metrics"]["pxap"] == pytest.approx(expected, abs=1e-9)
-    assert selection_score(found.result()["metrics"]) == ("PxAP", pytest.approx(expected, abs=1e-9))
+    assert found.hits().result()["metrics"]["pxap"] == pytest.approx(expected, abs=1e-9)
+    assert selection_score(found.hits().result()["metrics"]) == ("PxAP", pytest.approx(expected, abs=1e-9))
 
 
 def test_pxap_by_hand():
@@ -220,27 +226,45 @@ def test_pxap_by_hand():
     mask, ignore = np.array([[True, False], [True, False]]), np.array([[False, False], [False, True]])
     histogram = pixel_histogram(np.array([[0.9, 0.8], [0.7, 0.6]]), mask, ignore)
     assert average_precision(histogram) == pytest.approx(100 * (1 / 2 + 2 / 3 / 2))
-    assert average_precision(np.zeros_like(histogram)) is None
+    assert np.isnan(average_precision(np.zeros_like(histogram)))
     # An object pixel of score 0 is found last: precision 1 to recall 1/2, then 2/3.
     mask = np.array([[True, False, True]])
     histogram = pixel_histogram(np.array([[0.9, 0.5, 0.0]]), mask, ~mask & False)
     assert average_precision(histogram) == pytest.approx(100 * (1 / 2 + 2 / 3 / 2))
 
 
+def test_peak_iou_by_its_definition():
+    """The best IoU of the masks score >= t with the true mask, all images pooled, ignored pixels left out."""
+    rng, found, kept, positive = np.random.default_rng(0), Evaluator(), [], []
+    for i in range(4):
+        mask, ignore = rng.random((9, 7)) < 0.3, rng.random((9, 7)) < 0.2
+        score_map = ((rng.integers(0, 1000, (9, 7)) + 0.5) / 1000 + mask) / 2  # better than chance
+        found.add(i, measure(score_map, masks=(mask, ignore)))
+        kept.append(score_map[mask | ~ignore])
+        positive.append(mask[mask | ~ignore])
+    scores, truth = np.concatenate(kept), np.concatenate(positive)
+    ious = [(truth & (scores >= t)).sum() / (truth | (scores >= t)).sum() for t in np.arange(0, 1, 0.001)]
+    assert found.hits().result()["metrics"]["piou"] == pytest.approx(100 * max(ious), abs=1e-9)
+    # 0.9 object, 0.8 other, 0.7 object, 0.1 other: 1/2, 1/3, 2/3, 2/4.
+    mask = np.array([[True, False, True, False]])
+    histogram = pixel_histogram(np.array([[0.9, 0.8, 0.7, 0.1]]), mask, ~mask & False)
+    assert peak_iou(histogram) == pytest.approx(200 / 3) and np.isnan(peak_iou(np.zeros_like(histogram)))
+
+
 def test_what_was_not_measured_is_none_under_its_own_key():
     nothing = Evaluator()
     with pytest.raises(InputError, match="nothing to measure"):
-        nothing.result()
+        nothing.hits()
     mask = np.array([[True, False]])
     masked = measure(np.array([[1.0, 0.0]]), masks=(mask, ~mask & False))
-    found = evaluator([masked, Measured()]).result()
+    found = evaluator([masked, Measured()]).hits().result()
     boxes = "max_box_acc_v2 max_box_acc gt_known_loc gt_known_loc_largest max_box_acc_v2_at_val_threshold"
     logits = "top1_loc top5_loc top1_cls top5_cls"
     assert found == {
         "images": 2,
         "images_with_masks": 1,
-        "metrics": dict.fromkeys(f"{boxes} {logits}".split()) | {"pxap": 100},
+        "metrics": dict.fromkeys(f"{boxes} {logits}".split()) | {"pxap": 100, "piou": 100},
         **dict.fromkeys(("levels", "thresholds", "curves")),
     }
-    assert "images_with_boxes" not in evaluator([image({3: 1})] * 2).result()
-    assert evaluator([image({3: 1}), Measured()]).result()["images_with_boxes"] == 1
+    assert "images_with_boxes" not in evaluator([image({3: 1})] * 2).hits().result()
+    assert evaluator([image({3: 1}), Measured()]).hits().result()["images_with_boxes"] == 1

@@ -80,7 +80,8 @@ def split(trained, tmp_path):
 # ---- what a run leaves
 def test_a_run_leaves_its_files(trained):
     _, folder = trained
-    names = "best.pt config.json last.pt log.jsonl results_best_test.json results_last_test.json"
+    names = "best.pt config.json last.pt log.jsonl results_best_test.json results_best_test.npz "
+    names += "results_last_test.json results_last_test.npz"
     assert sorted(path.name for path in folder.iterdir()) == names.split()
     config = results(folder, "config.json")
     source = "preset of CUB: authors' released configuration"
@@ -102,7 +103,7 @@ def test_results_have_the_documented_form(trained):
     metrics, v2 = result["metrics"], result["metrics"]["max_box_acc_v2"]
     assert (result["dataset"], result["split"], result["images"]) == ("tiny", "test", 9)
     names = "max_box_acc_v2 max_box_acc gt_known_loc gt_known_loc_largest top1_loc top5_loc top1_cls top5_cls"
-    assert metrics.keys() == {*names.split(), "max_box_acc_v2_at_val_threshold", "pxap"}
+    assert metrics.keys() == {*names.split(), "max_box_acc_v2_at_val_threshold", "pxap", "piou"}
     assert metrics["top5_cls"] == 100 and 0 < metrics["pxap"] <= 100  # three classes; the set has masks too
     for name, best in (v2 | {"largest": metrics["max_box_acc"]}).items():
         if name != "mean":
@@ -277,7 +278,10 @@ def test_saved_maps_evaluate_to_the_same_numbers(trained, tmp_path):
         path.unlink()
     run("evaluate", maps)
     found = results(Path(), "results_maps_test.json")
-    assert found["metrics"] == of_maps["metrics"] | {"pxap": None} and found["curves"] == of_run["curves"]
+    assert (
+        found["metrics"] == of_maps["metrics"] | {"pxap": None, "piou": None}
+        and found["curves"] == of_run["curves"]
+    )
 
 
 def test_evaluation_is_as_precise_as_its_run_unless_told_otherwise(trained):

@@ -1,0 +1,164 @@
+"""What the choice of the test images alone would change: intervals, paired differences, hits files.
+
+The bootstrap over images: a resample draws N of the N images, with replacement. A metric that chooses its
+threshold on the split chooses it anew in each resample; thresholds of val stay. The draws are seeded by the
+split's digest, so that two evaluations of a split see the same resamples, and their differences are paired.
+
+    intervals([hits], split.digest())          95 % interval of each metric
+    difference(hits_of_a, hits_of_b, digest)   95 % interval of B - A, means over seeds
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .boxes import LEVELS
+from .data import Split
+from .metrics import LEVEL_NAMES, Hits, each
+from .utils import InputError, atomic_write
+
+RESAMPLES, LEVEL = 1000, 0.95  # number of resamples, nominal coverage of an interval
+
+# ------------------------------------------------------------------------------------------------- bootstrap
+
+
+def resamples(digest: str, n: int) -> np.ndarray:
+    """RESAMPLES x n uint8: how often each resample has each image. digest: hexadecimal, the seed."""
+    rng = np.random.default_rng(int(digest, 16))
+    draws = (np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(RESAMPLES))
+    return np.stack([counts.astype(np.uint8) for counts in draws])
+
+
+def interval(values: np.ndarray, estimate: np.ndarray | None = None) -> list[float] | None:
+    """[low, high] at LEVEL from the metric's values in the resamples, R. None where none is defined.
+
+    estimate: the metric on the split, an array of one, for Efron's bias-corrected percentiles: the best
+    accuracy over thresholds is biased upwards on the split, and again in each resample. Without it the plain
+    percentiles. docs/evaluation.md has the coverage of both.
+    """
+    values, normal, tails = values[~np.isnan(values)], NormalDist(), (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
+    if not len(values):
+        return None
+    if estimate is not None:
+        below = ((values < estimate).mean() + (values <= estimate).mean()) / 2
+        bias = normal.inv_cdf(float(np.clip(below, *tails)))
+        tails = tuple(normal.cdf(2 * bias + normal.inv_cdf(tail)) for tail in tails)
+    low, high = np.quantile(values, tails).tolist()
+    # In a small split the bias may exceed the interval, which contains the estimate all the same.
+    return [low, high] if estimate is None else [min(low, float(estimate[0])), max(high, float(estimate[0]))]
+
+
+def _mean(seeds: Sequence[Hits], counts: np.ndarray) -> dict[str, Any]:
+    """`Hits.measure`'s metrics, means over seeds."""
+    return each(lambda *values: np.mean(values, axis=0), *(hits.measure(counts)[0] for hits in seeds))
+
+
+def _whole(seeds: Sequence[Hits]) -> np.ndarray:
+    """The sample that has each image once."""
+    return np.ones((1, len(seeds[0].boxed)), dtype=np.uint8)
+
+
+def intervals(seeds: Sequence[Hits], digest: str) -> dict[str, Any]:
+    """The interval of each metric, [low, high] in percent, by its key; of the mean where there are seeds."""
+    counts = resamples(digest, len(seeds[0].boxed))
+    return each(interval, _mean(seeds, counts), _mean(seeds, _whole(seeds)))
+
+
+def band(seeds: Sequence[Hits], digest: str) -> dict[str, np.ndarray]:
+    """The interval of the seeds' mean curve at each level by itself: {name: 2 x 255} in percent."""
+    counts = resamples(digest, len(seeds[0].boxed))
+    curves = np.mean([hits.measure(counts)[2] for hits in seeds], axis=0)
+    bounds = np.nanquantile(curves, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2), axis=0)
+    return dict(zip(LEVEL_NAMES, bounds.transpose(1, 0, 2)))
+
+
+def difference(a: Sequence[Hits], b: Sequence[Hits], digest: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(B - A, its interval) of each metric that both have, in points; means over the seeds of a side.
+
+    Paired: A and B are measured in the same resamples. The plain percentiles: the biases of two best
+    thresholds cancel.
+    """
+    counts = resamples(digest, len(a[0].boxed))
+    found = each(lambda x, y: float((y - x)[0]), _mean(a, _whole(a)), _mean(b, _whole(a)))
+    return found, each(lambda x, y: interval(y - x), _mean(a, counts), _mean(b, counts))
+
+
+def localized(seeds: Sequence[Hits]) -> np.ndarray:
+    """N in [0, 1]: the share of the seeds with a right box at IoU 50 (all contours)."""
+    levels = [hits.measure(_whole(seeds))[1][0, 1] for hits in seeds]
+    return np.mean([hits.right[:, 1, level] for hits, level in zip(seeds, levels)], axis=0)
+
+
+# ------------------------------------------------------------------------------------------------ hits files
+
+
+class Stored(NamedTuple):
+    """The content of a hits file."""
+
+    hits: Hits
+    digest: str  # of the split
+    ids: list[str]
+    truth: np.ndarray  # N uint32, a checksum of each image's label, boxes and masks
+
+
+def hits_path(results: Path) -> Path:
+    """The hits file beside a results file."""
+    return results.with_name(results.name.removesuffix(".json") + ".npz")
+
+
+def save_hits(path: Path, hits: Hits, split: Split) -> None:
+    """Writes a hits file: a bit for each IoU, level and image, 128 bytes an image before compression."""
+    lines = [(split.labels[i], split.boxes.get(i), split.masks.get(i)) for i in range(len(split))]
+    texts = [repr((int(k), boxes if boxes is None else boxes.tolist(), masks)) for k, boxes, masks in lines]
+    content = {"digest": split.digest(), "ids": split.ids, "boxed": hits.boxed, "masked": hits.masked}
+    content["truth"] = np.array([zlib.crc32(text.encode("utf-8", "surrogateescape")) for text in texts])
+    optional = {
+        "right": None if hits.right is None else np.packbits(hits.right, axis=-1),
+        "ranks": None if hits.ranks is None else hits.ranks.clip(max=255).astype(np.uint8),
+        "val_levels": hits.val_levels and [hits.val_levels[name] for name in LEVEL_NAMES],
+        **{name: getattr(hits, name) for name in ("pixels", "fixed", "threshold")},
+    }
+    content |= {name: value for name, value in optional.items() if value is not None}
+    with atomic_write(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **content)
+
+
+def read_hits(results: Path) -> Stored:
+    """The hits file beside a results file. Raises InputError for a missing or damaged one."""
+    path = hits_path(results)
+    try:
+        with np.load(path) as file:
+            found = dict(file)
+        ids, digest, truth = found.pop("ids").tolist(), str(found.pop("digest")), found.pop("truth")
+        if "right" in found:
+            found["right"] = np.unpackbits(found["right"], axis=-1, count=LEVELS).astype(bool)
+        if "val_levels" in found:
+            found["val_levels"] = dict(zip(LEVEL_NAMES, found["val_levels"].tolist()))
+        found |= {"threshold": float(found["threshold"])} if "threshold" in found else {}
+        hits = Hits(**found)
+        if any(len(x) != len(ids) for x in (truth, hits.boxed, hits.masked)):
+            raise ValueError("lengths differ")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file: evaluate again, evaluate.py writes it") from error
+    except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: not a file of hits per image: evaluate again") from error
+    return Stored(hits, digest, ids, truth)
+
+
+def require_same_images(files: dict[Path, Stored]) -> None:
+    """Raises InputError where these hits files are not of the same images with the same labels and boxes."""
+    (first, known), *others = files.items()
+    for path, other in others:
+        pairs = zip(zip(known.ids, known.truth.tolist()), zip(other.ids, other.truth.tolist()))
+        differing = [a[0] for a, b in pairs if a != b]
+        if differing or len(known.ids) != len(other.ids):
+            shorter = min(len(known.ids), len(other.ids))
+            image = differing[0] if differing else max(known.ids, other.ids, key=len)[shorter]
+            raise InputError(f"{path}: other images, labels or boxes than {first} has, {image} first")
