@@ -272,37 +272,26 @@ def write_results(path: Path, result: dict[str, Any], head: dict[str, Any]) -> N
 def report(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
     """Writes the results file, then prints its table: percent; thresholds as fractions of the 255 levels."""
     write_results(path, result, head)
-    m, t, known = result["metrics"], result["thresholds"], result.get("intervals", {})
-    rows: list[tuple[str, Any, Any, str]] = []
-
-    def add(name: str, key: str, note: str = "", of: str | None = None) -> None:
-        value, interval = (tree.get(key) for tree in (m, known))
-        if of is not None:
-            value, interval = (tree and tree[of] for tree in (value, interval))
-        rows.append((name, value, interval, note))
-
+    m, t, bounds = result["metrics"], result["thresholds"], result.get("intervals", {})
+    rows: list[tuple[str, str, str | None, str]] = []  # name, key, key within it, note
     if t is not None:
-        add("MaxBoxAccV2", "max_box_acc_v2", "mean of the three", "mean")
-        for delta in map(str, DELTAS):
-            add(f"  IoU {delta}", "max_box_acc_v2", f"at threshold {t[delta]:.3f}", delta)
-        add("GT-known Loc", "gt_known_loc", "all contours, = MaxBoxAccV2 at IoU 50")
+        rows += [("MaxBoxAccV2", "max_box_acc_v2", "mean", "mean of the three")]
+        deltas = [str(delta) for delta in DELTAS]
+        rows += [(f"  IoU {d}", "max_box_acc_v2", d, f"at threshold {t[d]:.3f}") for d in deltas]
         largest = f"largest contour, = MaxBoxAcc, at threshold {t['largest']:.3f}"
-        add("GT-known Loc", "gt_known_loc_largest", largest)
-        add("Top-1 Loc", "top1_loc", "all contours")
-        add("Top-5 Loc", "top5_loc", "all contours")
-        add("MaxBoxAccV2", "max_box_acc_v2_at_val_threshold", "at the thresholds chosen on val", "mean")
-        if fixed := m.get("fixed_threshold"):
-            note = f"largest contour, at the fixed threshold {fixed['threshold']:g} of the map's maximum"
-            names = {"GT-known Loc": "gt_known_loc", "Top-1 Loc": "top1_loc", "Top-5 Loc": "top5_loc"}
-            for name, key in names.items():
-                add(name, "fixed_threshold", note, key)
-    for name, key in {
-        "PxAP": "pxap",
-        "peak IoU": "piou",
-        "Top-1 cls": "top1_cls",
-        "Top-5 cls": "top5_cls",
-    }.items():
-        add(name, key)
+        rows += [
+            ("GT-known Loc", "gt_known_loc", None, "all contours, = MaxBoxAccV2 at IoU 50"),
+            ("GT-known Loc", "gt_known_loc_largest", None, largest),
+            ("Top-1 Loc", "top1_loc", None, "all contours"),
+            ("Top-5 Loc", "top5_loc", None, "all contours"),
+            ("MaxBoxAccV2", "max_box_acc_v2_at_val_threshold", "mean", "at the thresholds chosen on val"),
+        ]
+    if fixed := m.get("fixed_threshold"):
+        note = f"largest contour, at the fixed threshold {fixed['threshold']:g} of the map's maximum"
+        names = {"GT-known Loc": "gt_known_loc", "Top-1 Loc": "top1_loc", "Top-5 Loc": "top5_loc"}
+        rows += [(name, "fixed_threshold", key, note) for name, key in names.items()]
+    names = {"PxAP": "pxap", "peak IoU": "piou", "Top-1 cls": "top1_cls", "Top-5 cls": "top5_cls"}
+    rows += [(name, key, None, "") for name, key in names.items()]
     title, of_map = (
         [f"{head['dataset']} {head['split']}"],
         [name for cls in METHODS.values() for name in cls.of_map],
@@ -318,11 +307,12 @@ def report(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
     title.append(f"{result['images']} images")
     counts = {key: n for key, n in result.items() if key.startswith("images_with_")}
     title += [f"{n} with {key.removeprefix('images_with_')}" for key, n in counts.items()]
-    utils.say(f"{', '.join(title)} (percent{', [95 % interval over images]' if known else ''})")
-    for name, x, interval, note in rows:
+    utils.say(f"{', '.join(title)} (percent{', [95 % interval over images]' if bounds else ''})")
+    for name, key, inner, note in rows:
+        x, interval = ((tree.get(key) or {}).get(inner) if inner else tree.get(key) for tree in (m, bounds))
         if x is not None:
-            bounds = "[{:.1f}, {:.1f}]".format(*interval) if interval else ""
-            utils.say(f"  {name:<14}{x:6.2f} {bounds:<{14 if known else 0}} {note}".rstrip())
+            text = "[{:.1f}, {:.1f}]".format(*interval) if interval else ""
+            utils.say(f"  {name:<14}{x:6.2f} {text:<{14 if bounds else 0}} {note}".rstrip())
     utils.say(f"written to {path}")
 
 

@@ -36,23 +36,21 @@ def resamples(digest: str, n: int) -> np.ndarray:
     return np.stack([counts.astype(np.uint8) for counts in draws])
 
 
-def interval(values: np.ndarray, estimate: np.ndarray | None = None) -> list[float] | None:
-    """[low, high] at LEVEL from the metric's values in the resamples, R. None where none is defined.
+def interval(values: np.ndarray, estimate: np.ndarray) -> list[float] | None:
+    """[low, high] at LEVEL: Efron's bias-corrected percentiles of the bootstrap. None where no value is one.
 
-    estimate: the metric on the split, an array of one, for Efron's bias-corrected percentiles: the best
-    accuracy over thresholds is biased upwards on the split, and again in each resample. Without it the plain
-    percentiles. docs/evaluation.md has the coverage of both.
+    values: the metric in the resamples, R; estimate: on the split, an array of one. The correction is for
+    metrics that choose a threshold: the best accuracy is biased upwards on the split, and again in each
+    resample. docs/evaluation.md has the coverage.
     """
     values, normal, tails = values[~np.isnan(values)], NormalDist(), (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
     if not len(values):
         return None
-    if estimate is not None:
-        below = ((values < estimate).mean() + (values <= estimate).mean()) / 2
-        bias = normal.inv_cdf(float(np.clip(below, *tails)))
-        tails = tuple(normal.cdf(2 * bias + normal.inv_cdf(tail)) for tail in tails)
-    low, high = np.quantile(values, tails).tolist()
+    below = ((values < estimate).mean() + (values <= estimate).mean()) / 2
+    bias = normal.inv_cdf(float(np.clip(below, *tails)))
+    low, high = np.quantile(values, [normal.cdf(2 * bias + normal.inv_cdf(tail)) for tail in tails])
     # In a small split the bias may exceed the interval, which contains the estimate all the same.
-    return [low, high] if estimate is None else [min(low, float(estimate[0])), max(high, float(estimate[0]))]
+    return [float(min(low, *estimate)), float(max(high, *estimate))]
 
 
 def _mean(seeds: Sequence[Hits], counts: np.ndarray) -> dict[str, Any]:
@@ -82,12 +80,11 @@ def band(seeds: Sequence[Hits], digest: str) -> dict[str, np.ndarray]:
 def difference(a: Sequence[Hits], b: Sequence[Hits], digest: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """(B - A, its interval) of each metric that both have, in points; means over the seeds of a side.
 
-    Paired: A and B are measured in the same resamples. The plain percentiles: the biases of two best
-    thresholds cancel.
+    Paired: A and B are measured in the same resamples.
     """
-    counts = resamples(digest, len(a[0].boxed))
-    found = each(lambda x, y: float((y - x)[0]), _mean(a, _whole(a)), _mean(b, _whole(a)))
-    return found, each(lambda x, y: interval(y - x), _mean(a, counts), _mean(b, counts))
+    counts, whole = resamples(digest, len(a[0].boxed)), _whole(a)
+    found, values = (each(np.subtract, _mean(b, x), _mean(a, x)) for x in (whole, counts))
+    return each(lambda x: float(x[0]), found), each(interval, values, found)
 
 
 def localized(seeds: Sequence[Hits]) -> np.ndarray:

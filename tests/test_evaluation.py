@@ -76,7 +76,9 @@ def test_thresholds_of_a_localizer(trained, photos, tmp_path):
     x0, y0, x1, y1 = (boxes[0.9][i] * 64 // (70, 40)[i % 2] for i in range(4))
     assert score_map[y0 : y1 + 1, x0 : x1 + 1].max() == 1  # the top of the map is inside
     elsewhere = Localizer(folder, device="cpu", normalize="ivr", data_root=tmp_path / "nowhere")
-    assert elsewhere.threshold == FALLBACK_THRESHOLD and "nowhere" in elsewhere.note
+    assert elsewhere.threshold == FALLBACK_THRESHOLD == 0.2 and "nowhere" in elsewhere.note
+    given = Localizer(folder, device="cpu", normalize="ivr", threshold=0.2)
+    assert elsewhere(photos[0]).box == given(photos[0]).box and not given.note
     with pytest.raises(InputError, match="nowhere"):
         Localizer(tmp_path / "nowhere")
 
