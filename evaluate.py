@@ -21,9 +21,9 @@ import torch
 
 from bridge_wsol import cam, config, evaluation, utils
 from bridge_wsol.baselines import METHODS
+from bridge_wsol.bootstrap import hits_path
 from bridge_wsol.data import Split, decode, load_score_maps
 from bridge_wsol.datasets import image_files, load_split
-from bridge_wsol.intervals import hits_path
 from bridge_wsol.models import ARCHS, read_weights
 from bridge_wsol.utils import InputError, flag
 
@@ -70,13 +70,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--save-maps", type=Path, metavar="DIR", help="writes each score map to DIR/<image id>.npy")
     add("--per-image", type=Path, metavar="FILE.csv", help="writes class, IoU and box of every image")
     add("--no-intervals", action="store_true", help="without the 95 %% intervals over images")
-    add(
-        "--pictures",
-        type=int,
-        default=0,
-        metavar="N",
-        help="draws N images of the split with boxes and map",
-    )
+    text = "draws N images of the split with boxes and map"
+    add("--pictures", type=int, default=0, metavar="N", help=text)
 
     add = parser.add_argument_group("how it runs").add_argument
     add("--batch-size", type=int, default=32, metavar="N", help="default 32")
@@ -215,7 +210,7 @@ def finish(
     args: argparse.Namespace, maps_of: Callable, split: Split, out: Path, head: dict[str, Any], **options: Any
 ) -> None:
     """Evaluates the maps of the split, writes the results file, prints its table, draws --pictures."""
-    options |= {"per_image": args.per_image, "threshold": args.threshold, "hits": hits_path(out)}
+    options |= {"per_image": args.per_image, "threshold": args.threshold, "hits_file": hits_path(out)}
     options |= {"intervals": not args.no_intervals}
     result = evaluation.evaluate_maps(maps_of(split), split, **options)
     evaluation.report(out, result, head)

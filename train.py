@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader
 
 from bridge_wsol import evaluation, utils
 from bridge_wsol.baselines import METHODS  # with the compared systems registered
+from bridge_wsol.bootstrap import hits_path
 from bridge_wsol.config import parse_args, resolve_config, run_folder, write_config
 from bridge_wsol.data import Split, TrainImages, test_loader, to_input, train_loader
 from bridge_wsol.datasets import download, load_splits
-from bridge_wsol.intervals import hits_path
 from bridge_wsol.methods import CAM
 from bridge_wsol.metrics import selection_score
 from bridge_wsol.models import load_pretrained, load_weights
@@ -204,14 +204,13 @@ def test(run: Run) -> None:
         epoch, path = trained.checkpoint["epoch"], run.out / evaluation.results_name(which, "test")
         if epoch in results:
             if rank() == 0:
-                shutil.copyfile(
-                    hits_path(path.with_name(evaluation.results_name("best", "test"))), hits_path(path)
-                )
+                with utils.atomic_write(hits_path(path)) as part:
+                    shutil.copyfile(path.with_name("results_best_test.npz"), part)
             evaluation.write_results(path, results[epoch], trained.head("test"))
             say(f"the same epoch: written to {path}")
             continue
         maps, levels = trained.maps(split, c.batch_size, c.workers), trained.val_levels
-        options = {"val_levels": levels, "hits": hits_path(path), "intervals": True}
+        options = {"val_levels": levels, "hits_file": hits_path(path), "intervals": True}
         results[epoch] = evaluation.evaluate_maps(maps, split, workers=c.workers, **options)
         evaluation.report(path, results[epoch], trained.head("test"))
         if which == "best" and c.pictures and split.boxes:

@@ -15,7 +15,7 @@ evaluate.py stand above all.
                 models       VGG16-GAP, ResNet50, pretrained weights
                 cam          CAM = |w| * F * S (Fig. A3), resize, normalization
                 losses       section 3: L_sim, L_norm, L_drop, attentive dropout
-    protocol    intervals    what the choice of test images changes: intervals, paired differences
+    protocol    bootstrap    what the choice of test images changes: intervals, paired differences
                 metrics      one image, all images: MaxBoxAcc, MaxBoxAccV2, GT-known and Top-k Loc, PxAP
                 boxes        a map -> the boxes of all thresholds
     ground      data         list format, decoding, score-map files, loaders

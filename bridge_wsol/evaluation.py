@@ -25,8 +25,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from . import cam, utils
-from . import intervals as bootstrap
+from . import bootstrap, cam, utils
 from .baselines import METHODS
 from .boxes import LEVELS, fixed_level, iou_matrix, level_boxes, scale_boxes
 from .data import Masks, Split, as_score_map, decode, load_masks, load_rgb, test_loader, to_input, to_rgb
@@ -135,7 +134,7 @@ def evaluate_maps(
     val_levels: dict[str, int] | None = None,
     save_maps: Path | None = None,
     per_image: Path | None = None,
-    hits: Path | None = None,
+    hits_file: Path | None = None,
     intervals: bool = False,
     threshold: float | None = None,
 ) -> dict[str, Any]:
@@ -143,8 +142,8 @@ def evaluate_maps(
 
     workers: processes that sweep maps while the network makes the next ones.
     val_levels: levels chosen on val, for the accuracy at thresholds that did not see this split.
-    save_maps: a folder for the maps. per_image, hits: a CSV file and a hits file to write.
-    intervals: add "intervals", [low, high] of each metric.
+    save_maps: a folder for the maps. per_image, hits_file: a CSV file and a hits file to write.
+    intervals: add "intervals", [low, high] of each metric. Only the first process has them.
     threshold: a fixed one, a fraction of each map's maximum, for "fixed_threshold" in the metrics.
     Raises InputError as `Evaluator.hits` does, and for a threshold outside [0, 1).
     """
@@ -165,14 +164,14 @@ def evaluate_maps(
         whole.merge(part)
     if blank := sum(utils.all_gather(blank)):
         utils.say(f"{blank} of {len(split)} maps are constant, all zero or not finite: they have no box")
-    found = whole.hits(val_levels, threshold)
-    result = found.result()
-    if intervals:
-        result["intervals"] = bootstrap.intervals([found], split.digest())
+    hits = whole.hits(val_levels, threshold)
+    result = hits.result()
+    if intervals and utils.rank() == 0:
+        result["intervals"] = bootstrap.intervals([hits], split.digest())
     if per_image is not None and utils.rank() == 0:
         write_per_image(per_image, split, whole, result["levels"])
-    if hits is not None and utils.rank() == 0:
-        bootstrap.save_hits(hits, found, split)
+    if hits_file is not None and utils.rank() == 0:
+        bootstrap.save_hits(hits_file, hits, split)
     return result
 
 

@@ -24,18 +24,19 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from . import bootstrap
 from .baselines import METHODS
+from .bootstrap import Stored, hits_path, read_hits, require_same_images
 from .cam import NORMALIZATIONS
 from .config import MACHINE, RUN_VALUES, parse_args, read_config, resolve_config
 from .datasets import SPLITS, download, load_splits
 from .evaluation import read_results, results_name
-from .intervals import Stored, hits_path, intervals, localized, read_hits, require_same_images
-from .intervals import difference as paired
 from .utils import InputError, Parser, flag, one_line_errors, read_json, set_quiet, write_json, write_text
 
 # The comparison's default rows: the paper's systems and the field's, some with their own normalization.
@@ -100,16 +101,19 @@ class Row:
 
     def stored(self) -> dict[Path, Stored]:
         """The hits files of the seeds, which must be of the same images. Raises InputError."""
-        files = {result["path"]: read_hits(result["path"]) for result in self.results}
+        files = {result["path"]: read_hits(result["path"], result["metrics"]) for result in self.results}
         require_same_images(files)
         return files
 
+    @cached_property
     def intervals(self) -> dict[str, Any]:
         """The interval over images of the seeds' mean by the keys of METRICS; empty without hits files."""
+        if len(self.results) == 1 and "intervals" in self.results[0]:
+            return flat(self.results[0]["intervals"])
         if not all(hits_path(result["path"]).exists() for result in self.results):
-            return flat(self.results[0].get("intervals", {})) if len(self.results) == 1 else {}
+            return {}
         files = [*self.stored().values()]
-        return flat(intervals([file.hits for file in files], files[0].digest))
+        return flat(bootstrap.intervals([file.hits for file in files], files[0].digest))
 
     def folder(self, runs: Path, seed: int) -> Path:
         """The folder of a run. Rows that differ in the map only share it."""
@@ -263,7 +267,8 @@ def spread(values: Sequence[float] | None, digits: int) -> str:
 
 def bracket(bounds: Sequence[float], digits: int) -> str:
     """[low, high]."""
-    return f"[{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
+    low, high = (round(bound, digits) + 0.0 for bound in bounds)  # no -0.0
+    return f"[{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -278,13 +283,14 @@ def table_of(title: str, rows: list[Row], keys: Sequence[str], digits: int, corn
     A column more has the interval over images of the first of LEADING, where hits files are there. corner:
     heading of the labels. Returns "" for a table without numbers.
     """
-    cells, counts, leading = {}, set(), next((key for key in LEADING if key in keys), None)
+    cells, counts = {}, set()
+    leading = next((x for x in LEADING if x in keys and any(row.numbers(x) for row in rows)), None)
     for row in rows:
         for key in keys:
             if values := row.numbers(key):
                 counts.add(len(values))
                 cells[row.label, row.pair, HEADINGS[key]] = spread(values, digits)
-            if key == leading and values and (bounds := row.intervals().get(key)):
+            if key == leading and values and (bounds := row.intervals.get(key)):
                 cells[row.label, row.pair, f"{HEADINGS[key]}, 95 % over images"] = bracket(bounds, 1)
     names = [name for key in keys for name in (HEADINGS[key], f"{HEADINGS[key]}, 95 % over images")]
     pairs, used = dict.fromkeys(row.pair for row in rows), {place[1:] for place in cells}
@@ -373,11 +379,13 @@ def grouped(args: argparse.Namespace) -> list[Row]:
     for run, name in zip(args.runs, names_of(args)):
         path, result = read_results(run, args.checkpoint, args.split, args.normalize)
         config, result["path"] = settings(run), path
-        seed = config.pop("seed") if "seed" in result else config["seed"]
-        if not args.names:
+        seed = config.pop("seed") if "seed" in result or args.names else config["seed"]
+        if args.names:
+            config.pop("score_maps", None)  # score maps of one name are seeds
+        else:
             name = name.removesuffix(f"_seed{seed}") if run.suffix == ".json" else config["method"]
         row, _ = found.setdefault(json.dumps([name, config], sort_keys=True), (Row(name), config))
-        if any(seed == other.get("seed", seed) for other in row.results):
+        if any(seed == other.get("seed", str(other["path"].resolve())) for other in row.results):
             raise InputError(f"{run}: the same run as another, seed {seed}: give one of the two")
         row.results.append(result)
     labels = []
@@ -470,56 +478,58 @@ def table(args: argparse.Namespace) -> None:
 def difference(args: argparse.Namespace) -> None:
     """Compares two runs, or the seeds of two, on the same images: B - A with its interval.
 
-    A and B are rows as in `table`, A the first. Writes --out as .md and .json.
+    A and B are rows as in `table`, A the first. Writes --out as .md and .json. Raises InputError for another
+    number of rows, other images, and hits files that are missing.
     """
     rows = grouped(args)
     if len(rows) != 2:
         found = f"{len(rows)} configurations ({', '.join(row.label for row in rows)})"
-        raise InputError(f"difference: {found} instead of 2: --names says which runs belong together")
+        raise InputError(f"{found} where two are compared: give runs of two, or tell them apart by --names")
     files = [row.stored() for row in rows]
     require_same_images(files[0] | files[1])
-    (a, b), digest = ([x.hits for x in of.values()] for of in files), next(iter(files[0].values())).digest
-    found, bounds = map(flat, paired(a, b, digest))
-    own, names = [row.intervals() for row in rows], [row.label for row in rows]
+    sides = [[file.hits for file in of.values()] for of in files]
+    found, bounds = map(flat, bootstrap.difference(*sides, next(iter(files[0].values())).digest))
     keys = [key for key in METRICS if found.get(key) is not None]
-    lines, content = [], {"runs": {row.label: [str(path) for path in of] for row, of in zip(rows, files)}}
+    if not keys:
+        raise InputError(f"{rows[0].label} and {rows[1].label} have no metric in common")
+    one_label = rows[0].label == rows[1].label
+    names = [f"{row.label} ({row.pair})" if one_label else row.label for row in rows]
+    content = {side: {"name": name, "results": [*map(str, of)]} for side, name, of in zip("ab", names, files)}
+    content["metrics"], lines = {}, []
     for key in keys:
-        means = [float(np.mean(row.numbers(key))) for row in rows]
-        sides = [f"{x:.{args.digits}f} {bracket(of[key], 1)}" for x, of in zip(means, own)]
-        lines.append([METRICS[key], *sides, f"{found[key]:+.{args.digits}f} {bracket(bounds[key], 1)}"])
-        sides = {name: {"value": x, "interval": of[key]} for name, x, of in zip(names, means, own)}
-        content[key] = sides | {"difference": found[key], "interval": bounds[key]}
-    text = markdown(["%, [95 % over images]", *names, f"{names[1]} − {names[0]}"], lines)
-    if any(hits.right is not None for hits in a + b):
-        right = [localized(seeds) for seeds in (a, b)]
-        only = [float((x * (1 - y)).sum()) for x, y in (right, right[::-1])]
-        text += f"\nRight at IoU 50 by {names[0]} alone: {only[0]:.4g} of {len(right[0])} images, "
-        text += f"by {names[1]} alone: {only[1]:.4g}.\n"
-        content["only"] = dict(zip(names, only))
-    leading = next(key for key in LEADING if key in keys)
-    text += f"\n{in_words(names, METRICS[leading], found[leading], bounds[leading])}\n"
-    if len(a + b) > 2:
-        text += (
-            f"\nMeans over {len(a)} and {len(b)} seeds. The intervals do not contain the choice of seeds.\n"
-        )
-    print(text)
+        means, own = [float(np.mean(row.numbers(key))) for row in rows], [row.intervals[key] for row in rows]
+        values, intervals = [*means, found[key]], [*own, bounds[key]]
+        cells = [f"{x:.{args.digits}f} {bracket(of, 1)}" for x, of in zip(values, intervals)]
+        lines.append([METRICS[key], *cells])
+        entries = [{"value": x, "interval": of} for x, of in zip(values, intervals)]
+        content["metrics"][key] = dict(zip(("a", "b", "difference"), entries))
+    text = markdown(["%, [95 % over images]", *names, f"{names[1]} − {names[0]}"], lines) + "\n"
+    if found.get("gt_known_loc") is not None:
+        a, b = map(bootstrap.localized, sides)
+        content["only"] = {"a": float((a * (1 - b)).sum()), "b": float((b * (1 - a)).sum())}
+        alone = [f"{x:.1f}".removesuffix(".0") for x in content["only"].values()]
+        text += f"Right at IoU 50 by {names[0]} alone: {alone[0]}, by {names[1]} alone: {alone[1]} "
+        text += f"of {int(sides[0][0].boxed.sum())} images.\n\n"
+    leading = next(key for key in (*LEADING, *keys) if key in keys)
+    text += in_words(names, METRICS[leading], found[leading], bounds[leading])
+    counts = [len(side) for side in sides]
+    text += f" Means over {counts[0]} and {counts[1]} seeds." if max(counts) > 1 else ""
+    print(text := text + " The intervals do not contain the choice of the seed.\n")
     write_text(args.out.with_name(f"{args.out.name}.md"), text)
     write_json(args.out.with_name(f"{args.out.name}.json"), content)
     print(f"written to {args.out}.md and .json")
 
 
 def in_words(names: Sequence[str], metric: str, value: float, bounds: Sequence[float]) -> str:
-    """One line on a difference. names: A, B; value, bounds: of B - A."""
-    better, worse = names[::-1] if value >= 0 else names
-    low, high = bounds if value >= 0 else (-bounds[1], -bounds[0])
-    what = (
-        "more than the choice of test images explains"
-        if low > 0
-        else "the choice of test images may explain it"
-    )
-    return (
-        f"{better} is better than {worse} by {abs(value):.1f} {bracket((low, high), 1)} in {metric}: {what}."
-    )
+    """A difference as a sentence. names: A, B; value, bounds: of B - A."""
+    if not round(value, 1):
+        return f"{names[0]} and {names[1]} are equal in {metric}: they differ by 0.0 {bracket(bounds, 1)}."
+    better, worse = names[::-1] if value > 0 else names
+    low, high = bounds if value > 0 else (-bounds[1], -bounds[0])
+    explained = "the choice of test images may explain it"
+    verdict = "more than the choice of test images explains" if low > 0 else explained
+    gap = f"{abs(value):.1f} {bracket((low, high), 1)} in {metric}"
+    return f"{better} is better than {worse} by {gap}: {verdict}."
 
 
 COMMANDS = {"compare": compare, "sweep": sweep, "table": table, "difference": difference}

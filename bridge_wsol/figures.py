@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from . import cam, utils
+from .bootstrap import band, hits_path, read_hits, require_same_images
 from .boxes import LEVELS, iou_matrix, level_boxes, scale_boxes
 from .data import Masks, Split, decode, load_masks, test_loader, to_input
 from .evaluation import PREDICTION, TRUTH, MapBatch, TrainedRun, evaluate_maps, read_results
 from .experiments import SWEPT, check_pools, markdown, names_of, read_sweep, spread
-from .intervals import band, hits_path, read_hits, require_same_images
 from .losses import feature_norm, minmax
 from .metrics import DELTAS, flatness
 from .utils import InputError, Parser, Value, atomic_write, autocast, one_line_errors, progress, write_json
@@ -185,28 +185,29 @@ Curves = dict[str, np.ndarray]  # IoU in percent -> 255 values, or 2 x 255
 def read_curves(args: Flags) -> tuple[list[dict[str, Any]], list[Curves], list[Curves]]:
     """(numbers, curves, intervals) of each name; a curve is the mean over the runs with that name.
 
-    The intervals are `intervals.band`, where all runs of the name have hits files.
-
+    The intervals are those of `bootstrap.band`, where all runs of the name have hits files.
     Numbers of each IoU: the maximum in percent, its threshold, the range of thresholds that `flatness` finds,
     and the percent of the thresholds at which the curve is above or below the first name's. Raises InputError
     for results without boxes.
     """
-    found: dict[str, list[tuple[Path, dict[str, list[float]]]]] = {}
+    found: dict[str, dict[Path, dict[str, Any]]] = {}
     for run, name in zip(args.runs, names_of(args)):
         path, result = read_results(run, args.checkpoint, args.split, args.normalize)
         if result["curves"] is None:
             raise InputError(f"{path}: {result['dataset']} has no boxes, so no curves: use maps or gap")
-        found.setdefault(name, []).append((path, result["curves"]))
+        found.setdefault(name, {})[path] = result
     entries, all_curves, bands = [], [], []
     for name, runs in found.items():
-        stored = {path: read_hits(path) for path, _ in runs if hits_path(path).exists()}
         bands.append({})
-        if len(stored) == len(runs):
+        if all(hits_path(path).exists() for path in runs):
+            stored = {path: read_hits(path, result["metrics"]) for path, result in runs.items()}
             require_same_images(stored)
             bands[-1] = band([x.hits for x in stored.values()], next(iter(stored.values())).digest)
-        entry: dict[str, Any] = {"name": name, "results": [str(path) for path, _ in runs]}
+        entry: dict[str, Any] = {"name": name, "results": [*map(str, runs)]}
         entries.append(entry)
-        all_curves.append({iou: np.mean([c[iou] for _, c in runs], axis=0) for iou in map(str, DELTAS)})
+        all_curves.append(
+            {iou: np.mean([x["curves"][iou] for x in runs.values()], axis=0) for iou in map(str, DELTAS)}
+        )
         for iou, curve in all_curves[-1].items():
             (first, last, width), top = flatness(curve), int(np.argmax(curve))
             entry[iou] = {

@@ -198,12 +198,20 @@ class Hits:
     threshold: float | None = None
     val_levels: dict[str, int] | None = None
 
-    def measure(self, counts: np.ndarray) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    def once(self) -> np.ndarray:
+        """The sample that has each image once, 1 x N: the split itself."""
+        return np.ones((1, len(self.boxed)), dtype=np.uint8)
+
+    def curves(self, counts: np.ndarray) -> np.ndarray:
+        """The accuracy at each level in R samples, R x 4 x 255 in percent, in the order of LEVEL_NAMES."""
+        return _percent(counts, self.right, self.boxed)
+
+    def sample(self, counts: np.ndarray) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
         """(metrics, levels, curves) of R samples of the images. counts: R x N, how often a sample has each.
 
         metrics: the keys of results_*.json, each with R float64 in percent (NaN where the sample has no such
-        image), or None. levels: R x 4 int, curves: R x 4 x 255 in percent, in the order of LEVEL_NAMES; of
-        equally good levels, the lowest. The sums are of whole numbers, so they are exact.
+        image), or None. levels: R x 4 int, the best ones; of equally good levels, the lowest. The sums are of
+        whole numbers, so they are exact.
         """
         metrics: dict[str, Any] = dict.fromkeys(
             ("max_box_acc_v2", "max_box_acc", "gt_known_loc", "gt_known_loc_largest", "top1_loc", "top5_loc")
@@ -216,7 +224,7 @@ class Hits:
             metrics |= {"pxap": average_precision(pooled), "piou": peak_iou(pooled)}
         if self.right is None:
             return metrics, np.zeros((len(counts), 0), dtype=int), np.zeros((len(counts), 0, LEVELS))
-        curves = _percent(counts, self.right, self.boxed)
+        curves = self.curves(counts)
         levels, samples = curves.argmax(2), np.arange(len(counts))
         chosen = dict(zip(LEVEL_NAMES, curves.max(2).T))
         metrics |= {"max_box_acc_v2": _with_mean(chosen), "gt_known_loc": chosen["50"]}
@@ -241,7 +249,7 @@ class Hits:
         thresholds: levels / 255. curves: the accuracy at each of the 255 levels. "images_with_boxes" and
         "images_with_masks": where some images have them, but not all.
         """
-        metrics, levels, curves = self.measure(np.ones((1, len(self.boxed)), dtype=np.uint8))
+        metrics, levels, curves = self.sample(self.once())
         metrics = each(lambda x: None if np.isnan(x[0]) else float(x[0]), metrics)
         if "fixed_threshold" in metrics:
             metrics["fixed_threshold"] = {"threshold": self.threshold, **metrics["fixed_threshold"]}

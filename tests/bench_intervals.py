@@ -13,7 +13,7 @@ import tracemalloc
 
 import numpy as np
 
-from bridge_wsol.intervals import RESAMPLES, intervals, resamples
+from bridge_wsol.bootstrap import RESAMPLES, intervals, resamples
 from bridge_wsol.metrics import EDGES, LEVEL_NAMES, Hits
 
 

@@ -12,8 +12,8 @@ import argparse
 
 import numpy as np
 
+from bridge_wsol.bootstrap import interval, resamples
 from bridge_wsol.boxes import LEVELS
-from bridge_wsol.intervals import interval, resamples
 from bridge_wsol.metrics import LEVEL_NAMES, Hits, each
 
 
@@ -57,8 +57,8 @@ def study(n: int, draws: int) -> None:
         images, counts, sides = rng.integers(len(methods[0]), size=n), resamples(f"{draw:x}", n), []
         for ranges, levels, truth in known:
             hits = hits_of(ranges[images], {name: levels[name] for name in LEVEL_NAMES})
-            whole = chosen(hits.measure(np.ones((1, n), dtype=np.uint8))[0])
-            sides.append((truth, whole, chosen(hits.measure(counts)[0])))
+            whole = chosen(hits.sample(hits.once())[0])
+            sides.append((truth, whole, chosen(hits.sample(counts)[0])))
         truth, whole, values = (each(lambda a, b: b - a, a, b) for a, b in zip(*sides))
         rows = [(sides[0], ""), ((truth, whole, values), "difference in ")]
         for (truth, whole, values), what in rows:

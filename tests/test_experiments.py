@@ -42,6 +42,8 @@ def changed(source, folder, v2=None, metrics=(), **config):
         if v2 is not None:
             result["metrics"]["max_box_acc_v2"]["mean"] = v2
         path.write_text(json.dumps(result))
+        if v2 is not None or metrics:
+            path.with_suffix(".npz").unlink()
     return folder
 
 

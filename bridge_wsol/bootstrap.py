@@ -10,7 +10,6 @@ split's digest, so that two evaluations of a split see the same resamples, and t
 
 from __future__ import annotations
 
-import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +23,10 @@ from .data import Split
 from .metrics import LEVEL_NAMES, Hits, each
 from .utils import InputError, atomic_write
 
-RESAMPLES, LEVEL = 1000, 0.95  # number of resamples, nominal coverage of an interval
+RESAMPLES, NOMINAL = 1000, 0.95  # number of resamples, nominal coverage of an interval
+TAILS = (0.5 - NOMINAL / 2, 0.5 + NOMINAL / 2)
 
-# ------------------------------------------------------------------------------------------------- bootstrap
+# ------------------------------------------------------------------------------------------------- intervals
 
 
 def resamples(digest: str, n: int) -> np.ndarray:
@@ -37,44 +37,39 @@ def resamples(digest: str, n: int) -> np.ndarray:
 
 
 def interval(values: np.ndarray, estimate: np.ndarray) -> list[float] | None:
-    """[low, high] at LEVEL: Efron's bias-corrected percentiles of the bootstrap. None where no value is one.
+    """[low, high]: Efron's bias-corrected percentiles of the bootstrap. None where no value is defined.
 
     values: the metric in the resamples, R; estimate: on the split, an array of one. The correction is for
     metrics that choose a threshold: the best accuracy is biased upwards on the split, and again in each
     resample. docs/evaluation.md has the coverage.
     """
-    values, normal, tails = values[~np.isnan(values)], NormalDist(), (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
+    # Equal shares of images may differ in the last bits, and ties count half.
+    values, estimate = np.round(values[~np.isnan(values)], 9), float(np.round(estimate[0], 9))
     if not len(values):
         return None
-    below = ((values < estimate).mean() + (values <= estimate).mean()) / 2
-    bias = normal.inv_cdf(float(np.clip(below, *tails)))
-    low, high = np.quantile(values, [normal.cdf(2 * bias + normal.inv_cdf(tail)) for tail in tails])
-    # In a small split the bias may exceed the interval, which contains the estimate all the same.
-    return [float(min(low, *estimate)), float(max(high, *estimate))]
+    below, normal = ((values < estimate).mean() + (values <= estimate).mean()) / 2, NormalDist()
+    # In a small split the bias may exceed the interval. Clipped, it reaches the estimate all the same.
+    bias = normal.inv_cdf(float(np.clip(below, *TAILS)))
+    low, high = np.quantile(values, [normal.cdf(2 * bias + normal.inv_cdf(tail)) for tail in TAILS])
+    return [float(min(low, estimate)), float(max(high, estimate))]
 
 
 def _mean(seeds: Sequence[Hits], counts: np.ndarray) -> dict[str, Any]:
-    """`Hits.measure`'s metrics, means over seeds."""
-    return each(lambda *values: np.mean(values, axis=0), *(hits.measure(counts)[0] for hits in seeds))
-
-
-def _whole(seeds: Sequence[Hits]) -> np.ndarray:
-    """The sample that has each image once."""
-    return np.ones((1, len(seeds[0].boxed)), dtype=np.uint8)
+    """The metrics of `Hits.sample`, means over seeds."""
+    return each(lambda *values: np.mean(values, axis=0), *(hits.sample(counts)[0] for hits in seeds))
 
 
 def intervals(seeds: Sequence[Hits], digest: str) -> dict[str, Any]:
     """The interval of each metric, [low, high] in percent, by its key; of the mean where there are seeds."""
     counts = resamples(digest, len(seeds[0].boxed))
-    return each(interval, _mean(seeds, counts), _mean(seeds, _whole(seeds)))
+    return each(interval, _mean(seeds, counts), _mean(seeds, seeds[0].once()))
 
 
 def band(seeds: Sequence[Hits], digest: str) -> dict[str, np.ndarray]:
-    """The interval of the seeds' mean curve at each level by itself: {name: 2 x 255} in percent."""
+    """Plain percentiles of the seeds' mean curve at each level by itself: {name: 2 x 255} in percent."""
     counts = resamples(digest, len(seeds[0].boxed))
-    curves = np.mean([hits.measure(counts)[2] for hits in seeds], axis=0)
-    bounds = np.nanquantile(curves, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2), axis=0)
-    return dict(zip(LEVEL_NAMES, bounds.transpose(1, 0, 2)))
+    curves = np.mean([hits.curves(counts) for hits in seeds], axis=0)
+    return dict(zip(LEVEL_NAMES, np.nanquantile(curves, TAILS, axis=0).transpose(1, 0, 2)))
 
 
 def difference(a: Sequence[Hits], b: Sequence[Hits], digest: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -82,14 +77,14 @@ def difference(a: Sequence[Hits], b: Sequence[Hits], digest: str) -> tuple[dict[
 
     Paired: A and B are measured in the same resamples.
     """
-    counts, whole = resamples(digest, len(a[0].boxed)), _whole(a)
+    counts, whole = resamples(digest, len(a[0].boxed)), a[0].once()
     found, values = (each(np.subtract, _mean(b, x), _mean(a, x)) for x in (whole, counts))
-    return each(lambda x: float(x[0]), found), each(interval, values, found)
+    return each(lambda x: None if np.isnan(x[0]) else float(x[0]), found), each(interval, values, found)
 
 
 def localized(seeds: Sequence[Hits]) -> np.ndarray:
-    """N in [0, 1]: the share of the seeds with a right box at IoU 50 (all contours)."""
-    levels = [hits.measure(_whole(seeds))[1][0, 1] for hits in seeds]
+    """N in [0, 1]: the share of the seeds with a right box at IoU 50 (all contours, the best threshold)."""
+    levels = [hits.curves(hits.once())[0, 1].argmax() for hits in seeds]
     return np.mean([hits.right[:, 1, level] for hits, level in zip(seeds, levels)], axis=0)
 
 
@@ -102,7 +97,7 @@ class Stored(NamedTuple):
     hits: Hits
     digest: str  # of the split
     ids: list[str]
-    truth: np.ndarray  # N uint32, a checksum of each image's label, boxes and masks
+    truth: np.ndarray  # N uint32, a checksum of each image's label, size, boxes and paths of masks
 
 
 def hits_path(results: Path) -> Path:
@@ -112,10 +107,13 @@ def hits_path(results: Path) -> Path:
 
 def save_hits(path: Path, hits: Hits, split: Split) -> None:
     """Writes a hits file: a bit for each IoU, level and image, 128 bytes an image before compression."""
-    lines = [(split.labels[i], split.boxes.get(i), split.masks.get(i)) for i in range(len(split))]
-    texts = [repr((int(k), boxes if boxes is None else boxes.tolist(), masks)) for k, boxes, masks in lines]
     content = {"digest": split.digest(), "ids": split.ids, "boxed": hits.boxed, "masked": hits.masked}
-    content["truth"] = np.array([zlib.crc32(text.encode("utf-8", "surrogateescape")) for text in texts])
+    sizes = np.zeros((len(split), 2), dtype=int) if split.sizes is None else split.sizes
+    boxes = [split.boxes[i].tolist() if i in split.boxes else None for i in range(len(split))]
+    masks = [split.masks.get(i) for i in range(len(split))]
+    texts = map(repr, zip(split.labels.tolist(), sizes.tolist(), boxes, masks))
+    checksums = [zlib.crc32(text.encode("utf-8", "surrogateescape")) for text in texts]
+    content["truth"] = np.array(checksums, dtype=np.uint32)
     optional = {
         "right": None if hits.right is None else np.packbits(hits.right, axis=-1),
         "ranks": None if hits.ranks is None else hits.ranks.clip(max=255).astype(np.uint8),
@@ -127,8 +125,11 @@ def save_hits(path: Path, hits: Hits, split: Split) -> None:
         np.savez_compressed(file, **content)
 
 
-def read_hits(results: Path) -> Stored:
-    """The hits file beside a results file. Raises InputError for a missing or damaged one."""
+def read_hits(results: Path, metrics: dict[str, Any]) -> Stored:
+    """The hits file beside a results file with these metrics.
+
+    Raises InputError for a missing or damaged one, and for one of another evaluation.
+    """
     path = hits_path(results)
     try:
         with np.load(path) as file:
@@ -137,16 +138,18 @@ def read_hits(results: Path) -> Stored:
         if "right" in found:
             found["right"] = np.unpackbits(found["right"], axis=-1, count=LEVELS).astype(bool)
         if "val_levels" in found:
-            found["val_levels"] = dict(zip(LEVEL_NAMES, found["val_levels"].tolist()))
+            found["val_levels"] = dict(zip(LEVEL_NAMES, found["val_levels"].tolist(), strict=True))
         found |= {"threshold": float(found["threshold"])} if "threshold" in found else {}
-        hits = Hits(**found)
-        if any(len(x) != len(ids) for x in (truth, hits.boxed, hits.masked)):
-            raise ValueError("lengths differ")
+        stored = Stored(Hits(**found), digest, ids, truth)
+        int(digest, 16), zip(ids, truth.tolist(), stored.hits.boxed, strict=True)
+        measured = stored.hits.result()["metrics"]
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file: evaluate again, evaluate.py writes it") from error
-    except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # a damaged archive raises errors of ten kinds
         raise InputError(f"{path}: not a file of hits per image: evaluate again") from error
-    return Stored(hits, digest, ids, truth)
+    if measured != metrics:
+        raise InputError(f"{path}: not of the evaluation in {results.name}: evaluate again")
+    return stored
 
 
 def require_same_images(files: dict[Path, Stored]) -> None:
