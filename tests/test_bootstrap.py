@@ -149,6 +149,7 @@ def test_a_hits_file_is_small_and_read_as_it_was_written(dataset, split, limit, 
     right = np.unpackbits(rng.integers(0, 256, (n, 4, 32), dtype=np.uint8), axis=-1, count=255).astype(bool)
     fixed, every = rng.random(n) < 0.5, np.ones(n, dtype=bool)
     hits = Hits(every, ~every, right, rng.integers(0, 200, n), None, fixed, 0.25, VAL)
+    assert list(hits.result()["curves"].values()) == (100 * right.sum(0) / n).tolist()  # in several blocks
     save_hits(tmp_path / "results.npz", hits, split)
     assert (tmp_path / "results.npz").stat().st_size < limit
     stored = read_hits(tmp_path / "results.json", hits.result()["metrics"])
@@ -161,7 +162,8 @@ def test_a_hits_file_is_small_and_read_as_it_was_written(dataset, split, limit, 
 def write(path, hits, split, **head):
     """A results file and its hits file."""
     head = {"dataset": "D", "arch": "vgg16", "method": "cam", "split": "test", **head}
-    path.write_text(json.dumps(head | hits.result()))
+    found = hits.result() | {"intervals": bootstrap.intervals([hits], split.digest())}
+    path.write_text(json.dumps(head | found))
     save_hits(path.with_suffix(".npz"), hits, split)
 
 
@@ -172,10 +174,10 @@ def split_of(n, boxes=None, sizes=(32, 32)):
 
 
 def right_at(*rows, boxed=None):
-    """Hits of images that are right at level 10, for all IoUs and rules, where the row says so."""
+    """Hits of images with a right box at level 10 where the row says so, for all IoUs; not of the largest."""
     found = np.array(rows, dtype=bool)
     right = np.zeros((len(found), 4, 255), dtype=bool)
-    right[:, :, 10] = found[:, None]
+    right[:, :3, 10] = found[:, None]
     boxed = np.ones(len(found), dtype=bool) if boxed is None else np.array(boxed, dtype=bool)
     return Hits(boxed, ~boxed & False, right)
 

@@ -82,7 +82,7 @@ RANKS = [0, 1, 4, 5, 0]  # the best class, the second, the fifth, the sixth
 
 
 def test_top_k_loc_needs_the_box_at_the_threshold_of_the_set_and_the_class():
-    right = [image({10: 0.6})] * 4
+    right = [image({10: 0.6, 20: 0.4})] * 4  # the best level for IoU 30 is 20, for 50 it is 10
     found = metrics([*right, image({20: 0.6})], RANKS)  # the last is right at another threshold only
     assert (found["gt_known_loc"], found["top1_loc"], found["top5_loc"]) == (80, 20, 60)
     assert (found["top1_cls"], found["top5_cls"]) == (40, 80)
