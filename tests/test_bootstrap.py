@@ -73,7 +73,7 @@ def corrected(values, estimate):
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(bootstrap, "RESAMPLES", 80)
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 50)
 
 
 def test_intervals_are_those_of_a_plain_loop(few):
@@ -124,13 +124,13 @@ def test_an_interval_at_a_fixed_threshold_is_the_binomial_s():
 def test_intervals_contain_the_truth_about_as_often_as_they_say():
     """The threshold is chosen on the images, of three that are equally good and independent."""
     covered = np.zeros(2)
-    for seed in range(150):
+    for seed in range(80):
         hits = curve_hits((0.5, 0.5, 0.5), 60, seed)
         low, high = bootstrap.intervals([hits], DIGEST)["gt_known_loc"]
         values = hits.sample(resamples(DIGEST, 60))[0]["gt_known_loc"]
         plain = np.quantile(values, [0.025, 0.975])
         covered += [low <= 50 <= high, plain[0] <= 50 <= plain[1]]
-    assert covered[0] / 150 > 0.85 and covered[1] / 150 < 0.8, covered / 150
+    assert covered[0] > 64 and covered[1] < covered[0] - 8, covered
 
 
 def test_two_evaluations_draw_the_same_resamples_and_two_splits_others():
