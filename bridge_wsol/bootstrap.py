@@ -13,7 +13,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,21 +36,17 @@ def resamples(digest: str, n: int) -> np.ndarray:
 
 
 def interval(values: np.ndarray, estimate: np.ndarray) -> list[float] | None:
-    """[low, high]: Efron's bias-corrected percentiles of the bootstrap. None where no value is defined.
+    """[low, high] of a metric: the percentiles of its values in the resamples, less twice their bias.
 
-    values: the metric in the resamples, R; estimate: on the split, an array of one. The correction is for
-    metrics that choose a threshold: the best accuracy is biased upwards on the split, and again in each
-    resample. docs/evaluation.md has the coverage.
+    values: R, with NaN where it is not defined; estimate: on the split, an array of one, inside the interval.
+    None without values. The best accuracy over thresholds is biased upwards on the split, and again in each
+    resample, by about as much: mean(values) - estimate. docs/evaluation.md has the coverage.
     """
-    # Equal shares of images may differ in the last bits, and ties count half.
-    values, estimate = np.round(values[~np.isnan(values)], 9), float(np.round(estimate[0], 9))
+    values = values[~np.isnan(values)]
     if not len(values):
         return None
-    below, normal = ((values < estimate).mean() + (values <= estimate).mean()) / 2, NormalDist()
-    # In a small split the bias may exceed the interval. Clipped, it reaches the estimate all the same.
-    bias = normal.inv_cdf(float(np.clip(below, *TAILS)))
-    low, high = np.quantile(values, [normal.cdf(2 * bias + normal.inv_cdf(tail)) for tail in TAILS])
-    return [float(min(low, estimate)), float(max(high, estimate))]
+    low, high = np.quantile(values, TAILS) - 2 * (values.mean() - estimate)
+    return [float(min(low, *estimate)), float(max(high, *estimate))]
 
 
 def _mean(seeds: Sequence[Hits], counts: np.ndarray) -> dict[str, Any]:
@@ -62,7 +57,8 @@ def _mean(seeds: Sequence[Hits], counts: np.ndarray) -> dict[str, Any]:
 def intervals(seeds: Sequence[Hits], digest: str) -> dict[str, Any]:
     """The interval of each metric, [low, high] in percent, by its key; of the mean where there are seeds."""
     counts = resamples(digest, len(seeds[0].boxed))
-    return each(interval, _mean(seeds, counts), _mean(seeds, seeds[0].once()))
+    bounds = each(interval, _mean(seeds, counts), _mean(seeds, seeds[0].once()))
+    return each(lambda of: np.clip(of, 0, 100).tolist(), bounds)
 
 
 def band(seeds: Sequence[Hits], digest: str) -> dict[str, np.ndarray]:
