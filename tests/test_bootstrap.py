@@ -134,6 +134,7 @@ def test_intervals_contain_the_truth_about_as_often_as_they_say():
         low, high = bootstrap.intervals([hits], DIGEST)["gt_known_loc"]
         plain = np.quantile(hits.sample(resamples(DIGEST, 60))[0]["gt_known_loc"], [0.025, 0.975])
         covered += [low <= truth <= high, plain[0] <= truth <= plain[1]]
+        assert low <= hits.result()["metrics"]["gt_known_loc"] <= high
     assert covered[0] / 60 > 0.8 and covered[1] / 60 < 0.2, covered
 
 
