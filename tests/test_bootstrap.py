@@ -10,7 +10,7 @@ from conftest import REPOSITORY, results, run
 from scipy.stats import binom, norm
 
 from bridge_wsol import bootstrap
-from bridge_wsol.bootstrap import difference, read_hits, resamples, save_hits
+from bridge_wsol.bootstrap import difference, interval, read_hits, resamples, save_hits
 from bridge_wsol.data import Split
 from bridge_wsol.datasets import load_split
 from bridge_wsol.experiments import METRICS, flat
@@ -134,8 +134,19 @@ def test_intervals_contain_the_truth_about_as_often_as_they_say():
         low, high = bootstrap.intervals([hits], DIGEST)["gt_known_loc"]
         plain = np.quantile(hits.sample(resamples(DIGEST, 60))[0]["gt_known_loc"], [0.025, 0.975])
         covered += [low <= truth <= high, plain[0] <= truth <= plain[1]]
-        assert low <= hits.result()["metrics"]["gt_known_loc"] <= high
     assert covered[0] / 60 > 0.8 and covered[1] / 60 < 0.2, covered
+
+
+def test_an_interval_by_hand():
+    values = np.append(60 + np.arange(1001) / 100, np.nan)  # mean 65, percentiles 60.25 and 69.75
+    for estimate, expected in (
+        (65, [60.25, 69.75]),
+        (62, [54.25, 63.75]),
+        (50, [30.25, 50]),
+        (90, [90, 119.75]),
+    ):
+        assert interval(values, np.array([estimate])) == pytest.approx(expected)
+    assert interval(values[-1:], np.array([np.nan])) is None
 
 
 def test_two_evaluations_draw_the_same_resamples_and_two_splits_others():
