@@ -62,12 +62,12 @@ def by_loop(found, n):
     return {key: np.array(of) for key, of in values.items()}
 
 
-def corrected(values, estimate):
-    """The percentiles, moved down by twice the bias."""
+def percentiles(values, estimate, biases=2):
+    """The percentiles, less twice the bias; those of a difference as they are."""
     values = sorted(value for value in values if not np.isnan(value))
-    bias = sum(values) / len(values) - estimate
+    bias = biases * (sum(values) / len(values) - estimate)
     low, high = (np.interp(q * (len(values) - 1), range(len(values)), values) for q in (0.025, 0.975))
-    return [min(low - 2 * bias, estimate), max(high - 2 * bias, estimate)]
+    return [min(low - bias, estimate), max(high - bias, estimate)]
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_intervals_are_those_of_a_plain_loop(few):
     computed = flat(computed) | fixed
     assert len(whole) == 17 and None not in whole.values()
     for key, value in whole.items():
-        expected = np.clip(corrected(drawn[key], value), 0, 100)
+        expected = np.clip(percentiles(drawn[key], value), 0, 100)
         assert computed[key] == pytest.approx(expected, abs=1e-9), key
         assert computed[key][0] <= value <= computed[key][1]
 
@@ -97,10 +97,10 @@ def test_seeds_are_averaged_and_differences_paired(few):
     for key in METRICS:
         first, second = (np.mean([loop[key] for loop in side], axis=0) for side in loops)
         whole = [np.mean([numbers(hits)[key] for hits in side]) for side in (a, b)]
-        expected = corrected(second - first, whole[1] - whole[0])
+        expected = percentiles(second - first, whole[1] - whole[0], biases=0)
         assert flat(bounds)[key] == pytest.approx(expected, abs=1e-9), key
         assert flat(value)[key] == pytest.approx(whole[1] - whole[0], abs=1e-9)
-        assert of_mean[key] == pytest.approx(np.clip(corrected(first, whole[0]), 0, 100), abs=1e-9)
+        assert of_mean[key] == pytest.approx(np.clip(percentiles(first, whole[0]), 0, 100), abs=1e-9)
     # The same images twice: paired, nothing remains.
     value, bounds = difference(a, a, DIGEST)
     assert flat(value)["v2_mean"] == 0 and flat(bounds)["v2_mean"] == [0, 0]
@@ -146,6 +146,8 @@ def test_an_interval_by_hand():
         (90, [90, 119.75]),
     ):
         assert interval(values, np.array([estimate])) == pytest.approx(expected)
+        plain = interval(values, np.array([estimate]), of_difference=True)
+        assert plain == pytest.approx([min(60.25, estimate), max(69.75, estimate)])
     assert interval(values[-1:], np.array([np.nan])) is None
 
 
