@@ -6,8 +6,8 @@ A population of images has a range of levels at which each image's box is right,
 known exactly: curves like those of CUB10, and flat ones, whose best threshold is uncertain. Each draw is a
 test set of N images, for two methods. Compared are four intervals: the percentiles of the resamples; the
 basic one (2 * estimate - percentiles); Efron's bias-corrected percentiles; and the percentiles less twice the
-bias. `bootstrap.interval` takes the last, and for differences the first. Percent of the draws; each interval is
-widened to the estimate.
+bias. `bootstrap.interval` takes the last, and for differences the first. Percent of the draws; each interval
+is widened to the estimate.
 """
 
 import argparse
