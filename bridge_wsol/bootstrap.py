@@ -35,20 +35,20 @@ def resamples(digest: str, n: int) -> np.ndarray:
     return np.stack([counts.astype(np.uint8) for counts in draws])
 
 
-def interval(values: np.ndarray, estimate: np.ndarray, of_difference: bool = False) -> list[float] | None:
-    """[low, high] of a metric: the percentiles of its values in the resamples, less twice their bias.
+def interval(values: np.ndarray, metric: float, of_difference: bool = False) -> list[float] | None:
+    """[low, high]: the percentiles of a metric's values in the resamples, less twice their bias.
 
-    values: R, with NaN where it is not defined; estimate: on the split, an array of one, inside the interval.
-    None without values. The best accuracy over thresholds is biased upwards on the split, and again in each
-    resample, by about as much: mean(values) - estimate. In a difference the two biases nearly cancel: nothing
-    is taken off. docs/evaluation.md has the coverage.
+    values: R, with NaN where it is not defined; None if all are. metric: on the split; the interval contains
+    it. The best accuracy over thresholds is biased upwards on the split, and again in each resample, by about
+    as much: mean(values) - metric. In a difference the two biases cancel in part: nothing is taken off.
+    docs/evaluation.md has the coverage.
     """
     values = values[~np.isnan(values)]
     if not len(values):
         return None
-    bias = 0.0 if of_difference else values.mean() - estimate
+    bias = 0.0 if of_difference else values.mean() - metric
     low, high = np.quantile(values, TAILS) - 2 * bias
-    return [float(min(low, *estimate)), float(max(high, *estimate))]
+    return [float(min(low, metric)), float(max(high, metric))]
 
 
 def _mean(seeds: Sequence[Hits], counts: np.ndarray) -> dict[str, Any]:
@@ -58,8 +58,8 @@ def _mean(seeds: Sequence[Hits], counts: np.ndarray) -> dict[str, Any]:
 
 def intervals(seeds: Sequence[Hits], digest: str) -> dict[str, Any]:
     """The interval of each metric, [low, high] in percent, by its key; of the mean where there are seeds."""
-    counts = resamples(digest, len(seeds[0].boxed))
-    bounds = each(interval, _mean(seeds, counts), _mean(seeds, seeds[0].once()))
+    on_split = each(lambda x: float(x[0]), _mean(seeds, seeds[0].once()))
+    bounds = each(interval, _mean(seeds, resamples(digest, len(seeds[0].boxed))), on_split)
     return each(lambda of: np.clip(of, 0, 100).tolist(), bounds)
 
 
@@ -75,10 +75,14 @@ def difference(a: Sequence[Hits], b: Sequence[Hits], digest: str) -> tuple[dict[
 
     Paired: A and B are measured in the same resamples.
     """
-    counts, whole = resamples(digest, len(a[0].boxed)), a[0].once()
-    found, values = (each(np.subtract, _mean(b, x), _mean(a, x)) for x in (whole, counts))
-    bounds = each(lambda x, estimate: interval(x, estimate, of_difference=True), values, found)
-    return each(lambda x: None if np.isnan(x[0]) else float(x[0]), found), bounds
+
+    def gap(counts: np.ndarray) -> dict[str, Any]:
+        return each(np.subtract, _mean(b, counts), _mean(a, counts))
+
+    on_split = each(lambda x: float(x[0]), gap(a[0].once()))
+    in_resamples = gap(resamples(digest, len(a[0].boxed)))
+    bounds = each(lambda values, of: interval(values, of, of_difference=True), in_resamples, on_split)
+    return each(lambda x: None if np.isnan(x) else x, on_split), bounds
 
 
 def localized(seeds: Sequence[Hits]) -> np.ndarray:
@@ -140,7 +144,9 @@ def read_hits(results: Path, metrics: dict[str, Any]) -> Stored:
             found["val_levels"] = dict(zip(LEVEL_NAMES, found["val_levels"].tolist(), strict=True))
         found |= {"threshold": float(found["threshold"])} if "threshold" in found else {}
         stored = Stored(Hits(**found), digest, ids, truth)
-        int(digest, 16), zip(ids, truth.tolist(), stored.hits.boxed, strict=True)
+        int(digest, 16)
+        if not len(ids) == len(truth) == len(stored.hits.boxed):
+            raise ValueError("arrays of different lengths")
         measured = stored.hits.result()["metrics"]
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file: evaluate again, evaluate.py writes it") from error
@@ -160,4 +166,5 @@ def require_same_images(files: dict[Path, Stored]) -> None:
         if differing or len(known.ids) != len(other.ids):
             shorter = min(len(known.ids), len(other.ids))
             image = differing[0] if differing else max(known.ids, other.ids, key=len)[shorter]
-            raise InputError(f"{path}: other images, labels or boxes than {first} has, {image} first")
+            what = "images, labels, sizes, boxes or mask paths"
+            raise InputError(f"{path}: other {what} than {first} has; the first that differs is {image}")

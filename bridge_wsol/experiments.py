@@ -108,12 +108,10 @@ class Row:
     @cached_property
     def intervals(self) -> dict[str, Any]:
         """The interval over images of the seeds' mean by the keys of METRICS; empty without hits files."""
-        if len(self.results) == 1 and "intervals" in self.results[0]:
-            return flat(self.results[0]["intervals"])
-        if not all(hits_path(result["path"]).exists() for result in self.results):
-            return {}
-        files = [*self.stored().values()]
-        return flat(bootstrap.intervals([file.hits for file in files], files[0].digest))
+        if all(hits_path(result["path"]).exists() for result in self.results):
+            files = [*self.stored().values()]
+            return flat(bootstrap.intervals([file.hits for file in files], files[0].digest))
+        return flat(self.results[0].get("intervals", {})) if len(self.results) == 1 else {}
 
     def folder(self, runs: Path, seed: int) -> Path:
         """The folder of a run. Rows that differ in the map only share it."""
@@ -483,26 +481,30 @@ def difference(args: argparse.Namespace) -> None:
     """
     rows = grouped(args)
     if len(rows) != 2:
-        found = f"{len(rows)} configurations ({', '.join(row.label for row in rows)})"
-        raise InputError(f"{found} where two are compared: give runs of two, or tell them apart by --names")
+        sides = f"{len(rows)} sides ({', '.join(row.label for row in rows)}) where two are compared"
+        raise InputError(f"{sides}: seeds of one configuration are one side; or pass --names, one per run")
     files = [row.stored() for row in rows]
     require_same_images(files[0] | files[1])
-    sides = [[file.hits for file in of.values()] for of in files]
+    sides = [[file.hits for file in stored.values()] for stored in files]
     found, bounds = map(flat, bootstrap.difference(*sides, next(iter(files[0].values())).digest))
     keys = [key for key in METRICS if found.get(key) is not None]
     if not keys:
         raise InputError(f"{rows[0].label} and {rows[1].label} have no metric in common")
     one_label = rows[0].label == rows[1].label
     names = [f"{row.label} ({row.pair})" if one_label else row.label for row in rows]
-    content = {side: {"name": name, "results": [*map(str, of)]} for side, name, of in zip("ab", names, files)}
-    content["metrics"], lines = {}, []
+    content: dict[str, Any] = {"metrics": {}}
+    for side, name, stored in zip("ab", names, files):
+        content[side] = {"name": name, "results": [*map(str, stored)]}
+    lines = []
     for key in keys:
-        means, own = [float(np.mean(row.numbers(key))) for row in rows], [row.intervals[key] for row in rows]
-        values, intervals = [*means, found[key]], [*own, bounds[key]]
-        cells = [f"{x:.{args.digits}f} {bracket(of, 1)}" for x, of in zip(values, intervals)]
+        entry = {
+            side: {"value": float(np.mean(row.numbers(key))), "interval": row.intervals[key]}
+            for side, row in zip("ab", rows)
+        }
+        entry["difference"] = {"value": found[key], "interval": bounds[key]}
+        cells = [f"{x['value']:.{args.digits}f} {bracket(x['interval'], 1)}" for x in entry.values()]
         lines.append([METRICS[key], *cells])
-        entries = [{"value": x, "interval": of} for x, of in zip(values, intervals)]
-        content["metrics"][key] = dict(zip(("a", "b", "difference"), entries))
+        content["metrics"][key] = entry
     text = markdown(["%, [95 % over images]", *names, f"{names[1]} − {names[0]}"], lines) + "\n"
     if found.get("gt_known_loc") is not None:
         a, b = map(bootstrap.localized, sides)
@@ -522,14 +524,14 @@ def difference(args: argparse.Namespace) -> None:
 
 def in_words(names: Sequence[str], metric: str, value: float, bounds: Sequence[float]) -> str:
     """A difference as a sentence. names: A, B; value, bounds: of B - A."""
-    if not round(value, 1):
-        return f"{names[0]} and {names[1]} are equal in {metric}: they differ by 0.0 {bracket(bounds, 1)}."
+    low, high = bounds
+    if low <= 0 <= high:
+        gap = f"{names[1]} − {names[0]} is {value:.1f} {bracket(bounds, 1)}"
+        return f"{gap} in {metric}: the choice of test images may explain it."
     better, worse = names[::-1] if value > 0 else names
-    low, high = bounds if value > 0 else (-bounds[1], -bounds[0])
-    explained = "the choice of test images may explain it"
-    verdict = "more than the choice of test images explains" if low > 0 else explained
-    gap = f"{abs(value):.1f} {bracket((low, high), 1)} in {metric}"
-    return f"{better} is better than {worse} by {gap}: {verdict}."
+    gap = f"{abs(value):.1f} {bracket((low, high) if value > 0 else (-high, -low), 1)}"
+    verdict = "more than the choice of test images explains"
+    return f"{better} is better than {worse} by {gap} in {metric}: {verdict}."
 
 
 COMMANDS = {"compare": compare, "sweep": sweep, "table": table, "difference": difference}
@@ -564,7 +566,14 @@ def parse_command(argv: list[str] | None) -> argparse.Namespace:
         add("--names", nargs="+", metavar="NAME", help="names of the runs, in their order (default: methods)")
         add("--split", choices=("test", "val"), default="test", help="split of the results (default test)")
         add("--normalize", choices=NORMALIZATIONS, default="minmax", help="of the maps (default minmax)")
-        add("--digits", type=int, default=2, choices=range(10), metavar="N", help="decimals (default 2)")
+        add(
+            "--digits",
+            type=int,
+            default=2,
+            choices=range(10),
+            metavar="N",
+            help="decimals of the values (default 2)",
+        )
         text = f"files to write, without suffix (default figures/{name})"
         add("--out", type=Path, default=Path("figures", name), metavar="PATH", help=text)
 

@@ -145,10 +145,10 @@ def test_an_interval_by_hand():
         (50, [30.25, 50]),
         (90, [90, 119.75]),
     ):
-        assert interval(values, np.array([estimate])) == pytest.approx(expected)
-        plain = interval(values, np.array([estimate]), of_difference=True)
+        assert interval(values, estimate) == pytest.approx(expected)
+        plain = interval(values, estimate, of_difference=True)
         assert plain == pytest.approx([min(60.25, estimate), max(69.75, estimate)])
-    assert interval(values[-1:], np.array([np.nan])) is None
+    assert interval(values[-1:], np.nan) is None
 
 
 def test_two_evaluations_draw_the_same_resamples_and_two_splits_others():
@@ -218,7 +218,7 @@ def test_difference_by_hand(tmp_path, capsys):
         2,
     )
     assert "by a alone: 1, by b alone: 1.5 of 5 images" in printed
-    assert "b is better than a by 10.0 [" in printed and "may explain it. Means over 1 and 2 seeds" in printed
+    assert "b − a is 10.0 [" in printed and "may explain it. Means over 1 and 2 seeds" in printed
     low, high = v2["difference"]["interval"]
     assert low < 0 < 10 < high and "top1_cls" not in found["metrics"]
     # The other way round, all signs change; the better one is still the better one.
@@ -229,7 +229,7 @@ def test_difference_by_hand(tmp_path, capsys):
     )
     back = results(tmp_path, "d.json")["metrics"]["v2_mean"]["difference"]
     assert back["value"] == pytest.approx(-10) and back["interval"] == pytest.approx([-high, -low])
-    assert "b is better than a by 10.0 [" in capsys.readouterr().out
+    assert "a − b is -10.0 [" in capsys.readouterr().out
 
 
 def test_a_difference_that_images_cannot_explain_and_none_at_all(tmp_path, capsys):
@@ -238,8 +238,13 @@ def test_a_difference_that_images_cannot_explain_and_none_at_all(tmp_path, capsy
     run("experiments", f"difference {tmp_path}/a.json {tmp_path}/b.json --out {tmp_path}/d")
     assert "b is better than a by 62.5 [" in (printed := capsys.readouterr().out)
     assert "more than the choice of test images explains." in printed
+    run("experiments", f"difference {tmp_path}/b.json {tmp_path}/a.json --out {tmp_path}/d")
+    assert "b is better than a by 62.5 [" in capsys.readouterr().out
     run("experiments", f"difference {tmp_path}/a.json {tmp_path}/a.json --names a b --out {tmp_path}/d")
-    assert "a and b are equal in MaxBoxAccV2: they differ by 0.0 [0.0, 0.0]" in capsys.readouterr().out
+    assert (
+        "b − a is 0.0 [0.0, 0.0] in MaxBoxAccV2: the choice of test images may explain it."
+        in capsys.readouterr().out
+    )
 
 
 def test_tables_have_the_interval_of_the_seeds_mean(tmp_path):
@@ -255,7 +260,7 @@ def test_tables_have_the_interval_of_the_seeds_mean(tmp_path):
     run("experiments", command)
     assert "over images" not in (tmp_path / "t.md").read_text()
     write(tmp_path / "r_seed1.json", sides[1], split_of(20, sizes=(64, 64)), seed=1)
-    with pytest.raises(InputError, match="r_seed1.json: other images, .*0.jpg first"):
+    with pytest.raises(InputError, match="r_seed1.json: other images, .* is 0.jpg"):
         run("experiments", command)
 
 
@@ -291,8 +296,8 @@ def test_difference_of_two_runs(trained, tmp_path, capsys, fails):
     assert same["only"] == {"a": 0, "b": 0} and "top1_cls" not in same["metrics"]
     for runs, words in (
         (f"{folder} {folder}", "the same run"),
-        (folder, "1 configurations"),
-        (f"{folder} {tmp_path}/cam {out}", "3 configurations"),
+        (folder, "1 sides (bridge)"),
+        (f"{folder} {tmp_path}/cam {out}", "3 sides"),
     ):
         fails("experiments", f"difference {runs}", words)
     # Other boxes; results of another evaluation; damaged files.
@@ -300,7 +305,7 @@ def test_difference_of_two_runs(trained, tmp_path, capsys, fails):
     text = boxes.read_text()
     boxes.write_text(re.sub(r"(test/03.png,\d+,\d+),\d+,\d+", r"\1,30,30", text))
     run("evaluate", of_maps)
-    fails("experiments", f"difference {folder} {out}", "maps.json", "test/03.png first")
+    fails("experiments", f"difference {folder} {out}", "maps.json", "test/03.png")
     (tmp_path / "maps.npz").write_bytes((folder / "results_last_test.npz").read_bytes())
     fails("experiments", f"difference {folder} {out}", "maps.npz", "not of the evaluation")
     whole, rng = (folder / "results_best_test.npz").read_bytes(), np.random.default_rng(0)
