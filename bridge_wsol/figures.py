@@ -224,8 +224,8 @@ def read_curves(args: Flags) -> tuple[list[dict[str, Any]], list[Curves], list[C
 def curves(args: Flags) -> dict[str, Any]:
     """Fig. A1: accuracy against the threshold.
 
-    A marker shows each maximum, MaxBoxAccV2 at that IoU, and a thick line the range of `flatness` around it.
-    A band shows the 95 % interval over images, at each threshold by itself.
+    A marker shows each maximum (of one run: MaxBoxAccV2 at that IoU), a thick line the range of `flatness`
+    around it, a band the 95 % interval over images, at each threshold by itself.
     Prints the numbers of claim C.1: maximum, `flatness`, and the share of thresholds above the first run.
     """
     entries, all_curves, bands = read_curves(args)
