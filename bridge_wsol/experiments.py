@@ -566,14 +566,8 @@ def parse_command(argv: list[str] | None) -> argparse.Namespace:
         add("--names", nargs="+", metavar="NAME", help="names of the runs, in their order (default: methods)")
         add("--split", choices=("test", "val"), default="test", help="split of the results (default test)")
         add("--normalize", choices=NORMALIZATIONS, default="minmax", help="of the maps (default minmax)")
-        add(
-            "--digits",
-            type=int,
-            default=2,
-            choices=range(10),
-            metavar="N",
-            help="decimals of the values (default 2)",
-        )
+        text = "decimals of the values (default 2)"
+        add("--digits", type=int, default=2, choices=range(10), metavar="N", help=text)
         text = f"files to write, without suffix (default figures/{name})"
         add("--out", type=Path, default=Path("figures", name), metavar="PATH", help=text)
 
