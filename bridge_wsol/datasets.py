@@ -1,7 +1,7 @@
 """The data sets: where their images are below --data-root, which lists they have, folders of one's own.
 
 The lists are in --lists (default data_splits), in the format of data_splits/README.md: the published lists
-of CUB, ILSVRC and OpenImages, those of CUB10, and those of the demo once it is drawn.
+of CUB, ILSVRC and OpenImages, those of CUB10 and Imagenette, and those of the demo once it is drawn.
 
     python -m bridge_wsol.datasets check --dataset CUB     opens every image and mask of every split
 """
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+from torchvision.datasets import Imagenette
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 from . import utils
@@ -41,6 +42,9 @@ class DataSet(NamedTuple):
     val_images: str = ""  # the same for the ids of val; "": images
     val_folder: str = ""  # folder whose absence means that val is held out from train; "": val has its list
     draw: Callable[[Path, Path], None] | None = None  # draws images and lists: (data root, folder of lists)
+    # Folders with smaller copies of the images, where `images` is absent. The sizes in the lists, of the
+    # boxes, are then not those of the files, and are not compared with them.
+    copies: tuple[str, ...] = ()
 
 
 DATASETS = {
@@ -49,6 +53,8 @@ DATASETS = {
     "CUB": DataSet("CUB_200_2011/images", "CUBV2", "CUBV2"),
     "ILSVRC": DataSet("ILSVRC", val_folder="ILSVRC/val2"),
     "OpenImages": DataSet("OpenImages"),
+    # Ten classes of ImageNet; val and test are images of ILSVRC val, with its boxes.
+    "Imagenette": DataSet("imagenette2", copies=("imagenette2-320", "imagenette2-160")),
 }
 
 
@@ -129,7 +135,8 @@ def _read_lists(
     dataset: str, kind: DataSet, data_root: Path, lists: Path, names: set[str]
 ) -> tuple[dict[str, Split], int, list[str] | None]:
     """(splits, number of classes, their names if the folders of train tell them)."""
-    folder, root = lists / dataset, data_root / kind.images
+    folder, places = lists / dataset, [data_root / name for name in (kind.images, *kind.copies)]
+    root = next((place for place in places if place.is_dir()), places[0])
     if not folder.is_dir():
         problem = f"--dataset {dataset}: no lists in {folder}"
         fix = f"pass --lists DIR, a folder that holds {dataset}/train, val and test"
@@ -233,20 +240,23 @@ def _ilsvrc_files(split: Split, lists: Path) -> Split:
     return split
 
 
-# ------------------------------------------------------------------------------------------ the CUB download
+# --------------------------------------------------------------------------------------------- the downloads
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
 
 
 def download(dataset: str, data_root: Path) -> None:
-    """--download of train.py: CUB-200-2011, unless data_root/CUB_200_2011 is there.
+    """--download of train.py: CUB-200-2011 or Imagenette (320 pixels), unless its folder is there.
 
     Uses data_root/CUB_200_2011.tgz if it is there; the MD5 is checked. Raises InputError if a step fails, and
     for a data set that this program does not download.
     """
+    if dataset == "Imagenette":
+        return download_imagenette(data_root)
     if dataset not in ("CUB", "CUB10"):
-        raise InputError(f"--download: only CUB can be downloaded, not {dataset}: see docs/data.md")
+        problem = f"only CUB, CUB10 and Imagenette can be downloaded, not {dataset}"
+        raise InputError(f"--download: {problem}: see docs/data.md")
     target, archive = data_root / "CUB_200_2011", data_root / "CUB_200_2011.tgz"
     if target.is_dir():
         return
@@ -260,6 +270,21 @@ def download(dataset: str, data_root: Path) -> None:
     except Exception as error:  # errors of the network, the archive and the disk
         problem = f"download failed ({utils.first_line(error)})"
         raise InputError(f"{CUB_URL}: {problem}: see docs/data.md") from error
+
+
+def download_imagenette(data_root: Path) -> None:
+    """Imagenette, by torchvision. Raises InputError if that fails."""
+    kind, part = DATASETS["Imagenette"], data_root / ".imagenette2-320.part"
+    if any((data_root / name).is_dir() for name in (kind.images, *kind.copies)):
+        return
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        Imagenette(part, size="320px", download=True)
+        (part / "imagenette2-320").rename(data_root / "imagenette2-320")
+        shutil.rmtree(part)
+    except Exception as error:  # errors of the network, the archive and the disk
+        problem = f"download failed ({utils.first_line(error)})"
+        raise InputError(f"Imagenette: {problem}: see docs/data.md") from error
 
 
 # -------------------------------------------------------------------------------- a folder of your own images
@@ -393,6 +418,9 @@ def check(dataset: str, data_root: Path, lists: Path, workers: int) -> int:
     Raises InputError for bad lists and missing images, as `load_splits` does.
     """
     splits, record = load_splits(dataset, data_root, lists)
+    if dataset in DATASETS and DATASETS[dataset].copies:
+        record["notes"].append(f"{dataset}: sizes are not compared, images may be smaller copies")
+        splits = {name: replace(split, sizes=None) for name, split in splits.items()}
     print("\n".join(record["notes"]))
     problems = 0
     for split in splits.values():

@@ -25,6 +25,11 @@ TABLE = {
     ("OpenImages", "vgg16"): "0.5 0.2 3.0 0.5 0.3 0.8 0.5 target | 0.002 0.02 | 10 2 [4, 7] 0.1 32 32 | 16",
     ("CUB10", "vgg16"): "0.5 0.15 3.0 0.6 0.1 0.8 0.5 max | 0.0005 0.0025 | 12 3 [9] 0.2 32 32 | 16",
     ("CUB10", "resnet50"): "0.6 0.07 2.0 0.4 0.2 0.8 0.25 max | 0.00025 0.0025 | 12 3 [9] 0.2 32 32 | 8",
+    ("Imagenette", "vgg16"): "0.5 0.2 3.0 0.5 0.3 0.8 0.5 target | 0.0005 0.0025 | 8 2 [6] 0.2 32 32 | 16",
+    (
+        "Imagenette",
+        "resnet50",
+    ): "8.0 1.0 2.0 0.28 0.25 0.8 0.25 target | 0.00025 0.0025 | 8 2 [6] 0.2 32 32 | 8",
     ("demo", "vgg16"): "1.0 1.5 0.3 0.3 0.2 0.9 0.25 target | 0.0008 0.08 | 10 0 [9] 0.2 32 32 | 8",
 }
 
@@ -48,7 +53,10 @@ def test_presets_are_complete_and_every_value_has_a_known_source(pair, method):
     for name, (value, source) in found.items():
         assert value is not None or name in ("preset", "workers", "val_per_class"), name
         if source.startswith("preset: "):
-            assert source.removeprefix("preset: ").removeprefix("CUB: ").split(",")[0] in known, name
+            assert (
+                source.removeprefix("preset: ").removeprefix("CUB: ").removeprefix("ILSVRC: ").split(",")[0]
+                in known
+            ), name
         elif name in (*LOSSES, *RATES, *SCHEDULE, *SIZES) or name in METHODS[method].all_values():
             assert source != "default", name
     assert found["nesterov"] == (True, config.CODE)

@@ -54,6 +54,52 @@ def test_cub10_has_the_lines_of_the_first_ten_classes_of_cub():
     assert np.bincount(load_split("CUB10", "val", "data", SHIPPED).labels).tolist() == [5] * 10
 
 
+def test_imagenette_has_the_boxes_of_ilsvrc_val():
+    found, record = load_splits("Imagenette", "data", SHIPPED, images=False)
+    assert counts(found) == [1000, 100, 400] and len(record["classes"]) == 10
+    published = load_split("ILSVRC", "test", "data", SHIPPED)  # all of ILSVRC's val
+    index = {Path(image).name: i for i, image in enumerate(published.ids)}
+    for name in ("val", "test"):
+        for i, image in enumerate(found[name].ids):
+            k = index[Path(image).name]
+            assert (
+                WNIDS[published.labels[k]]
+                == Path(image).parent.name
+                == record["classes"][found[name].labels[i]]
+            )
+            assert found[name].sizes[i].tolist() == published.sizes[k].tolist()
+            assert sorted(found[name].boxes[i].tolist()) == sorted(published.boxes[k].tolist())
+    assert not {Path(x).name for x in found["train"].ids} & index.keys()  # no image of ILSVRC's val
+    ids = [image for split in found.values() for image in split.ids]
+    assert len({*ids}) == 1500 and [np.bincount(s.labels).tolist() for s in found.values()] == [
+        [100] * 10,
+        [10] * 10,
+        [40] * 10,
+    ]
+
+
+def test_imagenette_may_be_a_smaller_copy(tmp_path, capsys):
+    lists, data, place = tmp_path / "lists", tmp_path / "data", tmp_path / "data" / "imagenette2-160"
+    for split in datasets.SPLITS:
+        for name in ("image_ids", "class_labels", "image_sizes", "localization"):
+            lines = SHIPPED / f"Imagenette/{split}/{name}.txt"
+            if lines.exists():
+                (lists / "Imagenette" / split).mkdir(parents=True, exist_ok=True)
+                kept = lines.read_text().splitlines()
+                first = kept[0].split(",")[0]
+                kept = [line for line in kept if line.split(",")[0] == first]
+                (lists / "Imagenette" / split / f"{name}.txt").write_text("\n".join(kept))
+                (place / first).parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (20, 10)).save(place / first)
+    found = load_splits("Imagenette", data, lists)[0]
+    assert found["test"].path(0).is_relative_to(place) and found["test"].sizes[0].tolist() == [500, 375]
+    run("datasets", f"check --dataset Imagenette --data-root {data} --lists {lists} --workers 0")
+    assert "sizes are not compared" in capsys.readouterr().out
+    place.rename(data / "imagenette2")  # preferred to copies
+    place.mkdir()
+    assert load_splits("Imagenette", data, lists)[0]["test"].path(0).is_relative_to(data / "imagenette2")
+
+
 def test_cub10_has_the_official_images_labels_and_boxes(real_data):
     root, names = real_data / "CUB_200_2011", "images image_class_labels train_test_split bounding_boxes"
     tables = [map(str.split, (root / f"{name}.txt").open()) for name in names.split()]
@@ -202,7 +248,11 @@ def test_download_checks_and_unpacks_the_archive(tmp_path, fails, monkeypatch):
             tar.addfile(tarfile.TarInfo(name))
     monkeypatch.setattr(datasets, "CUB_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
     datasets.download("CUB10", tmp_path)
+    monkeypatch.setattr(datasets, "Imagenette", lambda root, **_: (root / "imagenette2-320").mkdir())
     assert {path.name for path in tmp_path.rglob("*")} == {archive.name, archive.stem, "images.txt", "cwd"}
+    for _ in range(2):  # the second time it is there
+        datasets.download("Imagenette", tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*image*")) == ["imagenette2-320"]
 
 
 # ------------------------------------------------------------------------------------ a folder of own images
