@@ -97,9 +97,8 @@ PRESETS: dict[tuple[str, ...], Preset] = {
         C5: IMAGENET_VGG16 | TARGET,
         CHOE: dict(stride=16),
     },
-    # Ten classes of ImageNet. The values of the method are ILSVRC's. The rates and the schedule of VGG16 were
-    # chosen for the CAM baseline on val (one seed) and serve all methods. ResNet50 has ILSVRC's rates times
-    # 25, the factor that VGG16 got; they are not tuned.
+    # Ten classes of ImageNet. The values of the method are ILSVRC's. Rates and schedule of VGG16 are those of
+    # a first trial, not yet chosen on val. ResNet50 has ILSVRC's rates times 25, the factor that VGG16 got.
     ("Imagenette", "vgg16"): {
         OURS: dict(lr=5e-4, lr_new=2.5e-3) | IMAGENETTE_SCHEDULE | BATCHES,
         f"ILSVRC: {C5}": IMAGENET_VGG16,
