@@ -100,6 +100,7 @@ def test_the_comparison_trains_what_is_missing_and_tabulates_what_was_measured(c
     fails("experiments", flags, runs / "bridge_seed0", "epochs 3 instead of 2", "--runs")
 
 
+@pytest.mark.slow
 def test_rows_that_differ_in_the_map_share_a_run(tiny, tmp_path, capsys):
     runs, maps = tmp_path / "runs", ("joint", "location")
     run("train", f"{tiny} --method calm --epochs 1 --out {runs}/calm_seed0")
@@ -199,6 +200,7 @@ def test_a_sweep_has_means_and_deviations_over_seeds(trained, tmp_path, capsys):
     assert found == head | {"checkpoint": "best", "title": "tiny vgg16 bridge", "metric": "gt_known_loc"}
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_an_integer_that_is_missing(trained, tmp_path, capsys):
     flags, source = trained
     none = dict.fromkeys(("gt_known_loc", "max_box_acc_v2", "max_box_acc_v2_at_val_threshold"))
