@@ -264,6 +264,16 @@ def test_tables_have_the_interval_of_the_seeds_mean(tmp_path):
         run("experiments", command)
 
 
+def test_hits_belong_to_the_results_whose_metrics_they_give(tmp_path):
+    hits = right_at(1, 0, 1)
+    write(tmp_path / "a.json", hits, split_of(3))
+    metrics = hits.result()["metrics"]
+    near, other = (metrics | {"max_box_acc": metrics["max_box_acc"] + x} for x in (1e-12, 1e-3))
+    assert read_hits(tmp_path / "a.json", near).ids == ["0.jpg", "1.jpg", "2.jpg"]
+    with pytest.raises(InputError, match="not of the evaluation"):
+        read_hits(tmp_path / "a.json", other)
+
+
 def test_a_band_is_the_percentiles_of_the_curve():
     hits = curve_hits((0.7, 0.2), 400, 0)
     low, high = bootstrap.band([hits], DIGEST)["50"]
