@@ -278,7 +278,8 @@ def download_imagenette(data_root: Path) -> None:
     if any((data_root / name).is_dir() for name in (kind.images, *kind.copies)):
         return
     try:
-        part.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)  # torchvision takes a half-unpacked folder for a whole one
+        part.mkdir(parents=True)
         Imagenette(part, size="320px", download=True)
         (part / "imagenette2-320").rename(data_root / "imagenette2-320")
         shutil.rmtree(part)

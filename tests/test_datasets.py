@@ -250,6 +250,7 @@ def test_download_checks_and_unpacks_the_archive(tmp_path, fails, monkeypatch):
     datasets.download("CUB10", tmp_path)
     monkeypatch.setattr(datasets, "Imagenette", lambda root, **_: (root / "imagenette2-320").mkdir())
     assert {path.name for path in tmp_path.rglob("*")} == {archive.name, archive.stem, "images.txt", "cwd"}
+    (tmp_path / ".imagenette2-320.part" / "imagenette2-320").mkdir(parents=True)  # of an interrupted download
     for _ in range(2):  # the second time it is there
         datasets.download("Imagenette", tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*image*")) == ["imagenette2-320"]
