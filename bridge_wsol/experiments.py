@@ -99,6 +99,7 @@ class Row:
         found = [(result | flat(result["metrics"])).get(key) for result in self.results]
         return [value for value in found if value is not None]
 
+    @cached_property
     def stored(self) -> dict[Path, Stored]:
         """The hits files of the seeds, which must be of the same images. Raises InputError."""
         files = {result["path"]: read_hits(result["path"], result["metrics"]) for result in self.results}
@@ -109,7 +110,7 @@ class Row:
     def intervals(self) -> dict[str, Any]:
         """The interval over images of the seeds' mean by the keys of METRICS; empty without hits files."""
         if all(hits_path(result["path"]).exists() for result in self.results):
-            files = [*self.stored().values()]
+            files = [*self.stored.values()]
             return flat(bootstrap.intervals([file.hits for file in files], files[0].digest))
         return flat(self.results[0].get("intervals", {})) if len(self.results) == 1 else {}
 
@@ -483,7 +484,7 @@ def difference(args: argparse.Namespace) -> None:
     if len(rows) != 2:
         sides = f"{len(rows)} sides ({', '.join(row.label for row in rows)}) where two are compared"
         raise InputError(f"{sides}: seeds of one configuration are one side; or pass --names, one per run")
-    files = [row.stored() for row in rows]
+    files = [row.stored for row in rows]
     require_same_images(files[0] | files[1])
     sides = [[file.hits for file in stored.values()] for stored in files]
     found, bounds = map(flat, bootstrap.difference(*sides, next(iter(files[0].values())).digest))
