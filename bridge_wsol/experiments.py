@@ -336,7 +336,7 @@ def settings(run: Path) -> dict[str, Any]:
     if run.suffix != ".json":
         return {name: value for name, value in read_config(run).items() if name not in MACHINE}
     result = read_results(run, "", "")[1]
-    measured = {"metrics", "levels", "thresholds", "curves", "intervals"}
+    measured = {"metrics", "levels", "thresholds", "curves", "intervals", "precision_at_recall"}
     # These differ between seeds where val chose them.
     measured |= {"epoch"} if result.get("checkpoint") != "last" else set()
     measured |= {"percentile"} if "chosen_on" in (result.get("percentile") or {}) else set()

@@ -108,6 +108,18 @@ def peak_iou(histogram: np.ndarray) -> np.ndarray:
         return 100 * (true_positive / np.where(objects > 0, objects + false_positive, 0)).max(-1)
 
 
+def precision_at_recall(histogram: np.ndarray) -> dict[str, float]:
+    """{recall: precision}, both in percent, of the pooled pixels at recalls of 10, 20 ... 90 %.
+
+    histogram: 2 x bins, with object pixels. Each at the highest threshold that reaches the recall.
+    """
+    true_positive, false_positive = _descending(histogram)
+    recalls = range(10, 100, 10)
+    at = np.searchsorted(true_positive, [true_positive[-1] * recall / 100 for recall in recalls])
+    precision = 100 * true_positive[at] / (true_positive + false_positive)[at]
+    return dict(zip(map(str, recalls), precision.tolist()))
+
+
 def _descending(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(object pixels, other pixels) with at least the score of each bin, the highest bin first."""
     sums = histogram[..., ::-1].cumsum(-1)
@@ -247,7 +259,7 @@ class Hits:
         Metrics, levels and curves are None where boxes, masks or logits are missing. levels: the best level
         per IoU ("30", "50", "70") for all contours, and "largest" for the largest contour at IoU 50.
         thresholds: levels / 255. curves: the accuracy at each of the 255 levels. "images_with_boxes" and
-        "images_with_masks": where some images have them, but not all.
+        "images_with_masks": where some images have them, but not all. "precision_at_recall": with PxAP only.
         """
         metrics, levels, curves = self.sample(self.once())
         metrics = each(lambda x: None if np.isnan(x[0]) else float(x[0]), metrics)
@@ -258,6 +270,8 @@ class Hits:
             if 0 < count < len(self.boxed):
                 result[f"images_with_{kind}"] = count
         result |= dict.fromkeys(("levels", "thresholds", "curves"))
+        if metrics["pxap"] is not None:
+            result["precision_at_recall"] = precision_at_recall(_sums(self.once(), self.pixels)[0])
         if self.right is not None:
             result["levels"] = dict(zip(LEVEL_NAMES, levels[0].tolist()))
             result["thresholds"] = {name: level / LEVELS for name, level in result["levels"].items()}

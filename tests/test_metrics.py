@@ -13,6 +13,7 @@ from bridge_wsol.metrics import (
     measure,
     peak_iou,
     pixel_histogram,
+    precision_at_recall,
     selection_score,
 )
 from bridge_wsol.utils import InputError
@@ -216,7 +217,11 @@ def test_pxap_equals_average_precision_over_all_pixels():
         counted = mask | ~ignore
         scores.append(score_map[counted])
         positive.append(mask[counted])
-    expected = by_definition(np.concatenate(scores), np.concatenate(positive))
+    scores, positive = np.concatenate(scores), np.concatenate(positive)
+    for recall, precision in found.hits().result()["precision_at_recall"].items():
+        reaches = [t for t in scores if (scores[positive] >= t).mean() >= float(recall) / 100]
+        assert precision == pytest.approx(100 * positive[scores >= max(reaches)].mean())
+    expected = by_definition(scores, positive)
     assert found.hits().result()["metrics"]["pxap"] == pytest.approx(expected, abs=1e-9)
     assert selection_score(found.hits().result()["metrics"]) == ("PxAP", pytest.approx(expected, abs=1e-9))
 
@@ -226,6 +231,7 @@ def test_pxap_by_hand():
     mask, ignore = np.array([[True, False], [True, False]]), np.array([[False, False], [False, True]])
     histogram = pixel_histogram(np.array([[0.9, 0.8], [0.7, 0.6]]), mask, ignore)
     assert average_precision(histogram) == pytest.approx(100 * (1 / 2 + 2 / 3 / 2))
+    assert list(precision_at_recall(histogram).values()) == pytest.approx([100] * 5 + [200 / 3] * 4)
     assert np.isnan(average_precision(np.zeros_like(histogram)))
     # An object pixel of score 0 is found last: precision 1 to recall 1/2, then 2/3.
     mask = np.array([[True, False, True]])
@@ -265,6 +271,7 @@ def test_what_was_not_measured_is_none_under_its_own_key():
         "images_with_masks": 1,
         "metrics": dict.fromkeys(f"{boxes} {logits}".split()) | {"pxap": 100, "piou": 100},
         **dict.fromkeys(("levels", "thresholds", "curves")),
+        "precision_at_recall": {str(recall): 100 for recall in range(10, 100, 10)},
     }
     assert "images_with_boxes" not in evaluator([image({3: 1})] * 2).hits().result()
     assert evaluator([image({3: 1}), Measured()]).hits().result()["images_with_boxes"] == 1
