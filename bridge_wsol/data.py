@@ -50,6 +50,7 @@ class Split:
     masks: dict[int, Masks] = field(default_factory=dict)
     # Rotate images as EXIF says. Not so in published data sets: their boxes lie on the stored pixels.
     upright: bool = False
+    smaller: bool = False  # the files may be smaller copies of the images that sizes and boxes belong to
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -57,6 +58,10 @@ class Split:
     def path(self, index: int) -> Path:
         """The file of image `index`."""
         return self.root / self.ids[index]
+
+    def file_size(self, index: int) -> np.ndarray | None:
+        """Width and height that the file of image `index` must have for its boxes; None: any."""
+        return None if self.sizes is None or self.smaller else self.sizes[index]
 
     def take(self, indices: Iterable[int], name: str) -> Split:
         """A split with the images of these indices, in this order."""
@@ -374,8 +379,8 @@ class TestImages(Dataset):
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        listed = None if self.split.sizes is None else self.split.sizes[index]
-        image = load_rgb(self.split.path(index), self.image_size, listed, self.split.upright)
+        listed, upright = self.split.file_size(index), self.split.upright
+        image = load_rgb(self.split.path(index), self.image_size, listed, upright)
         return _to_tensor(np.asarray(image)), int(self.split.labels[index]), index
 
 

@@ -155,6 +155,7 @@ def _read_lists(
     for name in names - {"train"}:
         images = data_root / kind.val_images if name == "val" and kind.val_images else root
         found[name] = read_split(folder / name, images, f"{dataset} {name}", num_classes)
+    found = {name: replace(split, smaller=bool(kind.copies)) for name, split in found.items()}
     return found, num_classes or max(int(s.labels.max()) + 1 for s in found.values()), classes
 
 
@@ -421,7 +422,6 @@ def check(dataset: str, data_root: Path, lists: Path, workers: int) -> int:
     splits, record = load_splits(dataset, data_root, lists)
     if dataset in DATASETS and DATASETS[dataset].copies:
         record["notes"].append(f"{dataset}: sizes are not compared, images may be smaller copies")
-        splits = {name: replace(split, sizes=None) for name, split in splits.items()}
     print("\n".join(record["notes"]))
     problems = 0
     for split in splits.values():
@@ -436,7 +436,7 @@ def check(dataset: str, data_root: Path, lists: Path, workers: int) -> int:
 def _problem_of(split: Split, index: int) -> str | None:
     """What is wrong with an image or its masks."""
     try:
-        decode(split.path(index), None if split.sizes is None else split.sizes[index], split.upright)
+        decode(split.path(index), split.file_size(index), split.upright)
         if index in split.masks:
             load_masks(split.root, split.masks[index], 224)
     except InputError as error:

@@ -14,6 +14,7 @@ from conftest import REPOSITORY, TINY, make_tiny, results, run, write_split
 from PIL import Image
 
 from bridge_wsol import config, data, datasets, evaluation, metrics
+from bridge_wsol.data import test_loader
 from bridge_wsol.datasets import load_split, load_splits, read_folder
 from bridge_wsol.utils import InputError
 
@@ -95,6 +96,8 @@ def test_imagenette_may_be_a_smaller_copy(tmp_path, capsys):
     assert found["test"].path(0).is_relative_to(place) and found["test"].sizes[0].tolist() == [500, 375]
     run("datasets", f"check --dataset Imagenette --data-root {data} --lists {lists} --workers 0")
     assert "sizes are not compared" in capsys.readouterr().out
+    images, _, _ = next(iter(test_loader(found["test"], 1, 224, workers=0)))
+    assert images.shape == (1, 3, 224, 224)
     place.rename(data / "imagenette2")  # preferred to copies
     place.mkdir()
     assert load_splits("Imagenette", data, lists)[0]["test"].path(0).is_relative_to(data / "imagenette2")
