@@ -114,6 +114,8 @@ def load_splits(
     if images:
         for name in names:
             found[name].require_images()
+        if any(found[name].smaller for name in names):
+            notes.append(f"{dataset}: sizes are not compared, images may be smaller copies")
     record = dict(notes=notes, classes=classes, val_per_class=val_per_class, num_classes=num_classes)
     return {name: found[name] for name in names}, record | {"digests": digests}
 
@@ -420,8 +422,6 @@ def check(dataset: str, data_root: Path, lists: Path, workers: int) -> int:
     Raises InputError for bad lists and missing images, as `load_splits` does.
     """
     splits, record = load_splits(dataset, data_root, lists)
-    if dataset in DATASETS and DATASETS[dataset].copies:
-        record["notes"].append(f"{dataset}: sizes are not compared, images may be smaller copies")
     print("\n".join(record["notes"]))
     problems = 0
     for split in splits.values():

@@ -271,7 +271,7 @@ class Hits:
                 result[f"images_with_{kind}"] = count
         result |= dict.fromkeys(("levels", "thresholds", "curves"))
         if metrics["pxap"] is not None:
-            result["precision_at_recall"] = precision_at_recall(_sums(self.once(), self.pixels)[0])
+            result["precision_at_recall"] = precision_at_recall(self.pixels.sum(0))
         if self.right is not None:
             result["levels"] = dict(zip(LEVEL_NAMES, levels[0].tolist()))
             result["thresholds"] = {name: level / LEVELS for name, level in result["levels"].items()}
