@@ -210,13 +210,14 @@ def read_curves(args: Flags) -> tuple[list[dict[str, Any]], list[Curves], list[C
         )
         for iou, curve in all_curves[-1].items():
             (first, last, width), top = flatness(curve), int(np.argmax(curve))
+            apart = np.round(curve - all_curves[0][iou], 9)  # the means of equal counts can differ by 1e-14
             entry[iou] = {
                 "maximum": float(curve[top]),
                 "threshold": top / LEVELS,
                 "within_95_percent": [first / LEVELS, last / LEVELS],
                 "flatness": width,
-                "above_first": 100 * float((curve > all_curves[0][iou]).mean()),
-                "below_first": 100 * float((curve < all_curves[0][iou]).mean()),
+                "above_first": 100 * float((apart > 0).mean()),
+                "below_first": 100 * float((apart < 0).mean()),
             }
     return entries, all_curves, bands
 

@@ -110,6 +110,18 @@ def test_curves_of_seeds_are_averaged_and_compared_with_the_first_name(folder, t
     assert "| IoU 50: width within 95 % | 0.25 | 0.26 |\n" in printed
 
 
+def test_seeds_in_another_order_are_neither_above_nor_below(folder, tmp_path):
+    files, of_seeds = [], [0.1, 0.2, 0.3]
+    for i, value in enumerate(of_seeds + of_seeds[::-1]):
+        curves = {iou: [value] * 255 for iou in ("30", "50", "70", "largest")}
+        files.append(tmp_path / f"{i}.json")
+        files[-1].write_text(json.dumps(results(folder) | {"curves": curves, "seed": i}))
+    assert np.mean(of_seeds, axis=0) != np.mean(of_seeds[::-1], axis=0)  # in floating point
+    draw("curves", *files, "--names a a a b b b --out", tmp_path / "c")
+    b = results(tmp_path, "c.json")["runs"][1]
+    assert (b["70"]["above_first"], b["70"]["below_first"]) == (0, 0)
+
+
 def test_the_same_runs_give_the_same_bytes_whatever_the_users_settings(folder, tmp_path, monkeypatch):
     matplotlib = pytest.importorskip("matplotlib")
     for name, time, width in (("one", "1000000000", 1), ("two", "1700000000", 9)):
