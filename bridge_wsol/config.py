@@ -98,8 +98,8 @@ PRESETS: dict[tuple[str, ...], Preset] = {
         CHOE: dict(stride=16),
     },
     # Ten classes of ImageNet. The values of the method are ILSVRC's. The rates were chosen for the CAM
-    # baseline on val (VGG16, one seed) and serve all methods. ResNet50 has ILSVRC's rates times 100, the
-    # factor that VGG16 got; they are not tuned.
+    # baseline on val (VGG16, one seed) and serve all methods but two. ResNet50 has ILSVRC's rates times 100,
+    # the factor that VGG16 got; they are not tuned.
     ("Imagenette", "vgg16"): {
         OURS: dict(lr=2e-3, lr_new=1e-2) | IMAGENETTE_SCHEDULE | BATCHES,
         f"ILSVRC: {C5}": IMAGENET_VGG16,
