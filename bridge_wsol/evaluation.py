@@ -291,10 +291,8 @@ def report(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
         rows += [(name, "fixed_threshold", key, note) for name, key in names.items()]
     names = {"PxAP": "pxap", "peak IoU": "piou", "Top-1 cls": "top1_cls", "Top-5 cls": "top5_cls"}
     rows += [(name, key, None, "") for name, key in names.items()]
-    title, of_map = (
-        [f"{head['dataset']} {head['split']}"],
-        [name for cls in METHODS.values() for name in cls.of_map],
-    )
+    title = [f"{head['dataset']} {head['split']}"]
+    of_map = [name for cls in METHODS.values() for name in cls.of_map]
     if head["method"]:
         epoch = f" checkpoint (epoch {head['epoch']})" if head["epoch"] else ""
         title += [f"{head['arch']} {head['method']}", f"{head['checkpoint']}{epoch}"]
