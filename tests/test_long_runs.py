@@ -126,6 +126,7 @@ def test_a_process_that_dies_ends_the_job_which_then_goes_on(trained, tmp_path):
     close_runs(tmp_path / "whole", tmp_path / "dies")
 
 
+@pytest.mark.slow
 def test_an_error_of_all_processes_is_said_once(trained, tmp_path):
     (tmp_path / "lists" / "tiny" / "val" / "class_labels.txt").write_text("nonsense\n")
     job = torchrun(f"{trained[0]} --out {tmp_path}/new")
@@ -161,6 +162,7 @@ def test_the_shares_of_all_processes_are_the_batches_of_one(n, batch_size, proce
 # ---------------------------------------------------------------------------- disks, memory, worker processes
 
 
+@pytest.mark.slow
 def test_the_scripts_end_bad_input_with_one_line_and_exit_code_2(tmp_path):
     for script, flags in (("evaluate.py", ["nowhere"]), ("train.py", ["--dataset", "nowhere"])):
         ended = program([sys.executable, REPOSITORY / script, *flags], cwd=tmp_path)
