@@ -19,17 +19,18 @@ from typing import Any
 
 import torch
 
+import bridge_wsol.reproduce.baselines  # noqa: F401  for --help: the compared systems
 from bridge_wsol import cam, config, evaluation, utils
-from bridge_wsol.baselines import METHODS
 from bridge_wsol.bootstrap import hits_path
 from bridge_wsol.data import Split, decode, load_score_maps
 from bridge_wsol.datasets import image_files, load_split
+from bridge_wsol.methods import METHODS
 from bridge_wsol.models import ARCHS, read_weights
 from bridge_wsol.utils import InputError, flag
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The flags; of_map has the values of the map that were given."""
+    """The flags; map_options has the values of the map that were given."""
     form = argparse.RawDescriptionHelpFormatter
     parser = utils.Parser(description=__doc__, formatter_class=form)
     add = parser.add_argument_group("what to evaluate").add_argument
@@ -58,8 +59,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "the largest contour at T (the rule of CAM, CVPR 2016); with --images: instead of val's threshold"
     )
     add("--threshold", type=float, metavar="T", help=text)
-    of_map = {name: cls.all_values()[name] for cls in METHODS.values() for name in cls.of_map}
-    for name, value in of_map.items():
+    map_options = {name: cls.all_values()[name] for cls in METHODS.values() for name in cls.map_options}
+    for name, value in map_options.items():
         add(flag(name), choices=value.allowed, help=f"{value.help} (default: the run's)")
 
     add = parser.add_argument_group("where things are").add_argument
@@ -81,7 +82,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--amp", choices=("auto", "bf16", "off"), help="default: the run's; auto: bf16 where it is fast")
     add("--quiet", action="store_true", help="no progress line on stderr")
     args = parser.parse_args(argv)
-    args.of_map = {name: vars(args)[name] for name in of_map if vars(args)[name] is not None}
+    args.map_options = {name: vars(args)[name] for name in map_options if vars(args)[name] is not None}
     _check(parser, args)
     return args
 
@@ -92,9 +93,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("pass either a RUN folder or --score-maps DIR")
     if args.score_maps and not args.dataset:
         parser.error("--score-maps needs --dataset")
-    if args.score_maps and (args.images or args.save_maps or args.of_map or args.percentile == "val"):
+    if args.score_maps and (args.images or args.save_maps or args.map_options or args.percentile == "val"):
         parser.error("--images, --save-maps, --percentile val and values of a map need a RUN")
-    if args.images and (args.save_maps or args.per_image or args.pictures or args.of_map):
+    if args.images and (args.save_maps or args.per_image or args.pictures or args.map_options):
         parser.error("--save-maps, --per-image, --pictures and values of a map do not go with --images")
     if args.run and args.run.is_file():
         if not args.dataset or not args.arch:
@@ -136,7 +137,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
     device = utils.resolve_device(args.device)
     checkpoint = foreign_checkpoint(args) if args.run.is_file() else None
     which = args.run.name if checkpoint else args.checkpoint
-    run = evaluation.TrainedRun(args.run, which, device, args.of_map, checkpoint)
+    run = evaluation.TrainedRun(args.run, which, device, args.map_options, checkpoint)
     workers = utils.default_workers(run.device) if args.workers is None else args.workers
     places, loading = (args.data_root, args.lists), (args.batch_size, workers, args.amp)
     split, head = run.split(args.split, *places), run.head(args.split, args.normalize)
@@ -163,7 +164,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
 
     head |= {} if q is None else {"percentile": {"value": q, **choice}}
     of_file = (args.run.stem, args.run.parent) if checkpoint else (args.checkpoint, args.run)
-    name = (of_file[0], args.split, args.normalize, args.percentile, args.of_map)
+    name = (of_file[0], args.split, args.normalize, args.percentile, args.map_options)
     out = args.out or of_file[1] / evaluation.results_name(*name)
     finish(args, maps_of, split, out, head, workers=workers, val_levels=val_levels, save_maps=args.save_maps)
 
@@ -215,7 +216,7 @@ def finish(
     result = evaluation.evaluate_maps(maps_of(split), split, **options)
     evaluation.report(out, result, head)
     if args.pictures and split.boxes:
-        drawn, path = evaluation.evenly(split, args.pictures), out.with_name(f"boxes_{out.stem}.png")
+        drawn, path = evaluation.evenly_spaced(split, args.pictures), out.with_name(f"boxes_{out.stem}.png")
         evaluation.draw_split(path, drawn, maps_of(drawn), result["levels"]["largest"])
 
 

@@ -26,17 +26,25 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
+import bridge_wsol.reproduce.baselines  # noqa: F401  for --help: the compared systems
 from bridge_wsol import evaluation, utils
-from bridge_wsol.baselines import METHODS  # with the compared systems registered
 from bridge_wsol.bootstrap import hits_path
 from bridge_wsol.config import parse_args, resolve_config, run_folder, write_config
-from bridge_wsol.data import Split, TrainImages, test_loader, to_input, train_loader
+from bridge_wsol.data import Split, TrainImages, eval_loader, to_input, train_loader
 from bridge_wsol.datasets import download, load_splits
-from bridge_wsol.methods import CAM
+from bridge_wsol.methods import CAM, find
 from bridge_wsol.metrics import selection_score
 from bridge_wsol.models import load_pretrained, load_weights
 from bridge_wsol.optim import build_optimizer, set_learning_rates
-from bridge_wsol.utils import InputError, all_gather, autocast, first_process_first, rank, say, world_size
+from bridge_wsol.utils import (
+    InputError,
+    all_gather,
+    autocast,
+    first_process_first,
+    print_rank0,
+    rank,
+    world_size,
+)
 
 
 @dataclass
@@ -101,10 +109,10 @@ def build(out: Path, c: SimpleNamespace, sources: dict[str, str], device: torch.
     splits, record = first_process_first(lambda: load_splits(*where, val_per_class=c.val_per_class))
     c.val_per_class = record["val_per_class"]  # decided once per run
     for note in record["notes"]:
-        say(note)
+        print_rank0(note)
     if not splits["val"].boxes and not splits["val"].masks:
-        say("val has no boxes: the best epoch is the one with the best Top-1 classification on val")
-    method = METHODS[c.method](c, record["num_classes"])
+        print_rank0("val has no boxes: the best epoch is the one with the best Top-1 classification on val")
+    method = find(c.method)(c, record["num_classes"])
     if fresh:
         load_fc = c.dataset == "ILSVRC"
         first_process_first(lambda: load_pretrained(method.net, c.arch, c.weights, load_fc))
@@ -128,7 +136,7 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
     run.epoch, run.best, run.val = (checkpoint[name] for name in ("epoch", "best", "val"))
     lines = (run.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     run.log = [entry for entry in map(json.loads, lines) if entry["epoch"] <= run.epoch]
-    say(f"resumed after epoch {run.epoch}")
+    print_rank0(f"resumed after epoch {run.epoch}")
 
 
 def train_and_validate(run: Run, loader: DataLoader, epoch: int) -> None:
@@ -143,7 +151,7 @@ def train_and_validate(run: Run, loader: DataLoader, epoch: int) -> None:
     for buffer in run.method.buffers() if world_size() > 1 else ():
         dist.broadcast(buffer, src=0)
     if epoch % c.val_every == 0 or epoch == c.epochs:
-        val_loader = test_loader(run.splits["val"], c.batch_size, c.image_size, c.workers)
+        val_loader = eval_loader(run.splits["val"], c.batch_size, c.image_size, c.workers)
         maps = evaluation.network_maps(run.method, val_loader, c.amp)
         found = evaluation.evaluate_maps(maps, run.splits["val"], workers=c.workers)
         run.val = {"epoch": epoch, "metrics": found["metrics"], "levels": found["levels"]}
@@ -157,7 +165,7 @@ def train_and_validate(run: Run, loader: DataLoader, epoch: int) -> None:
         if run.best and run.best["epoch"] == epoch:
             save(run, "best.pt")
         save(run, "last.pt")  # written last: if the process ends before, --resume repeats the epoch
-    say(epoch_line(run))
+    print_rank0(epoch_line(run))
 
 
 def train_one_epoch(run: Run, loader: DataLoader, epoch: int) -> dict[str, float]:
@@ -207,14 +215,14 @@ def test(run: Run) -> None:
                 with utils.atomic_write(hits_path(path)) as part:
                     shutil.copyfile(path.with_name("results_best_test.npz"), part)
             evaluation.write_results(path, results[epoch], trained.head("test"))
-            say(f"the same epoch: written to {path}")
+            print_rank0(f"the same epoch: written to {path}")
             continue
         maps, levels = trained.maps(split, c.batch_size, c.workers), trained.val_levels
         options = {"val_levels": levels, "hits_file": hits_path(path), "intervals": True}
         results[epoch] = evaluation.evaluate_maps(maps, split, workers=c.workers, **options)
         evaluation.report(path, results[epoch], trained.head("test"))
         if which == "best" and c.pictures and split.boxes:
-            drawn, level = evaluation.evenly(split, c.pictures), results[epoch]["levels"]["largest"]
+            drawn, level = evaluation.evenly_spaced(split, c.pictures), results[epoch]["levels"]["largest"]
             maps = trained.maps(drawn, c.batch_size, workers=0)
             evaluation.draw_split(run.out / "boxes_test.png", drawn, maps, level)
 

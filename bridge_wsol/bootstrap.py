@@ -19,7 +19,7 @@ import numpy as np
 
 from .boxes import LEVELS
 from .data import Split
-from .metrics import LEVEL_NAMES, Hits, each
+from .metrics import LEVEL_NAMES, Hits, tree_map
 from .utils import InputError, atomic_write
 
 RESAMPLES, NOMINAL = 1000, 0.95  # number of resamples, nominal coverage of an interval
@@ -53,14 +53,14 @@ def interval(values: np.ndarray, metric: float, of_difference: bool = False) -> 
 
 def _mean(seeds: Sequence[Hits], counts: np.ndarray) -> dict[str, Any]:
     """The metrics of `Hits.sample`, means over seeds."""
-    return each(lambda *values: np.mean(values, axis=0), *(hits.sample(counts)[0] for hits in seeds))
+    return tree_map(lambda *values: np.mean(values, axis=0), *(hits.sample(counts)[0] for hits in seeds))
 
 
 def intervals(seeds: Sequence[Hits], digest: str) -> dict[str, Any]:
     """The interval of each metric, [low, high] in percent, by its key; of the mean where there are seeds."""
-    on_split = each(lambda x: float(x[0]), _mean(seeds, seeds[0].once()))
-    bounds = each(interval, _mean(seeds, resamples(digest, len(seeds[0].boxed))), on_split)
-    return each(lambda of: np.clip(of, 0, 100).tolist(), bounds)
+    on_split = tree_map(lambda x: float(x[0]), _mean(seeds, seeds[0].once()))
+    bounds = tree_map(interval, _mean(seeds, resamples(digest, len(seeds[0].boxed))), on_split)
+    return tree_map(lambda of: np.clip(of, 0, 100).tolist(), bounds)
 
 
 def band(seeds: Sequence[Hits], digest: str) -> dict[str, np.ndarray]:
@@ -77,12 +77,12 @@ def difference(a: Sequence[Hits], b: Sequence[Hits], digest: str) -> tuple[dict[
     """
 
     def gap(counts: np.ndarray) -> dict[str, Any]:
-        return each(np.subtract, _mean(b, counts), _mean(a, counts))
+        return tree_map(np.subtract, _mean(b, counts), _mean(a, counts))
 
-    on_split = each(lambda x: float(x[0]), gap(a[0].once()))
+    on_split = tree_map(lambda x: float(x[0]), gap(a[0].once()))
     in_resamples = gap(resamples(digest, len(a[0].boxed)))
-    bounds = each(lambda values, of: interval(values, of, of_difference=True), in_resamples, on_split)
-    return each(lambda x: None if np.isnan(x) else x, on_split), bounds
+    bounds = tree_map(lambda values, of: interval(values, of, of_difference=True), in_resamples, on_split)
+    return tree_map(lambda x: None if np.isnan(x) else x, on_split), bounds
 
 
 def localized(seeds: Sequence[Hits]) -> np.ndarray:
@@ -153,7 +153,7 @@ def read_hits(results: Path, metrics: dict[str, Any]) -> Stored:
     except Exception as error:  # a damaged archive raises errors of ten kinds
         raise InputError(f"{path}: not a file of hits per image: evaluate again") from error
     # Other versions of NumPy may sum PxAP in another order.
-    if each(lambda x: round(x, 6), measured) != each(lambda x: round(x, 6), metrics):
+    if tree_map(lambda x: round(x, 6), measured) != tree_map(lambda x: round(x, 6), metrics):
         raise InputError(f"{path}: not of the evaluation in {results.name}: evaluate again")
     return stored
 

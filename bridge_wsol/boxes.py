@@ -76,8 +76,8 @@ def level_boxes(score_map: np.ndarray) -> LevelBoxes:
     if len(holes):
         # At a level, a pixel is filled if the background no longer connects it to the border. An uphill path
         # stays in the filled mask, too, so the basins are the same.
-        way_out = dark.way_out()[dark.basins.labels].reshape(background.shape)
-        filled = _Components(basins, 255 - np.minimum(background >> 8, way_out)[1:-1, 1:-1])
+        border_level = dark.border_level()[dark.basins.labels].reshape(background.shape)
+        filled = _Components(basins, 255 - np.minimum(background >> 8, border_level)[1:-1, 1:-1])
     largest = np.zeros((LEVELS, 4), dtype=np.int64)
     winner = _largest(mask, filled, extents[0])
     largest[mask.level[winner]] = boxes[winner]
@@ -327,7 +327,7 @@ class _Components:
         lower = np.repeat(np.arange(len(begins)) * -(2 * len(self.v) + 1), lengths)
         return np.minimum.accumulate(own + lower, axis=1) - lower
 
-    def way_out(self) -> np.ndarray:
+    def border_level(self) -> np.ndarray:
         """B: the level below which each basin is connected to branch 0, the border (256 for branch 0)."""
         level = [0] * len(self.basins.peaks)
         level[0] = 256

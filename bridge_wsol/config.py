@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torchvision
 
-from .baselines import AUTHORS, METHODS, OURS
 from .datasets import DATASETS, is_folder
+from .methods import METHODS, find
 from .models import ARCHS
 from .utils import InputError, Parser, Value, flag, read_json, write_json
 
@@ -29,6 +29,9 @@ C5 = "appendix C.5"
 CODE = "authors' released configuration"
 ANSWER = "authors' answer in an issue of their code"
 CHOE = "Choe et al."
+OURS = "our choice"
+# Of the compared systems.
+AUTHORS, COMMON_CODE = "its authors' code", "the common code's default"
 
 Preset = dict[str, dict[str, Any]]  # source -> {name: value}
 
@@ -203,7 +206,7 @@ def preset_values(
         raise InputError(
             f"--dataset {name} --arch {arch}: no preset; there are {pairs}; pass one as --preset"
         )
-    names = RUN_VALUES | METHODS[method].all_values()
+    names = RUN_VALUES | find(method).all_values()
     found = {key: (value.default_for(dataset or name, arch), value.source) for key, value in names.items()}
     for key in ((name, arch), (name, arch, method)):
         for source, values in PRESETS.get(key, {}).items():
@@ -298,7 +301,7 @@ def resolve_config(
         if "batch_size" in given:
             given = {"warm_batch_size": given["batch_size"]} | given
     values, sources = values | given, sources | dict.fromkeys(given, "flag")
-    allowed = RUN_VALUES | METHODS[values["method"]].all_values()
+    allowed = RUN_VALUES | find(values["method"]).all_values()
     for name, value in values.items():
         if name not in allowed:
             raise InputError(f"{flag(name)}: not a value of --method {values['method']}: remove it")

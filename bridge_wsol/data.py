@@ -364,7 +364,7 @@ class TrainImages(Dataset):
         return _to_tensor(image[:, ::-1] if rng.random() < 0.5 else image), int(self.split.labels[index])
 
 
-class TestImages(Dataset):
+class EvalImages(Dataset):
     """Images for evaluation, resized to image_size x image_size.
 
     Items: uint8 3 x image_size x image_size, label, index.
@@ -439,16 +439,16 @@ def train_loader(images: TrainImages, batch_size: int, workers: int) -> DataLoad
     return _loader(images, workers, batch_sampler=EpochSampler(len(images), batch_size, images.seed))
 
 
-def test_loader(split: Split, batch_size: int, image_size: int, workers: int) -> DataLoader:
+def eval_loader(split: Split, batch_size: int, image_size: int, workers: int) -> DataLoader:
     """Batches of (images: uint8 N x 3 x image_size x image_size, labels: N int64, indices: N int64).
 
     In the order of the split. Of several processes, each gets every world_size-th image.
     """
     share = range(rank(), len(split), world_size())
-    return _loader(TestImages(split, image_size), workers, batch_size=batch_size, sampler=share)
+    return _loader(EvalImages(split, image_size), workers, batch_size=batch_size, sampler=share)
 
 
-test_loader.__test__ = False  # not a test case
+eval_loader.__test__ = False  # not a test case
 
 
 def _loader(dataset: Dataset, workers: int, **kwargs: Any) -> DataLoader:

@@ -15,7 +15,6 @@ import os
 import shutil
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,6 @@ from torchvision.datasets.utils import check_integrity, download_and_extract_arc
 
 from . import utils
 from .data import Split, decode, load_masks, read_localization, read_split
-from .demo import draw_demo
 from .utils import InputError
 
 SPLITS = ("train", "val", "test")
@@ -41,14 +39,13 @@ class DataSet(NamedTuple):
     images: str  # folder below --data-root; image ids are relative to it
     val_images: str = ""  # the same for the ids of val; "": images
     val_folder: str = ""  # folder whose absence means that val is held out from train; "": val has its list
-    draw: Callable[[Path, Path], None] | None = None  # draws images and lists: (data root, folder of lists)
     # Folders with smaller copies of the images, where `images` is absent. The sizes in the lists, of the
     # boxes, are then not those of the files, and are not compared with them.
     copies: tuple[str, ...] = ()
 
 
 DATASETS = {
-    "demo": DataSet("demo", draw=draw_demo),
+    "demo": DataSet("demo"),  # drawn: reproduce/demo.py
     "CUB10": DataSet("CUB_200_2011/images"),  # the first ten classes of CUB
     "CUB": DataSet("CUB_200_2011/images", "CUBV2", "CUBV2"),
     "ILSVRC": DataSet("ILSVRC", val_folder="ILSVRC/val2"),
@@ -92,8 +89,10 @@ def load_splits(
         num_classes = len(classes)
     else:
         kind = DATASETS.get(dataset, DataSet(dataset))
-        if kind.draw:
-            kind.draw(data_root, lists)
+        if dataset == "demo":
+            from .reproduce.demo import draw_demo  # upwards, for this data set alone
+
+            draw_demo(data_root, lists)
         if val_per_class is None:
             folder = data_root / (kind.val_folder or ".")
             own = (lists / dataset / "val" / "image_ids.txt").exists() and (folder.is_dir() or not images)
@@ -163,7 +162,7 @@ def _read_lists(
 
 def _other_lists(dataset: str, lists: Path) -> list[str]:
     """A line if the lists are others than the shipped ones of this data set."""
-    if dataset not in DATASETS or DATASETS[dataset].draw or lists.resolve() == SHIPPED:
+    if dataset not in DATASETS or dataset == "demo" or lists.resolve() == SHIPPED:
         return []
     names = sorted(str(path.relative_to(SHIPPED)) for path in (SHIPPED / dataset).glob("*/*.txt"))
     _, other, _ = filecmp.cmpfiles(SHIPPED, lists, names, shallow=False)
@@ -221,7 +220,7 @@ def ilsvrc_train(root: Path, wnids: list[str]) -> Split:
     images = [_images(train / wnid) for wnid in wnids]
     ids = [f"train/{path.parent.name}/{path.name}" for of_class in images for path in of_class]
     labels = np.repeat(np.arange(len(wnids)), [len(of_class) for of_class in images])
-    utils.say(f"ILSVRC train: {len(ids)} images in {train}")
+    utils.print_rank0(f"ILSVRC train: {len(ids)} images in {train}")
     return Split("ILSVRC train", root, ids, labels)
 
 
@@ -337,7 +336,7 @@ def read_folder(folder: Path, join_val: bool = False) -> tuple[dict[str, Split],
     labels = np.array([label_of[Path(image).parent.name] for image in everything], dtype=np.int64)
     whole = Split(str(folder), folder, everything, labels, upright=True)
     if (path := folder / "localization.txt").exists():
-        read = utils.ordered_map(partial(upright_size, folder), everything, utils.cores())
+        read = utils.imap(partial(upright_size, folder), everything, utils.cores())
         read = utils.progress(read, f"reading the sizes of {folder}", len(everything))
         sizes = np.array([size for _, size in read])
         boxes, masks = read_localization(path, index, sizes)
@@ -350,9 +349,9 @@ def read_folder(folder: Path, join_val: bool = False) -> tuple[dict[str, Split],
         if not len(split):
             raise InputError(f"{folder / name}: no images")
     counts = [f"{name} {len(split)} ({len(split.boxes)} with boxes)" for name, split in splits.items()]
-    utils.say(f"{folder}: {len(classes)} classes; images: {', '.join(counts)}")
+    utils.print_rank0(f"{folder}: {len(classes)} classes; images: {', '.join(counts)}")
     if unread:
-        utils.say(f"left out: {len(unread)} files that Pillow does not read, {min(unread)} first")
+        utils.print_rank0(f"left out: {len(unread)} files that Pillow does not read, {min(unread)} first")
     if join_val and splits.pop("val", None):
         joined = sorted(ids["train"] + ids["val"])
         splits["train"] = whole.take(map(index.get, joined), splits["train"].name)
@@ -425,7 +424,7 @@ def check(dataset: str, data_root: Path, lists: Path, workers: int) -> int:
     print("\n".join(record["notes"]))
     problems = 0
     for split in splits.values():
-        inspected = utils.ordered_map(partial(_problem_of, split), range(len(split)), workers)
+        inspected = utils.imap(partial(_problem_of, split), range(len(split)), workers)
         found = [problem for _, problem in utils.progress(inspected, split.name, len(split)) if problem]
         found.append(f"{split.name}: {len(split)} images, {len(found)} with a problem")
         print("\n".join(found), flush=True)

@@ -26,12 +26,11 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 from . import bootstrap, cam, utils
-from .baselines import METHODS
 from .boxes import LEVELS, fixed_level, iou_matrix, level_boxes, scale_boxes
-from .data import Masks, Split, as_score_map, decode, load_masks, load_rgb, test_loader, to_input, to_rgb
+from .data import Masks, Split, as_score_map, decode, eval_loader, load_masks, load_rgb, to_input, to_rgb
 from .datasets import is_folder, load_splits
 from .losses import full_precision
-from .methods import CAM
+from .methods import CAM, METHODS, find
 from .metrics import DELTAS, LEVEL_NAMES, Evaluator, Measured, label_ranks, measure, selection_score
 from .models import load_weights
 from .utils import InputError
@@ -149,7 +148,7 @@ def evaluate_maps(
     """
     require_threshold(threshold)
     evaluator, whole, blank = Evaluator(keep=per_image is not None), Evaluator(), 0
-    measured = utils.ordered_map(_measure, _jobs(batches, split, threshold), workers)
+    measured = utils.imap(_measure, _jobs(batches, split, threshold), workers)
     share = len(range(utils.rank(), len(split), utils.world_size()))
     for job, found in utils.progress(measured, split.name, share):
         evaluator.add(job.index, found, job.rank, job.predicted)
@@ -163,7 +162,9 @@ def evaluate_maps(
     for part in utils.all_gather(evaluator):
         whole.merge(part)
     if blank := sum(utils.all_gather(blank)):
-        utils.say(f"{blank} of {len(split)} maps are constant, all zero or not finite: they have no box")
+        utils.print_rank0(
+            f"{blank} of {len(split)} maps are constant, all zero or not finite: they have no box"
+        )
     hits = whole.hits(val_levels, threshold)
     result = hits.result()
     if intervals and utils.rank() == 0:
@@ -250,16 +251,16 @@ def results_name(
     split: str,
     normalize: str = "minmax",
     percentile: float | str | None = None,
-    of_map: dict[str, Any] | None = None,
+    map_options: dict[str, Any] | None = None,
 ) -> str:
     """The name of a results file.
 
-    percentile: None for the default; "val" for one that val chose. of_map: the values that were changed.
+    percentile: None for the default; "val" for one that val chose. map_options: the values that were changed.
     """
     name = f"results_{checkpoint}_{split}"
     name += "" if normalize == "minmax" else f"_{normalize}"
     name += "" if percentile is None else f"_{percentile}"
-    return name + "".join(f"_{key}={value}" for key, value in (of_map or {}).items()) + ".json"
+    return name + "".join(f"_{key}={value}" for key, value in (map_options or {}).items()) + ".json"
 
 
 def write_results(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
@@ -292,25 +293,25 @@ def report(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
     names = {"PxAP": "pxap", "peak IoU": "piou", "Top-1 cls": "top1_cls", "Top-5 cls": "top5_cls"}
     rows += [(name, key, None, "") for name, key in names.items()]
     title = [f"{head['dataset']} {head['split']}"]
-    of_map = [name for cls in METHODS.values() for name in cls.of_map]
+    map_options = [name for cls in METHODS.values() for name in cls.map_options]
     if head["method"]:
         epoch = f" checkpoint (epoch {head['epoch']})" if head["epoch"] else ""
         title += [f"{head['arch']} {head['method']}", f"{head['checkpoint']}{epoch}"]
     else:
         title.append(f"score maps of {head['score_maps']}")
-    title += [f"{name} {head[name]}" for name in dict.fromkeys(of_map) if name in head]
+    title += [f"{name} {head[name]}" for name in dict.fromkeys(map_options) if name in head]
     if "percentile" in head:
         title.append(f"{head['normalize']} at percentile {head['percentile']['value']:.2f}")
     title.append(f"{result['images']} images")
     counts = {key: n for key, n in result.items() if key.startswith("images_with_")}
     title += [f"{n} with {key.removeprefix('images_with_')}" for key, n in counts.items()]
-    utils.say(f"{', '.join(title)} (percent{', [95 % interval over images]' if bounds else ''})")
+    utils.print_rank0(f"{', '.join(title)} (percent{', [95 % interval over images]' if bounds else ''})")
     for name, key, inner, note in rows:
         x, interval = ((tree.get(key) or {}).get(inner) if inner else tree.get(key) for tree in (m, bounds))
         if x is not None:
             text = "[{:.1f}, {:.1f}]".format(*interval) if interval else ""
-            utils.say(f"  {name:<14}{x:6.2f} {text:<{14 if bounds else 0}} {note}".rstrip())
-    utils.say(f"written to {path}")
+            utils.print_rank0(f"  {name:<14}{x:6.2f} {text:<{14 if bounds else 0}} {note}".rstrip())
+    utils.print_rank0(f"written to {path}")
 
 
 def read_results(
@@ -348,16 +349,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if not isinstance(checkpoint.get(name, ...), kind):
             problem = f"({name} is missing or has the wrong type)"
             raise InputError(f"{path}: not a checkpoint of this version of train.py {problem}")
-    if checkpoint["config"].get("method") not in METHODS:
-        problem = f"a run of the unknown method {checkpoint['config'].get('method')!r}"
-        raise InputError(f"{path}: {problem}: import the file that defines its class first")
     return checkpoint
 
 
 class TrainedRun:
     """A run of train.py: its method with the weights of RUN/<which>.pt in eval mode, and its data.
 
-    which: "best" or "last". checkpoint: instead of that file. of_map: values of the method's map, instead of
+    which: "best" or "last". checkpoint: instead of that file. map_options: values of the method's map, instead of
     those of the run. Raises InputError for a folder that is not a run, and for a value that is not one of its
     map.
     """
@@ -367,16 +365,21 @@ class TrainedRun:
         folder: str | Path,
         which: str,
         device: torch.device,
-        of_map: dict[str, Any] | None = None,
+        map_options: dict[str, Any] | None = None,
         checkpoint: dict[str, Any] | None = None,
     ):
-        self.folder, self.which, self.device, self.of_map = Path(folder), which, device, of_map or {}
+        self.folder, self.which, self.device, self.map_options = (
+            Path(folder),
+            which,
+            device,
+            map_options or {},
+        )
         path = self.folder if checkpoint else self.folder / f"{which}.pt"
         self.checkpoint = checkpoint or load_checkpoint(path)
-        self.config = SimpleNamespace(**self.checkpoint["config"] | self.of_map)
-        cls = METHODS[self.config.method]
-        for name, value in self.of_map.items():
-            if name not in cls.of_map:
+        self.config = SimpleNamespace(**self.checkpoint["config"] | self.map_options)
+        cls = find(self.config.method)
+        for name, value in self.map_options.items():
+            if name not in cls.map_options:
                 raise InputError(
                     f"{utils.flag(name)}: --method {self.config.method} of {folder} has no such value"
                 )
@@ -389,7 +392,7 @@ class TrainedRun:
     def val_levels(self) -> dict[str, int] | None:
         """The levels that val chose with these weights and this map, with min-max; None if it did not."""
         val = self.checkpoint["val"] or {}
-        known = val.get("epoch") == self.checkpoint["epoch"] and not self.of_map
+        known = val.get("epoch") == self.checkpoint["epoch"] and not self.map_options
         return val.get("levels") if known else None
 
     def split(self, name: str, data_root: str | Path | None = None, lists: str | Path | None = None) -> Split:
@@ -418,12 +421,14 @@ class TrainedRun:
         self, split: Split, batch_size: int, workers: int, amp: str | None = None, **normalization: Any
     ) -> Iterator[MapBatch]:
         """`network_maps` of a split. amp: None: the run's. normalization: of `network_maps`."""
-        loader = test_loader(split, batch_size, self.config.image_size, workers)
+        loader = eval_loader(split, batch_size, self.config.image_size, workers)
         return network_maps(self.method, loader, amp or self.config.amp, **normalization)
 
     def head(self, split: str, normalize: str = "minmax") -> dict[str, Any]:
         """The first keys of a results file."""
-        keys = {key: getattr(self.config, key) for key in ("dataset", "arch", "method", "seed")} | self.of_map
+        keys = {
+            key: getattr(self.config, key) for key in ("dataset", "arch", "method", "seed")
+        } | self.map_options
         epoch = self.checkpoint["epoch"]
         return keys | dict(split=split, checkpoint=self.which, epoch=epoch, normalize=normalize)
 
@@ -599,10 +604,10 @@ def draw_split(path: Path, split: Split, batches: Iterable[MapBatch], level: int
         pictures.append(draw_boxes(photo, score_map, *boxes))
     if utils.rank() == 0:
         save_picture(path, make_grid(pictures, nrow=columns, padding=6, pad_value=255))
-    utils.say(f"{len(pictures)} images with boxes in {path}")
+    utils.print_rank0(f"{len(pictures)} images with boxes in {path}")
 
 
-def evenly(split: Split, n: int) -> Split:
+def evenly_spaced(split: Split, n: int) -> Split:
     """n images of a split, evenly spaced, of those that have boxes: for `draw_split`."""
     boxed = sorted(split.boxes)
     chosen = np.linspace(0, len(boxed) - 1, min(n, len(boxed))).astype(int)

@@ -11,8 +11,8 @@ method) with a name, in any file that is imported before train.main() runs. Chan
     predict   another map or other logits
 
 Call `super()` in these functions: two methods then combine by inheritance, if both have their losses in
-`terms` (ACoL, SPG and CALM have them in `forward`). Examples: the compared systems in baselines.py, and the
-complete file in docs/methods.md. Compute losses and maps in float32 under autocast.
+`terms` (ACoL, SPG and CALM have them in `forward`). Examples: the compared systems in reproduce/baselines.py,
+and the complete file in docs/methods.md. Compute losses and maps in float32 under autocast.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .cam import class_activation_map
 from .losses import alignment_losses, attentive_dropout, consistency_loss, full_precision
 from .models import GAPNetwork, build_network
-from .utils import Value
+from .utils import InputError, Value
 
 METHODS: dict[str, type[CAM]] = {}  # name -> class; a subclass with a name registers itself
 Terms = dict[str, tuple[float, Tensor]]  # name -> (weight, scalar); the loss is the weighted sum
@@ -48,7 +48,7 @@ class CAM(nn.Module):
     """
 
     values: ClassVar[dict[str, Value]] = {}  # the method's own, without those of its base classes
-    of_map: ClassVar[tuple[str, ...]] = ()  # values of the map alone: evaluate.py can change them
+    map_options: ClassVar[tuple[str, ...]] = ()  # values of the map alone: evaluate.py can change them
     upsampling: ClassVar[str] = "bicubic"  # of the map to the image size; bicubic is the protocol's
 
     def __init_subclass__(cls, name: str | None = None) -> None:
@@ -138,3 +138,13 @@ class Bridge(CAM, name="bridge"):
             )
             terms |= {"l_sim": (c.lambda_sim, l_sim), "l_norm": (c.lambda_norm, l_norm)}
         return terms
+
+
+def find(name: str) -> type[CAM]:
+    """The class of a method's name. Raises InputError for an unknown one."""
+    if name not in METHODS:
+        # The only import upwards but that of the drawn data set: a run of a compared system opens everywhere.
+        from .reproduce import baselines  # noqa: F401
+    if name not in METHODS:
+        raise InputError(f"unknown method {name!r}: import the file that defines its class first")
+    return METHODS[name]

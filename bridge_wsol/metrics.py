@@ -250,7 +250,7 @@ class Hits:
         if self.fixed is not None:
             fixed = {"gt_known_loc": self.fixed, **dict.fromkeys(("top1_loc", "top5_loc"))}
             fixed |= {f"top{k}_loc": self.fixed & top for k, top in best.items()}
-            metrics["fixed_threshold"] = each(lambda hits: _percent(counts, hits, self.boxed), fixed)
+            metrics["fixed_threshold"] = tree_map(lambda hits: _percent(counts, hits, self.boxed), fixed)
         return metrics, levels, curves
 
     def result(self) -> dict[str, Any]:
@@ -262,7 +262,7 @@ class Hits:
         "images_with_masks": where some images have them, but not all. "precision_at_recall": with PxAP only.
         """
         metrics, levels, curves = self.sample(self.once())
-        metrics = each(lambda x: None if np.isnan(x[0]) else float(x[0]), metrics)
+        metrics = tree_map(lambda x: None if np.isnan(x[0]) else float(x[0]), metrics)
         if "fixed_threshold" in metrics:
             metrics["fixed_threshold"] = {"threshold": self.threshold, **metrics["fixed_threshold"]}
         result = {"images": len(self.boxed), "metrics": metrics}
@@ -304,13 +304,13 @@ def _with_mean(accuracies: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return of_deltas | {"mean": sum(of_deltas.values()) / len(DELTAS)}
 
 
-def each(function: Callable[..., Any], *trees: Any) -> Any:
+def tree_map(function: Callable[..., Any], *trees: Any) -> Any:
     """The function of the leaves of nested dicts of metrics, by the keys that all have. None stays None."""
     if any(tree is None for tree in trees):
         return None
     if isinstance(trees[0], dict):
         shared = [key for key in trees[0] if all(key in tree for tree in trees)]
-        return {key: each(function, *(tree[key] for tree in trees)) for key in shared}
+        return {key: tree_map(function, *(tree[key] for tree in trees)) for key in shared}
     return function(*trees)
 
 

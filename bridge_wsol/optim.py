@@ -7,8 +7,6 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from .methods import CAM
-
 # Layers of the lower rate: VGG16's pretrained features; ResNet50's layers before layer4.
 OLD_LAYERS = {"vgg16": ("features.",), "resnet50": ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.")}
 
@@ -25,7 +23,7 @@ def parameter_groups(net: nn.Module, arch: str) -> tuple[list[nn.Parameter], lis
     return old, [parameter for name, parameter in named if not name.startswith(OLD_LAYERS[arch])]
 
 
-def build_optimizer(method: CAM, config: SimpleNamespace) -> torch.optim.SGD:
+def build_optimizer(method: nn.Module, config: SimpleNamespace) -> torch.optim.SGD:
     """SGD over the two groups; each keeps its first rate as `base_lr` for `set_learning_rates`.
 
     config: arch, lr, lr_new, momentum, nesterov, weight_decay. Raises ValueError for a method with parameters

@@ -393,13 +393,13 @@ def first_process_first(work: Callable[[], R]) -> R:
     return result if rank() == 0 else work()
 
 
-def say(text: str) -> None:
+def print_rank0(text: str) -> None:
     """Prints, in the first process alone."""
     if rank() == 0:
         print(text, flush=True)
 
 
-def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[tuple[T, R]]:
+def imap(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[tuple[T, R]]:
     """(item, function(item)) for each item, in order, on `workers` processes (0: in this one, one by one).
 
     At most four items per worker are under way, so a fast producer does not fill the memory.

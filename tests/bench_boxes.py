@@ -25,7 +25,7 @@ import plain_boxes
 from bridge_wsol.boxes import iou_matrix, scale_boxes
 from bridge_wsol.evaluation import TrainedRun
 from bridge_wsol.metrics import measure
-from bridge_wsol.utils import ordered_map
+from bridge_wsol.utils import imap
 
 try:
     import cv2
@@ -100,7 +100,7 @@ def main() -> None:
         programs["contour loop, 200 thresholds"] = lambda m, t: contours(m, t, 200)
     for run in args.runs:
         maps, truths, title = maps_of_run(run, args.images)
-        memory = max(used for _, used in ordered_map(private_memory, zip(maps, truths), 1))
+        memory = max(used for _, used in imap(private_memory, zip(maps, truths), 1))
         seconds: dict[str, list[float]] = {name: [] for name in programs}
         for start in range(0, len(maps), 10):  # alternate: every program leaves the caches in its own state
             results: dict[str, list[np.ndarray]] = {name: [] for name in programs}

@@ -23,7 +23,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bridge_wsol.config import preset_values
-from bridge_wsol.data import Split, test_loader
+from bridge_wsol.data import Split, eval_loader
 from bridge_wsol.evaluation import MapBatch, evaluate_maps, network_maps
 from bridge_wsol.methods import CAM
 from bridge_wsol.metrics import measure
@@ -66,7 +66,7 @@ def main() -> None:
         method = CAM(SimpleNamespace(**values | {"arch": args.arch}), 200).to(device)
 
         def loader(workers: int):
-            return test_loader(split, args.batch_size, image_size=224, workers=workers)
+            return eval_loader(split, args.batch_size, image_size=224, workers=workers)
 
         def maps(batches) -> list[MapBatch]:
             return list(network_maps(method, batches, amp="auto"))

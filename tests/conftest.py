@@ -31,7 +31,8 @@ TINY += " --resize-size 72 --image-size 64 --epochs 2 --warm-epochs 1 --batch-si
 
 def run(script: str, flags: str) -> None:
     """The main of a script or of a command of the package, with flags as in a shell."""
-    name = script if script in ("train", "evaluate") else f"bridge_wsol.{script}"
+    folder = "bridge_wsol.reproduce" if script in ("experiments", "figures") else "bridge_wsol"
+    name = script if script in ("train", "evaluate") else f"{folder}.{script}"
     importlib.import_module(name).main(shlex.split(str(flags)))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from bridge_wsol.bootstrap import TAILS, interval, resamples
 from bridge_wsol.boxes import LEVELS
-from bridge_wsol.metrics import Hits, each
+from bridge_wsol.metrics import Hits, tree_map
 
 
 def population(width: float, spread: float, n: int = 200_000) -> np.ndarray:
@@ -69,7 +69,7 @@ def study(n: int, draws: int, kind: str, spreads: tuple[float, float]) -> None:
         for ranges, levels, truth in known:
             hits = hits_of(ranges[images], levels)
             sides.append((truth, *(chosen(hits.sample(x)[0]) for x in (hits.once(), counts))))
-        gaps = [each(lambda a, b: b - a, a, b) for a, b in zip(*sides)]
+        gaps = [tree_map(lambda a, b: b - a, a, b) for a, b in zip(*sides)]
         for what, (truth, whole, values) in (("", sides[0]), ("difference in ", gaps)):
             for name, x in values.items():
                 inside = [a <= truth[name] <= b for a, b in four(x, whole[name])]

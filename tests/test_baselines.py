@@ -14,14 +14,15 @@ from conftest import REPOSITORY, results, run
 from test_losses import by_the_formulas
 from torch import nn
 
-from bridge_wsol import baselines, demo, evaluation
-from bridge_wsol.baselines import attention_based_dropout, hide, mix, seeds, thresholded_average
+from bridge_wsol import evaluation
 from bridge_wsol.cam import normalize
 from bridge_wsol.config import preset_values
 from bridge_wsol.losses import alignment_losses, consistency_loss
 from bridge_wsol.methods import CAM, METHODS, Bridge
 from bridge_wsol.models import load_weights
 from bridge_wsol.optim import build_optimizer
+from bridge_wsol.reproduce import baselines, demo
+from bridge_wsol.reproduce.baselines import attention_based_dropout, hide, mix, seeds, thresholded_average
 
 COMPARED = ("acol", "adl", "eil", "cutmix", "pas", "calm", "has", "spg")
 LABELS = torch.tensor([2, 0])

@@ -13,8 +13,8 @@ from bridge_wsol import bootstrap
 from bridge_wsol.bootstrap import difference, interval, read_hits, resamples, save_hits
 from bridge_wsol.data import Split
 from bridge_wsol.datasets import load_split
-from bridge_wsol.experiments import METRICS, flat
 from bridge_wsol.metrics import Evaluator, Hits, Measured
+from bridge_wsol.reproduce.experiments import METRICS, flat
 from bridge_wsol.utils import InputError
 
 DIGEST = "0123456789abcdef"

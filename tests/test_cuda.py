@@ -14,13 +14,13 @@ from conftest import results, run
 from PIL import Image
 from torch import nn
 
-from bridge_wsol import demo
-from bridge_wsol.baselines import METHODS
 from bridge_wsol.config import preset_values
 from bridge_wsol.data import TrainImages, to_input, train_loader
 from bridge_wsol.datasets import load_splits
 from bridge_wsol.evaluation import TrainedRun
 from bridge_wsol.losses import alignment_losses, attentive_dropout, consistency_loss
+from bridge_wsol.methods import METHODS
+from bridge_wsol.reproduce import demo
 from bridge_wsol.utils import autocast, load_tensors, resolve_device
 
 DEVICE = torch.device("cuda:0")

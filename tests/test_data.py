@@ -136,7 +136,7 @@ def test_images_that_are_missing_damaged_or_of_another_size_than_listed_are_name
         split.path(index).unlink()
     for index in range(1, 6):
         with pytest.raises(InputError, match=f"test/{index:02d}.png: "):
-            list(data.test_loader(split.take([0, index], "test"), 4, image_size=32, workers=0))
+            list(data.eval_loader(split.take([0, index], "test"), 4, image_size=32, workers=0))
     with pytest.raises(InputError, match="test/05.png: .*2 of the 9 of test"):
         split.require_images()
 

@@ -14,7 +14,7 @@ from conftest import REPOSITORY, TINY, make_tiny, results, run, write_split
 from PIL import Image
 
 from bridge_wsol import config, data, datasets, evaluation, metrics
-from bridge_wsol.data import test_loader
+from bridge_wsol.data import eval_loader
 from bridge_wsol.datasets import load_split, load_splits, read_folder
 from bridge_wsol.utils import InputError
 
@@ -97,7 +97,7 @@ def test_imagenette_may_be_a_smaller_copy(tmp_path, capsys):
     assert found["test"].path(0).is_relative_to(place) and found["test"].sizes[0].tolist() == [500, 375]
     run("datasets", f"check --dataset Imagenette --data-root {data} --lists {lists} --workers 0")
     assert "sizes are not compared" in capsys.readouterr().out
-    images, _, _ = next(iter(test_loader(found["test"], 1, 224, workers=0)))
+    images, _, _ = next(iter(eval_loader(found["test"], 1, 224, workers=0)))
     assert images.shape == (1, 3, 224, 224)
     place.rename(data / "imagenette2")  # preferred to copies
     place.mkdir()
@@ -231,8 +231,8 @@ def test_masks_and_ignore_regions_count_at_the_size_of_the_map(tmp_path):
         masks[i] = data.Masks([f"{i}a.png", f"{i}b.png"], [f"{i}i.png"])
         maps[str(i)] = rng.random((size, size), dtype=np.float32)
         maps[str(i)].flat[:2] = 0, 1  # what min-max leaves as it is
-        of_map = [mask[rows][:, columns] for mask in (a | b, ignore & ~(a | b))]
-        plain.add(i, metrics.measure(maps[str(i)], masks=of_map))
+        map_options = [mask[rows][:, columns] for mask in (a | b, ignore & ~(a | b))]
+        plain.add(i, metrics.measure(maps[str(i)], masks=map_options))
     split = data.Split("masks", tmp_path, [*maps], np.zeros(4, dtype=int), masks=masks)
     for workers in (0, 2):
         found = evaluation.evaluate_score_maps(maps.items(), split, image_size=size, workers=workers)

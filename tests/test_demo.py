@@ -9,9 +9,10 @@ import torch
 from conftest import results, run
 from PIL import Image
 
-from bridge_wsol import config, demo
+from bridge_wsol import config
 from bridge_wsol.data import Masks, load_masks
 from bridge_wsol.datasets import load_splits
+from bridge_wsol.reproduce import demo
 
 WEIGHTS = config.PRESETS["demo", "vgg16"][config.OURS]["weights"]
 

@@ -10,8 +10,8 @@ from functools import partial
 import pytest
 from conftest import REPOSITORY, results, run
 
-from bridge_wsol.experiments import ROWS, read_sweep
 from bridge_wsol.methods import METHODS
+from bridge_wsol.reproduce.experiments import ROWS, read_sweep
 from bridge_wsol.utils import InputError
 
 experiments = partial(run, "experiments")
@@ -185,7 +185,10 @@ def test_a_sweep_has_means_and_deviations_over_seeds(trained, tmp_path, capsys):
             changed(source, runs / f"{row}_seed{seed}", metrics=metrics, seed=seed, lambda_sim=number)
     experiments(f"sweep --param lambda-sim --values 1 0.5 --seeds 0 1 --runs {runs} {flags}")
     printed = capsys.readouterr().out
-    assert ".py" not in printed and f"bridge_wsol.figures sweep {runs}/sweep_lambda_sim.json" in printed
+    assert (
+        ".py" not in printed
+        and f"bridge_wsol.reproduce.figures sweep {runs}/sweep_lambda_sim.json" in printed
+    )
     table = [line[:2] for line in cells(runs / "sweep_lambda_sim.md")[1:]]
     assert table == [["0.5 (preset)", "15.00 ± 14.14"], ["1", "20.00 ± 14.14"]]  # deviation: 20 / sqrt(2)
     rows = csv_rows(runs / "sweep_lambda_sim.csv")

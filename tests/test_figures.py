@@ -13,10 +13,10 @@ import torch.nn.functional as nnf
 from conftest import results, run
 from PIL import Image
 
-from bridge_wsol import figures
-from bridge_wsol.data import Masks, Split, TestImages, load_masks, to_input
+from bridge_wsol.data import EvalImages, Masks, Split, load_masks, to_input
 from bridge_wsol.datasets import load_split
 from bridge_wsol.evaluation import TrainedRun
+from bridge_wsol.reproduce import figures
 
 CPU = "--device cpu --workers 0 --quiet"
 
@@ -55,7 +55,7 @@ def network_outputs(folder, root):
     """(F, S, CAM, each N x h x w float64, and the test split), from the weights with NumPy."""
     trained = TrainedRun(folder, "best", torch.device("cpu"))
     split = load_split("tiny", "test", root / "data", root / "lists")
-    images = to_input(torch.stack([image for image, *_ in TestImages(split, 64)]), torch.device("cpu"))
+    images = to_input(torch.stack([image for image, *_ in EvalImages(split, 64)]), torch.device("cpu"))
     with torch.no_grad():
         features = trained.method.passes(images).features.numpy().astype(float)
     w = trained.method.net.fc.weight.detach().numpy().astype(float)[split.labels]

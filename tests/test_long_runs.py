@@ -18,10 +18,11 @@ from kill_resume import ENVIRONMENT
 from PIL import Image
 from test_train import lines_of, load, same_run
 
-from bridge_wsol import demo, utils
+from bridge_wsol import utils
 from bridge_wsol.data import EpochSampler
 from bridge_wsol.datasets import load_splits
-from bridge_wsol.utils import InputError, atomic_write, one_line_errors, ordered_map
+from bridge_wsol.reproduce import demo
+from bridge_wsol.utils import InputError, atomic_write, imap, one_line_errors
 
 PROCESSES = [sys.executable, "-m", "torch.distributed.run"]
 FORK = multiprocessing.get_context("fork")  # quicker than a new interpreter
@@ -203,7 +204,7 @@ def kill_own_process(_):
 
 def test_a_killed_worker_ends_the_evaluation_with_a_line():
     with pytest.raises(InputError, match="a worker process was killed .* --workers"):
-        list(ordered_map(kill_own_process, range(50), 2))
+        list(imap(kill_own_process, range(50), 2))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -215,7 +216,7 @@ def test_ordered_map_keeps_the_order_and_does_not_run_ahead(workers):
             made.append(i)
             yield -i
 
-    pairs = ordered_map(abs, items(), workers)
+    pairs = imap(abs, items(), workers)
     assert next(pairs) == (0, 0) and len(made) <= 9
     assert list(pairs) == [(-i, i) for i in range(1, 40)]
 
@@ -223,9 +224,9 @@ def test_ordered_map_keeps_the_order_and_does_not_run_ahead(workers):
 def test_workers_do_not_outlive_a_killed_process():
     code = """
 import os, signal, time
-from bridge_wsol.utils import ordered_map
+from bridge_wsol.utils import imap
 
-for i, _ in enumerate(ordered_map(time.sleep, [0.02] * 9, 2)):
+for i, _ in enumerate(imap(time.sleep, [0.02] * 9, 2)):
     if i == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 """

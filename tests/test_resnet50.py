@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bridge_wsol import config
-from bridge_wsol.baselines import METHODS
 from bridge_wsol.cam import normalize
+from bridge_wsol.methods import METHODS
 from bridge_wsol.optim import build_optimizer
 
 HERE = Path(__file__).parent

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bridge_wsol import cam, evaluation
 from bridge_wsol.boxes import iou_matrix, scale_boxes
-from bridge_wsol.data import test_loader, to_input
+from bridge_wsol.data import eval_loader, to_input
 from bridge_wsol.datasets import load_split
 from bridge_wsol.utils import one_line_errors
 
@@ -248,7 +248,7 @@ def test_maps_are_the_ground_truth_class_s_from_one_forward_pass(trained, split)
     net.fc.register_forward_hook(lambda *_: passes.append(1))
     batches = list(of_run.maps(split, batch_size=4, workers=0))
     assert len(passes) == 3 and [i for batch in batches for i in batch.indices] == list(range(9))
-    images, labels, _ = next(iter(test_loader(split, 4, image_size=64, workers=0)))
+    images, labels, _ = next(iter(eval_loader(split, 4, image_size=64, workers=0)))
     with torch.no_grad():
         features = net.after_dropout(net.before_dropout(to_input(images, torch.device("cpu"))))
         maps = torch.stack([(net.fc.weight[k, :, None, None] * f).sum(0) for k, f in zip(labels, features)])

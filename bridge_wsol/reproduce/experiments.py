@@ -1,10 +1,10 @@
 """Many runs of train.py: the comparison of methods, the sweep over a hyperparameter (Fig. A5), and tables.
 
-    python -m bridge_wsol.experiments compare --seeds 0 1 2                         every method on the demo
-    python -m bridge_wsol.experiments compare --methods cam cam+ivr bridge:lambda_norm=0 --dataset CUB
-    python -m bridge_wsol.experiments sweep --param lambda_sim --values 0 0.5 1     one run per value and seed
-    python -m bridge_wsol.experiments table RUN [RUN ...]                           tables of existing runs
-    python -m bridge_wsol.experiments difference RUN RUN                            B - A with its interval
+    python -m bridge_wsol.reproduce.experiments compare --seeds 0 1 2                         every method on the demo
+    python -m bridge_wsol.reproduce.experiments compare --methods cam cam+ivr bridge:lambda_norm=0 --dataset CUB
+    python -m bridge_wsol.reproduce.experiments sweep --param lambda_sim --values 0 0.5 1     one run per value and seed
+    python -m bridge_wsol.reproduce.experiments table RUN [RUN ...]                           tables of existing runs
+    python -m bridge_wsol.reproduce.experiments difference RUN RUN                            B - A with its interval
 
 A row of a table is METHOD[:NAME=VALUE,...][+NORMALIZATION]: a method, values of its run, a normalization of
 its maps. Each row and seed has one run, in RUNS/<row>_seed<N>. Rows that differ only in the normalization or
@@ -30,14 +30,15 @@ from typing import Any
 
 import numpy as np
 
-from . import bootstrap
-from .baselines import METHODS
-from .bootstrap import Stored, hits_path, read_hits, require_same_images
-from .cam import NORMALIZATIONS
-from .config import MACHINE, RUN_VALUES, parse_args, read_config, resolve_config
-from .datasets import SPLITS, download, load_splits
-from .evaluation import read_results, results_name
-from .utils import InputError, Parser, flag, one_line_errors, read_json, set_quiet, write_json, write_text
+from .. import bootstrap
+from ..bootstrap import Stored, hits_path, read_hits, require_same_images
+from ..cam import NORMALIZATIONS
+from ..config import MACHINE, RUN_VALUES, parse_args, read_config, resolve_config
+from ..datasets import SPLITS, download, load_splits
+from ..evaluation import read_results, results_name
+from ..methods import METHODS
+from ..utils import InputError, Parser, flag, one_line_errors, read_json, set_quiet, write_json, write_text
+from . import baselines  # noqa: F401  registers the compared systems
 
 # The comparison's default rows: the paper's systems and the field's, some with their own normalization.
 ROWS = (
@@ -84,7 +85,7 @@ class Row:
     label: str
     method: str = ""
     values: dict[str, str] = field(default_factory=dict)  # of the run
-    of_map: dict[str, str] = field(default_factory=dict)  # values of the map, for evaluate.py
+    map_options: dict[str, str] = field(default_factory=dict)  # values of the map, for evaluate.py
     normalization: str = "minmax"
     results: list[dict[str, Any]] = field(default_factory=list)  # one results file per seed, and its "path"
 
@@ -146,9 +147,9 @@ def row_of(name: str) -> Row:
         key = key.replace("-", "_")
         if key in ("dataset", "arch", "method", "seed", "out"):
             raise InputError(f"--methods {name}: {key} is not a value of a row: use the flag of the command")
-        if key in METHODS[method].of_map:
+        if key in METHODS[method].map_options:
             METHODS[method].all_values()[key].check(key, value)
-            row.of_map[key] = value
+            row.map_options[key] = value
         else:
             row.values[key] = value
     return row
@@ -226,11 +227,11 @@ def finish(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     if not is_finished(folder, flags):
         run_script("train.py", flags, folder)
     own: dict[str, Any] = {"percentile": "val"} if row.normalization == "ivr" else {}
-    name = results_name(args.checkpoint, "test", row.normalization, own.get("percentile"), row.of_map)
+    name = results_name(args.checkpoint, "test", row.normalization, own.get("percentile"), row.map_options)
     done, path = read_results(folder, args.checkpoint, "test")[1]["epoch"], folder / name
     if not path.exists() or read_results(path, args.checkpoint, "test")[1]["epoch"] != done:
         parsed = parse_args(flags, "")
-        own |= {"checkpoint": args.checkpoint, "normalize": row.normalization, **row.of_map}
+        own |= {"checkpoint": args.checkpoint, "normalize": row.normalization, **row.map_options}
         # evaluate.py takes all else from the run.
         own |= {name: parsed.given[name] for name in MACHINE if name in parsed.given and name != "pictures"}
         flags = [f"{flag(name)}={value}" for name, value in own.items()] + ["--quiet"] * parsed.quiet
@@ -243,7 +244,7 @@ def finish(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 def run_script(script: str, arguments: list[str], folder: Path) -> None:
     """Runs train.py or evaluate.py for the run in `folder`, as a process. Raises InputError if it fails."""
     print(f"{folder}: {script}", flush=True)
-    path = Path(__file__).parents[1] / script
+    path = Path(__file__).parents[2] / script
     if not path.exists():
         raise InputError(f"{path}: no such file: work in a clone of the repository (pip install -e .)")
     code = subprocess.run([sys.executable, str(path), *arguments], check=False).returncode
@@ -438,7 +439,7 @@ def sweep(args: argparse.Namespace) -> None:
     write_json(path, head | {"checkpoint": args.checkpoint, "values": found})
     title = f"{made[0].pair} {c.method}, test, {args.checkpoint} checkpoint, %"
     write_tables(args.runs / f"sweep_{param}", table_of(title, made, keys, 2, param), made, keys)
-    print(f"written to {path}\nto draw it: python -m bridge_wsol.figures sweep {path}")
+    print(f"written to {path}\nto draw it: python -m bridge_wsol.reproduce.figures sweep {path}")
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
@@ -446,7 +447,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
 
     Raises InputError for any other file.
     """
-    made_by = "python -m bridge_wsol.experiments sweep"
+    made_by = "python -m bridge_wsol.reproduce.experiments sweep"
     content = read_json(path, made_by)
     try:
         rows = sorted(content["values"], key=lambda row: row["value"])
@@ -541,7 +542,9 @@ COMMANDS = {"compare": compare, "sweep": sweep, "table": table, "difference": di
 def parse_command(argv: list[str] | None) -> argparse.Namespace:
     """The parsed command line; args.flags are the flags of train.py. Raises InputError."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m bridge_wsol.experiments", description=__doc__, formatter_class=form)
+    parser = Parser(
+        prog="python -m bridge_wsol.reproduce.experiments", description=__doc__, formatter_class=form
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         # No abbreviations: --p is a flag of train.py, and not short for --param.

@@ -1,14 +1,14 @@
 """Draws the figures of the appendix from finished runs. Trains nothing.
 
-    python -m bridge_wsol.figures curves RUN [RUN ...]       Fig. A1: accuracy against the threshold
-    python -m bridge_wsol.figures histogram RUN [RUN ...]    Fig. A2: density of the largest feature norm
-    python -m bridge_wsol.figures maps RUN [RUN ...]         Fig. A3: image, CAM, F, S
-    python -m bridge_wsol.figures boxes RUN [RUN ...]        Fig. A4: boxes and CAM
-    python -m bridge_wsol.figures sweep FILE [FILE ...]      Fig. A5: accuracy against a hyperparameter
-    python -m bridge_wsol.figures gap RUN [RUN ...]          no figure: F and S inside and outside the object
+    python -m bridge_wsol.reproduce.figures curves RUN [RUN ...]       Fig. A1: accuracy against the threshold
+    python -m bridge_wsol.reproduce.figures histogram RUN [RUN ...]    Fig. A2: density of the largest feature norm
+    python -m bridge_wsol.reproduce.figures maps RUN [RUN ...]         Fig. A3: image, CAM, F, S
+    python -m bridge_wsol.reproduce.figures boxes RUN [RUN ...]        Fig. A4: boxes and CAM
+    python -m bridge_wsol.reproduce.figures sweep FILE [FILE ...]      Fig. A5: accuracy against a hyperparameter
+    python -m bridge_wsol.reproduce.figures gap RUN [RUN ...]          no figure: F and S inside and outside the object
 
 RUN is a folder that train.py wrote. curves also takes results files of evaluate.py (any method's score maps).
-FILE is a JSON file that `python -m bridge_wsol.experiments sweep` wrote.
+FILE is a JSON file that `python -m bridge_wsol.reproduce.experiments sweep` wrote.
 curves, histogram and gap take runs with the same name in --names as one: seeds of the same configuration.
 A figure goes to figures/COMMAND.png and .pdf, or where --out says. curves, histogram, boxes and gap write
 their numbers as JSON, too. The same input gives the same bytes. All but gap need matplotlib: extra `figures`.
@@ -28,15 +28,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import cam, utils
-from .bootstrap import band, hits_path, read_hits, require_same_images
-from .boxes import LEVELS, iou_matrix, level_boxes, scale_boxes
-from .data import Masks, Split, decode, load_masks, test_loader, to_input
-from .evaluation import PREDICTION, TRUTH, MapBatch, TrainedRun, evaluate_maps, read_results
+from .. import cam, utils
+from ..bootstrap import band, hits_path, read_hits, require_same_images
+from ..boxes import LEVELS, iou_matrix, level_boxes, scale_boxes
+from ..data import Masks, Split, decode, eval_loader, load_masks, to_input
+from ..evaluation import PREDICTION, TRUTH, MapBatch, TrainedRun, evaluate_maps, read_results
+from ..losses import feature_norm, minmax
+from ..metrics import DELTAS, flatness
+from ..utils import InputError, Parser, Value, atomic_write, autocast, one_line_errors, progress, write_json
 from .experiments import SWEPT, check_pools, markdown, names_of, read_sweep, spread
-from .losses import feature_norm, minmax
-from .metrics import DELTAS, flatness
-from .utils import InputError, Parser, Value, atomic_write, autocast, one_line_errors, progress, write_json
 
 Flags = argparse.Namespace  # of `parse_args`
 COLUMN, PAGE = 3.3, 6.9  # widths of a column and of the text of a two-column page, in inches
@@ -154,7 +154,7 @@ def map_batches(run: Run, args: Flags, split: Split, names: Sequence[str] = MAPS
     where there is no S: for a method without a linear classifier over its features.
     """
     trained, method, device = run.trained, run.trained.method, run.trained.device
-    fc, loader = getattr(method.net, "fc", None), test_loader(split, args.batch_size, run.size, args.workers)
+    fc, loader = getattr(method.net, "fc", None), eval_loader(split, args.batch_size, run.size, args.workers)
     for images, labels, indices in progress(loader, run.name, len(loader), "batches"):
         images, labels, found = to_input(images, device), labels.to(device), {}
         with autocast(device, args.amp or trained.config.amp):
@@ -599,7 +599,7 @@ def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
 def parse_args(argv: list[str] | None) -> Flags:
     """The flags; `out` is a path without suffix. Raises InputError for a value out of range."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m bridge_wsol.figures", description=__doc__, formatter_class=form)
+    parser = Parser(prog="python -m bridge_wsol.reproduce.figures", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         what = command.__doc__.splitlines()[0]

@@ -1,8 +1,7 @@
 """The systems that the paper's method is compared with, one class per system.
 
 All use the same backbones, data pipeline, evaluation and learning rates. The CAM baseline is in methods.py,
-which explains what a method is; the IVR normalization is in cam.py. Import METHODS from here: this import
-registers all methods. Sources of values in the docstrings:
+which explains what a method is; the IVR normalization is in cam.py. Importing this file registers the methods. Sources of values in the docstrings:
 
     authors       the released code of the method's authors
     common code   the evaluation code of Choe et al. (CVPR 2020)
@@ -21,15 +20,13 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from .cam import class_activation_map, resize
-from .losses import full_precision, minmax
-from .methods import CAM, Passes, Terms
-from .methods import METHODS as METHODS
-from .models import VGG16GAP, GAPNetwork
-from .utils import Value
+from ..cam import class_activation_map, resize
+from ..config import AUTHORS, COMMON_CODE, OURS
+from ..losses import full_precision, minmax
+from ..methods import CAM, Passes, Terms
+from ..models import VGG16GAP, GAPNetwork
+from ..utils import Value
 
-# Sources of hyperparameters, for config.json.
-AUTHORS, COMMON_CODE, OURS = "its authors' code", "the common code's default", "our choice"
 SHARE = "[0, 1]"
 BIRDS = ("CUB", "CUB10", "demo")  # data sets with classes of one kind, for CALM's map
 
@@ -298,7 +295,7 @@ class PaS(CAM, name="pas"):
         ),
         "pas_nwc": Value(str, "on", "non-negative class weights in the map", ("on", "off"), AUTHORS),
     }
-    of_map = ("pas_nwc",)
+    map_options = ("pas_nwc",)
 
     def passes(self, images: Tensor) -> Passes:
         """The passes of the base class, with logits from thresholded average pooling."""
@@ -356,7 +353,7 @@ class CALM(CAM, name="calm"):
             OURS,
         ),
     }
-    of_map = ("calm_map",)
+    map_options = ("calm_map",)
 
     def network(self, num_classes: int) -> GAPNetwork:
         """The CAM baseline's network with a 1 x 1 convolution, the location head."""

@@ -9,7 +9,7 @@ outside the image, but the head is always inside.
 shapes whose class, texture x colour, shows on the whole object. They contain no birds and none of the demo's
 classes. 25 minutes on one core:
 
-    python -m bridge_wsol.demo FOLDER OUT.pth      the shapes are drawn into FOLDER
+    python -m bridge_wsol.reproduce.demo FOLDER OUT.pth      the shapes are drawn into FOLDER
 
 Every image has its own random generator, derived from (seed, split, index): no image depends on another one.
 """
@@ -32,10 +32,10 @@ import torch.nn.functional as nnf
 from PIL import Image, ImageDraw
 from torch import nn
 
-from . import utils
-from .data import TrainImages, read_split, to_input, train_loader, write_lists
-from .models import VGG16GAP
-from .utils import InputError
+from .. import utils
+from ..data import TrainImages, read_split, to_input, train_loader, write_lists
+from ..models import VGG16GAP
+from ..utils import InputError
 
 SIZE = 128  # pixels of an image; training crops 7/8 of it, as 224 of 256
 SCALE = 2  # drawn at twice the size, then averaged: smooth edges
@@ -114,7 +114,7 @@ def _draw_images(root: Path, splits: list[str], draw: Callable, orders: dict[str
         for split in splits:
             for kind in ("", "masks", "parts"):
                 (part / kind / split).mkdir(parents=True)
-        drawn = utils.ordered_map(partial(_draw_one, part, draw), orders.items(), utils.cores())
+        drawn = utils.imap(partial(_draw_one, part, draw), orders.items(), utils.cores())
         for _ in utils.progress(drawn, f"drawing {root.name}", len(orders)):
             pass
         utils.write_text(part / STAMP, stamp)
@@ -457,7 +457,7 @@ def _folded(layers: nn.Sequential) -> dict[str, torch.Tensor]:
 
 if __name__ == "__main__":
     with utils.one_line_errors():
-        parser = utils.Parser(prog="python -m bridge_wsol.demo", description=pretrain.__doc__)
+        parser = utils.Parser(prog="python -m bridge_wsol.reproduce.demo", description=pretrain.__doc__)
         parser.add_argument("folder", type=Path, help="where the shapes are drawn")
         parser.add_argument("out", type=Path, help="weights file to write")
         pretrain(**vars(parser.parse_args()))

@@ -1,0 +1,1 @@
+"""What the paper is compared with, and what it shows: compared systems, drawn birds, tables, figures."""
