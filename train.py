@@ -13,9 +13,9 @@ Writes --out (default runs/DATASET_ARCH_METHOD): config.json, log.jsonl, last.pt
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,43 +27,33 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import bridge_wsol.reproduce.baselines  # noqa: F401  for --help: the compared systems
-from bridge_wsol import evaluation, utils
-from bridge_wsol.bootstrap import hits_path
-from bridge_wsol.config import parse_args, resolve_config, run_folder, write_config
+from bridge_wsol import evaluation, localize, utils
+from bridge_wsol.config import fingerprint, parse_args, resolve_config, run_folder, write_config
 from bridge_wsol.data import Split, TrainImages, eval_loader, to_input, train_loader
 from bridge_wsol.datasets import download, load_splits
 from bridge_wsol.methods import CAM, find
 from bridge_wsol.metrics import selection_score
 from bridge_wsol.models import load_pretrained, load_weights
 from bridge_wsol.optim import build_optimizer, set_learning_rates
-from bridge_wsol.utils import (
-    InputError,
-    all_gather,
-    autocast,
-    first_process_first,
-    print_rank0,
-    rank,
-    world_size,
-)
+from bridge_wsol.utils import InputError, first_process_first, print_rank0, rank, world_size
 
 
 @dataclass
 class Run:
-    """All parts of a run, and how far it is."""
+    """The parts of a run, and how far it is."""
 
     out: Path
     config: SimpleNamespace
-    sources: dict[str, str]  # of the configuration's values
-    record: dict[str, Any]  # of the data, from `load_splits`
+    identity: dict[str, Any]  # what a checkpoint says of the run: config, sources, classes, fingerprint
+    splits: dict[str, Split]
     device: torch.device
     method: CAM
     step: nn.Module  # the method, wrapped if there are several processes
     optimizer: torch.optim.Optimizer
-    splits: dict[str, Split]
     epoch: int = 0  # epochs done
     best: dict[str, Any] | None = None  # epoch and score on val
     val: dict[str, Any] | None = None  # epoch, metrics and levels of the last evaluation on val
-    log: list[dict[str, Any]] = field(default_factory=list)
+    log: list[dict[str, Any]] = field(default_factory=list)  # an entry per epoch
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,167 +63,173 @@ def main(argv: list[str] | None = None) -> None:
     out = run_folder(args)
     if out.exists() and not args.resume:
         raise InputError(f"{out}: exists: pass --resume to continue it, pass another --out, or remove it")
-    resumed = (out / "last.pt").exists()
-    checkpoint = evaluation.load_checkpoint(out / "last.pt") if resumed else None
-    config, sources = resolve_config(args, checkpoint)
-    device = utils.resolve_device(config.device)
+    checkpoint = evaluation.load_checkpoint(out / "last.pt") if (out / "last.pt").exists() else None
+    c, sources = resolve_config(args.given, checkpoint)
+    device = utils.resolve_device(c.device)
     utils.keep_freed_memory()
     utils.join_processes(device)
-    utils.seed_everything(config.seed)
-    if config.workers is None:
-        config.workers = utils.default_workers(device)
-    if args.download:
-        first_process_first(lambda: download(config.dataset, Path(config.data_root)))
+    utils.seed_everything(c.seed)
+    if c.workers is None:
+        c.workers = utils.default_workers(device)
 
-    run = build(out, config, sources, device, fresh=checkpoint is None)
+    splits, record = first_process_first(lambda: load_data(c, args.download))
+    c.val_per_class = record["val_per_class"]  # decided once per run
+    identity = {"config": vars(c), "sources": sources, "num_classes": record["num_classes"]}
+    identity["classes"] = record["classes"]
+    identity["fingerprint"] = {"values": fingerprint(vars(c)), **record.pop("lists")}
+    method, step = build(c, record["num_classes"], device, pretrained=checkpoint is None)
+    run = Run(out, c, identity, splits, device, method, step, build_optimizer(method, c))
     if checkpoint:
         resume(run, checkpoint)
     if rank() == 0:
-        write_config(out / "config.json", config, sources, run.record, device)
-    images = TrainImages(run.splits["train"], config.resize_size, config.image_size, config.seed)
-    loader = None
-    for epoch in range(run.epoch + 1, config.epochs + 1):
-        batch_size = config.warm_batch_size if epoch <= config.warm_epochs else config.batch_size
-        if loader is None or loader.batch_sampler.batch_size != batch_size:
-            loader = train_loader(images, batch_size, config.workers)
-        train_and_validate(run, loader, epoch)
-    all_gather(None)  # until the last checkpoint is written
+        write_config(
+            out / "config.json", c, sources, record | {"fingerprint": identity["fingerprint"]}, device
+        )
+
+    images = TrainImages(splits["train"], c.resize_size, c.image_size, c.seed)
+    loaders = lru_cache(maxsize=1)(lambda batch_size: train_loader(images, batch_size, c.workers))
+    for epoch in range(run.epoch + 1, c.epochs + 1):
+        run.epoch, started = epoch, time.perf_counter()
+        lr, lr_new = set_learning_rates(run.optimizer, epoch, c.decay_at, c.decay_factor)
+        loader = loaders(c.warm_batch_size if epoch <= c.warm_epochs else c.batch_size)
+        entry = {"epoch": epoch, **train_one_epoch(run, loader), "lr": lr, "lr_new": lr_new}
+        entry["images_per_second"] = len(images) / (time.perf_counter() - started)
+        if epoch % c.val_every == 0 or epoch == c.epochs:
+            entry["val"] = validate(run)
+        run.log.append(entry | {"seconds": time.perf_counter() - started})
+        save(run)
+        print_rank0(epoch_line(run))
+    utils.barrier()  # until the last checkpoint is written
     test(run)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def build(out: Path, c: SimpleNamespace, sources: dict[str, str], device: torch.device, fresh: bool) -> Run:
-    """Data, method and optimizer of configuration c. fresh: load the pretrained weights."""
-    where = c.dataset, c.data_root, c.lists
-    splits, record = first_process_first(lambda: load_splits(*where, val_per_class=c.val_per_class))
-    c.val_per_class = record["val_per_class"]  # decided once per run
+def load_data(c: SimpleNamespace, from_web: bool) -> tuple[dict[str, Split], dict[str, Any]]:
+    """`load_splits` of a configuration, with its notes printed."""
+    if from_web:
+        download(c.dataset, Path(c.data_root))
+    splits, record = load_splits(c.dataset, c.data_root, c.lists, val_per_class=c.val_per_class)
     for note in record["notes"]:
         print_rank0(note)
     if not splits["val"].boxes and not splits["val"].masks:
         print_rank0("val has no boxes: the best epoch is the one with the best Top-1 classification on val")
-    method = find(c.method)(c, record["num_classes"])
-    if fresh:
+    return splits, record
+
+
+def build(c: SimpleNamespace, classes: int, device: torch.device, pretrained: bool) -> tuple[CAM, nn.Module]:
+    """(the method, what a training step calls). pretrained: load the weights that --weights names."""
+    method = find(c.method)(c, classes)
+    if pretrained:
         load_fc = c.dataset == "ILSVRC"
         first_process_first(lambda: load_pretrained(method.net, c.arch, c.weights, load_fc))
     method.net.freeze_blocks(c.frozen_blocks)
     method.to(device, memory_format=torch.channels_last)
-    step: nn.Module = method
-    if world_size() > 1:
-        if device.type == "cuda":  # batch norm over the global batch; the CPU has no such layer
-            method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
-        step = nn.parallel.DistributedDataParallel(method)
-    return Run(out, c, sources, record, device, method, step, build_optimizer(method, c), splits)
+    if world_size() == 1:
+        return method, method
+    if device.type == "cuda":  # batch norm over the global batch; the CPU has no such layer
+        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    return method, nn.parallel.DistributedDataParallel(method)
 
 
 def resume(run: Run, checkpoint: dict[str, Any]) -> None:
-    """Restores a run from last.pt and log.jsonl. Raises InputError where its lists have changed."""
-    if checkpoint["digests"] != run.record["digests"]:
-        raise InputError(f"{run.out}: the lists have changed since the run began: train in another --out")
+    """Restores a run from last.pt and log.jsonl. Raises InputError where a split has other images now."""
+    before, now = checkpoint["fingerprint"], run.identity["fingerprint"]
+    for name in run.splits:
+        if before[name]["images"] != now[name]["images"]:
+            problem = f"the list of {name} has changed since the run began"
+            raise InputError(f"{run.out}: {problem}: train in another --out")
     load_weights(run.method.net, checkpoint["model"], run.out / "last.pt")
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     utils.set_random_states(checkpoint["random_states"])
     run.epoch, run.best, run.val = (checkpoint[name] for name in ("epoch", "best", "val"))
+    if before["val"]["boxes"] != now["val"]["boxes"]:
+        print_rank0("the boxes of val have changed: the best epoch is selected among the next ones")
+        run.best = run.val = None
     lines = (run.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     run.log = [entry for entry in map(json.loads, lines) if entry["epoch"] <= run.epoch]
     print_rank0(f"resumed after epoch {run.epoch}")
 
 
-def train_and_validate(run: Run, loader: DataLoader, epoch: int) -> None:
-    """One epoch: training, val, log line, checkpoints."""
-    c, started = run.config, time.perf_counter()
-    rates = set_learning_rates(run.optimizer, epoch, c.decay_at, c.decay_factor)
-    if rank() > 0:  # own dropout draws; the first process's stream is the one in the checkpoint
-        torch.manual_seed(int(np.random.SeedSequence([c.seed, epoch, rank()]).generate_state(1)[0]))
-    entry = {"epoch": epoch, **train_one_epoch(run, loader, epoch), "lr": rates[0], "lr_new": rates[1]}
-    entry["images_per_second"] = len(run.splits["train"]) / (time.perf_counter() - started)
-    # Running statistics of batch norm: the first process's, as in the checkpoint.
-    for buffer in run.method.buffers() if world_size() > 1 else ():
-        dist.broadcast(buffer, src=0)
-    if epoch % c.val_every == 0 or epoch == c.epochs:
-        val_loader = eval_loader(run.splits["val"], c.batch_size, c.image_size, c.workers)
-        maps = evaluation.network_maps(run.method, val_loader, c.amp)
-        found = evaluation.evaluate_maps(maps, run.splits["val"], workers=c.workers)
-        run.val = {"epoch": epoch, "metrics": found["metrics"], "levels": found["levels"]}
-        entry["val"], (_, score) = found["metrics"], selection_score(found["metrics"])  # appendix B
-        if run.best is None or score > run.best["score"]:
-            run.best = {"epoch": epoch, "score": score}
-    run.epoch, entry["seconds"] = epoch, time.perf_counter() - started
-    run.log.append(entry)
-    if rank() == 0:
-        utils.write_text(run.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.log))
-        if run.best and run.best["epoch"] == epoch:
-            save(run, "best.pt")
-        save(run, "last.pt")  # written last: if the process ends before, --resume repeats the epoch
-    print_rank0(epoch_line(run))
-
-
-def train_one_epoch(run: Run, loader: DataLoader, epoch: int) -> dict[str, float]:
+def train_one_epoch(run: Run, loader: DataLoader) -> dict[str, float]:
     """One pass over train: means over all images of each loss and of "top1", in percent.
 
     Raises InputError for a loss that is not finite, with every loss by name.
     """
+    c, title, sums, means = run.config, f"epoch {run.epoch}/{run.config.epochs}", {}, {}
+    if rank() > 0:  # own dropout draws; the first process's stream is the one in the checkpoint
+        torch.manual_seed(int(np.random.SeedSequence([c.seed, run.epoch, rank()]).generate_state(1)[0]))
     run.step.train()
-    loader.batch_sampler.set_epoch(epoch)
-    sums, values, title = {}, {}, f"epoch {epoch}/{run.config.epochs}"
-    batches = utils.progress(loader, title, len(loader), "steps", lambda: f"  {loss_text(values)}")
+    loader.batch_sampler.set_epoch(run.epoch)
+    batches = utils.progress(loader, title, len(loader), "steps", lambda: f"  {loss_text(means)}")
     for number, (images, labels) in enumerate(batches):
         images, labels = to_input(images, run.device), labels.to(run.device, non_blocking=True)
         own, whole = loader.batch_sampler.size(number)
         run.optimizer.zero_grad(set_to_none=True)  # before the forward pass, which needs the memory
-        with autocast(run.device, run.config.amp):
-            terms, logits = run.step(images, labels, epoch)
+        with utils.autocast(run.device, c.amp):
+            terms, logits = run.step(images, labels, run.epoch)
         loss = sum(weight * value for weight, value in terms.values())
         # Gradients are averaged over processes. In a smaller last batch the processes' shares differ.
         (loss * (own * world_size() / whole)).backward()
         run.optimizer.step()
 
         top1 = 100 * (logits.argmax(1) == labels).float().mean()
-        values = {"loss": loss, "top1": top1} | {name: value for name, (_, value) in terms.items()}
-        values = {name: value.detach() for name, value in values.items()}
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0) + value * own
+        means = {"loss": loss, "top1": top1} | {name: value for name, (_, value) in terms.items()}
+        means = {name: value.detach() for name, value in means.items()}
+        sums = {name: sums.get(name, 0) + value * own for name, value in means.items()}
         # A sum stays non-finite. Reading it makes the CPU wait for the GPU.
         read = run.device.type == "cpu" or number % 20 == 19 or number + 1 == len(loader)
         if read and not torch.isfinite(sums["loss"]):
-            late = "" if run.device.type == "cpu" else " or one of the 19 before it"
-            step = f"step {number + 1}/{len(loader)}{late} ({loss_text(values)})"
-            problem = f"non-finite loss in {title}, {step}"
+            problem = f"non-finite loss in {title} ({loss_text(means)})"
             raise InputError(f"{problem}; last.pt was not updated: lower --lr and --lr-new")
-    parts = all_gather({name: value.cpu() for name, value in sums.items()})
+    for buffer in run.method.buffers() if world_size() > 1 else ():
+        dist.broadcast(buffer, src=0)  # running statistics of batch norm, as in the checkpoint
+    parts = utils.all_gather({name: value.cpu() for name, value in sums.items()})
     return {name: float(sum(part[name] for part in parts)) / len(run.splits["train"]) for name in parts[0]}
 
 
+def validate(run: Run) -> dict[str, Any]:
+    """The metrics on val, by which the best epoch is selected (appendix B)."""
+    c, val = run.config, run.splits["val"]
+    loader = eval_loader(val, c.batch_size, c.image_size, c.workers)
+    maps = evaluation.network_maps(run.method, loader, c.amp)
+    result = evaluation.evaluate_maps(maps, val, workers=c.workers).result
+    run.val = {"epoch": run.epoch, "metrics": result["metrics"], "levels": result["levels"]}
+    _, score = selection_score(result["metrics"])
+    if run.best is None or score > run.best["score"]:
+        run.best = {"epoch": run.epoch, "score": score}
+    return result["metrics"]
+
+
+def save(run: Run) -> None:
+    """Writes log.jsonl and last.pt, and best.pt after the best epoch. The first process writes."""
+    if rank() > 0:
+        return
+    utils.write_text(run.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in run.log))
+    checkpoint = run.identity | {"epoch": run.epoch, "best": run.best, "val": run.val}
+    checkpoint |= {"model": run.method.net.state_dict(), "optimizer": run.optimizer.state_dict()}
+    checkpoint |= {"random_states": utils.random_states()}
+    if run.best and run.best["epoch"] == run.epoch:
+        utils.save_checkpoint(run.out / "best.pt", checkpoint)
+    # Written last: if the process ends before, --resume repeats the epoch.
+    utils.save_checkpoint(run.out / "last.pt", checkpoint)
+
+
 def test(run: Run) -> None:
-    """The best and the last checkpoint on test: tables, results_{best,last}_test.json, .npz (hits)."""
-    c, split, results = run.config, run.splits["test"], {}
+    """The best and the last checkpoint, read from their files, on test: tables, results, boxes_test.png."""
+    c, split, done = run.config, run.splits["test"], {}
     for which in ("best", "last"):
-        trained = evaluation.TrainedRun(run.out, which, run.device)
+        how = dict(amp=c.amp, batch_size=c.batch_size, workers=c.workers)
+        trained = evaluation.TrainedRun(run.out, which, run.device, **how)
         epoch, path = trained.checkpoint["epoch"], run.out / evaluation.results_name(which, "test")
-        if epoch in results:
-            if rank() == 0:
-                with utils.atomic_write(hits_path(path)) as part:
-                    shutil.copyfile(path.with_name("results_best_test.npz"), part)
-            evaluation.write_results(path, results[epoch], trained.head("test"))
-            print_rank0(f"the same epoch: written to {path}")
-            continue
-        maps, levels = trained.maps(split, c.batch_size, c.workers), trained.val_levels
-        options = {"val_levels": levels, "hits_file": hits_path(path), "intervals": True}
-        results[epoch] = evaluation.evaluate_maps(maps, split, workers=c.workers, **options)
-        evaluation.report(path, results[epoch], trained.head("test"))
+        if first := epoch not in done:
+            levels, maps = trained.choose().levels, trained.maps(split)
+            how = dict(workers=c.workers, val_levels=levels, with_intervals=True)
+            done[epoch] = evaluation.evaluate_maps(maps, split, **how)
+        evaluation.report(path, done[epoch], split, trained.head(split, "test"), table=first)
         if which == "best" and c.pictures and split.boxes:
-            drawn, level = evaluation.evenly_spaced(split, c.pictures), results[epoch]["levels"]["largest"]
-            maps = trained.maps(drawn, c.batch_size, workers=0)
-            evaluation.draw_split(run.out / "boxes_test.png", drawn, maps, level)
-
-
-def save(run: Run, name: str) -> None:
-    """Writes a checkpoint."""
-    checkpoint = {"model": run.method.net.state_dict(), "optimizer": run.optimizer.state_dict()}
-    checkpoint |= {"random_states": utils.random_states(), "epoch": run.epoch, "best": run.best}
-    checkpoint |= {"val": run.val, "config": vars(run.config), "sources": run.sources}
-    checkpoint |= {key: run.record[key] for key in ("num_classes", "classes", "digests")}
-    utils.save_checkpoint(run.out / name, checkpoint)
+            drawn, level = localize.evenly_spaced(split, c.pictures), done[epoch].result["levels"]["largest"]
+            localize.draw_split(run.out / "boxes_test.png", drawn, trained.maps(drawn), level)
 
 
 def epoch_line(run: Run) -> str:

@@ -7,6 +7,8 @@ method; the default in VALUES or in the method's class.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -185,8 +187,8 @@ VALUES = {  # of every run; those without a help text have no flag
     },
 }
 RUN_VALUES: dict[str, Value] = {name: value for group in VALUES.values() for name, value in group.items()}
-# Values that say where and how a run is computed; all others can change its results.
-MACHINE = ("workers", "device", "data_root", "lists", "pictures")
+# Values that say where and how a run is computed, and where its values are from; all others are its identity.
+MACHINE = ("workers", "device", "amp", "data_root", "lists", "pictures", "preset")
 
 
 def all_values() -> dict[str, Value]:
@@ -215,6 +217,17 @@ def preset_values(
     return found
 
 
+def fingerprint(values: dict[str, Any]) -> str:
+    """A hash of the values that decide a run's results, without its seed: equal for the seeds of a row.
+
+    Left out are the values of MACHINE. Of the paths of a data set and of weights the last part counts.
+    A run's "fingerprint" in its files has this as "values", and `Split.fingerprint` of each split.
+    """
+    own = {name: value for name, value in values.items() if name not in (*MACHINE, "seed")}
+    own |= {name: Path(own[name]).name for name in ("dataset", "weights")}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def image_size(dataset: str) -> int:
     """Side in pixels of the images and score maps of a data set's evaluation."""
     return preset_values(dataset if (dataset, "vgg16") in PRESETS else "CUB", "vgg16")["image_size"][0]
@@ -235,7 +248,9 @@ def add_flags(parser: argparse.ArgumentParser, names: dict[str, Value]) -> None:
             text += f" (default {shown})"
         options = {"nargs": "*"} if name == "decay_at" else {}
         metavar = None if words else "N" if value.kind is int else "X"
-        parser.add_argument(flag(name), type=value.kind, choices=words, metavar=metavar, help=text, **options)
+        parser.add_argument(
+            flag(name), dest=name, type=value.kind, choices=words, metavar=metavar, help=text, **options
+        )
 
 
 def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
@@ -264,14 +279,14 @@ def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
 
 
 def resolve_config(
-    args: argparse.Namespace, checkpoint: dict[str, Any] | None = None
+    given: dict[str, Any], checkpoint: dict[str, Any] | None = None
 ) -> tuple[SimpleNamespace, dict[str, str]]:
     """(all values of a run, {name: source}); a source is the preset's, "flag" or "default".
 
-    args: of `parse_args`. checkpoint: of the run to resume, whose values are kept. Raises InputError for a
-    flag that contradicts that run, that its method does not have, or whose value is out of range.
+    given: values by name, as `parse_args` has them. checkpoint: of the run to resume, whose values are kept.
+    Raises InputError for a value that contradicts that run, that its method does not have, or that is out of
+    range.
     """
-    given = args.given
     lists = Path(given.get("lists", RUN_VALUES["lists"].default))
     if "dataset" in given and is_folder(given["dataset"], lists):
         # A path, also where a data set of this name appears later, and without the shell's last slash.
@@ -330,7 +345,10 @@ def run_folder(args: argparse.Namespace) -> Path:
 def write_config(
     path: Path, config: SimpleNamespace, sources: dict[str, str], record: dict[str, Any], device: torch.device
 ) -> None:
-    """config.json: every value with its source; the data; versions, device and commit."""
+    """config.json: every value with its source; the data and the fingerprint; versions, device and commit.
+
+    record: of the data, and the run's "fingerprint".
+    """
     commit = None
     with suppress(OSError, subprocess.TimeoutExpired):
         command, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent

@@ -81,6 +81,24 @@ class Split:
         content = repr((self.ids, self.labels.tolist())).encode("utf-8", "surrogateescape")
         return hashlib.sha256(content).hexdigest()[:16]
 
+    def checksums(self) -> np.ndarray:
+        """N uint32: of each image's label, size, boxes and paths of masks."""
+        import zlib
+
+        sizes = np.zeros((len(self), 2), dtype=int) if self.sizes is None else self.sizes
+        boxes = [self.boxes[i].tolist() if i in self.boxes else None for i in range(len(self))]
+        masks = [self.masks.get(i) for i in range(len(self))]
+        texts = map(repr, zip(self.labels.tolist(), sizes.tolist(), boxes, masks))
+        return np.array([zlib.crc32(t.encode("utf-8", "surrogateescape")) for t in texts], dtype=np.uint32)
+
+    def fingerprint(self):
+        boxes = (
+            hashlib.sha256(self.checksums().astype("<u4").tobytes()).hexdigest()[:16]
+            if self.boxes or self.masks
+            else None
+        )
+        return {"images": self.digest(), "boxes": boxes}
+
     def require_images(self) -> None:
         """Raises InputError if image files are missing. The message names the first one and counts them.
 

@@ -102,7 +102,7 @@ def load_splits(
         notes += _other_lists(dataset, lists)
     if val_per_class and {"train", "val"} & {*names}:
         found["train"], found["val"] = hold_out(found["train"], val_per_class)
-    digests = {name: found[name].digest() for name in names}
+    digests = {name: found[name].fingerprint() for name in names}
     if "val" in names:
         origin = f", {val_per_class} per class held out from train" if val_per_class else ""
         notes.append(f"val: {len(found['val'])} images{origin}")
@@ -116,7 +116,7 @@ def load_splits(
         if any(found[name].smaller for name in names):
             notes.append(f"{dataset}: sizes are not compared, images may be smaller copies")
     record = dict(notes=notes, classes=classes, val_per_class=val_per_class, num_classes=num_classes)
-    return {name: found[name] for name in names}, record | {"digests": digests}
+    return {name: found[name] for name in names}, record | {"lists": digests}
 
 
 def load_split(

@@ -1,38 +1,46 @@
-"""From a network or files to numbers: score maps of a split, their metrics, trained runs, boxes for photos.
+"""From a network or files to numbers: score maps of a split, their metrics, trained runs, results files.
 
 The protocol is that of Choe et al. (CVPR 2020): the map of the ground-truth class, bicubic resize, min-max
-per image; `boxes` and `metrics` do the rest. For use from Python:
+per image; `boxes` and `metrics` do the rest. For one's own maps, from Python:
 
-    found = Localizer("runs/CUB_vgg16_bridge")("photo.jpg")                       boxes for one's own images
-    evaluate_score_maps(((name, my_map(name)) for name in split.ids), split)      metrics for one's own maps
+    evaluate_score_maps(((name, my_map(name)) for name in split.ids), split)
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import draw_bounding_boxes, make_grid
 
-from . import bootstrap, cam, utils
-from .boxes import LEVELS, fixed_level, iou_matrix, level_boxes, scale_boxes
-from .data import Masks, Split, as_score_map, decode, eval_loader, load_masks, load_rgb, to_input, to_rgb
+from . import cam, config, utils
+from .boxes import LEVELS, scale_boxes
+from .data import Split, as_score_map, eval_loader, load_masks, to_input
 from .datasets import is_folder, load_splits
 from .losses import full_precision
-from .methods import CAM, METHODS, find
-from .metrics import DELTAS, LEVEL_NAMES, Evaluator, Measured, label_ranks, measure, selection_score
-from .models import load_weights
+from .methods import CAM, find
+from .metrics import (
+    DELTAS,
+    LEVEL_NAMES,
+    ImageResult,
+    PerImage,
+    intervals,
+    label_ranks,
+    measure,
+    selection_score,
+    tree_map,
+)
+from .models import load_weights, read_weights
 from .utils import InputError
 
 # ------------------------------------------------------------------------------------------- score maps
@@ -56,7 +64,7 @@ def network_maps(
 ) -> Iterator[MapBatch]:
     """Score map of the ground-truth class and logits, for every image: one forward pass each.
 
-    normalization None: the maps as the method returns them, N x h x w, unbounded, for `choose_percentile`.
+    normalization None: the maps as the method returns them, N x h x w, unbounded.
     """
     method.eval()
     device = next(method.parameters()).device
@@ -101,28 +109,27 @@ def pair_maps(
         raise InputError(f"{split.name}: {len(index_of)} images without a score map, {first} first")
 
 
-def evaluate_score_maps(
-    pairs: Iterable[tuple[Any, ...]], split: Split, *, image_size: int = 224, **options: Any
-) -> dict[str, Any]:
-    """`evaluate_maps` of the maps of `pair_maps`. options: of both functions."""
-    normalization = {k: options.pop(k) for k in ("normalization", "percentile") if k in options}
-    return evaluate_maps(pair_maps(pairs, split, image_size=image_size, **normalization), split, **options)
+def save_maps(batches: Iterable[MapBatch], split: Split, folder: Path) -> Iterator[MapBatch]:
+    """The batches, each map written to folder/<image id>.npy on its way."""
+    for batch in batches:
+        for index, score_map in zip(batch.indices, batch.maps):
+            with (
+                utils.atomic_write(Path(folder) / f"{split.ids[index]}.npy") as part,
+                part.open("wb") as file,
+            ):
+                np.save(file, score_map)
+        yield batch
 
 
 # ---------------------------------------------------------------------------------------------- metrics
 
 
-class Job(NamedTuple):
-    """One image, for a worker process."""
+class Evaluated(NamedTuple):
+    """The evaluation of a split."""
 
-    index: int
-    rank: int | None  # of the label; None without logits
-    predicted: int | None  # Top-1 class
-    score_map: np.ndarray
-    boxes: np.ndarray | None  # G x 4, in pixels of the map
-    root: Path
-    masks: Masks | None
-    threshold: float | None
+    result: dict[str, Any]  # of `PerImage.result`, and "intervals"
+    per_image: PerImage
+    images: list[ImageResult]  # with IoUs and boxes if they were to be kept
 
 
 def evaluate_maps(
@@ -131,67 +138,87 @@ def evaluate_maps(
     *,
     workers: int = 0,
     val_levels: dict[str, int] | None = None,
-    save_maps: Path | None = None,
-    per_image: Path | None = None,
-    hits_file: Path | None = None,
-    intervals: bool = False,
     threshold: float | None = None,
-) -> dict[str, Any]:
-    """All metrics of the score maps, `metrics.Hits.result`. `workers` changes no result.
+    with_intervals: bool = False,
+    keep: bool = False,
+) -> Evaluated:
+    """All metrics of the score maps of a split; the same in every process. `workers` changes no result.
 
     workers: processes that sweep maps while the network makes the next ones.
     val_levels: levels chosen on val, for the accuracy at thresholds that did not see this split.
-    save_maps: a folder for the maps. per_image, hits_file: a CSV file and a hits file to write.
-    intervals: add "intervals", [low, high] of each metric. Only the first process has them.
     threshold: a fixed one, a fraction of each map's maximum, for "fixed_threshold" in the metrics.
-    Raises InputError as `Evaluator.hits` does, and for a threshold outside [0, 1).
+    with_intervals: add "intervals", [low, high] of each metric; in the first process alone.
+    keep: keep IoUs and boxes of every image. Raises InputError as `PerImage.stack` does, and for a threshold
+    outside [0, 1); ValueError where an image has no map or two.
     """
     require_threshold(threshold)
-    evaluator, whole, blank = Evaluator(keep=per_image is not None), Evaluator(), 0
-    measured = utils.imap(_measure, _jobs(batches, split, threshold), workers)
-    share = len(range(utils.rank(), len(split), utils.world_size()))
-    for job, found in utils.progress(measured, split.name, share):
-        evaluator.add(job.index, found, job.rank, job.predicted)
-        blank += not job.score_map.any()
-        if save_maps is not None:
-            with (
-                utils.atomic_write(Path(save_maps) / f"{split.ids[job.index]}.npy") as part,
-                part.open("wb") as file,
-            ):
-                np.save(file, job.score_map)
-    for part in utils.all_gather(evaluator):
-        whole.merge(part)
+    own: dict[int, ImageResult] = {}
+    blank, share = 0, len(range(utils.rank(), len(split), utils.world_size()))
+    measured = utils.imap(partial(measure_image, split, threshold), _one_by_one(batches, split), workers)
+    for (index, score_map, rank, predicted), result in utils.progress(measured, split.name, share):
+        result = result._replace(rank=rank, predicted=predicted)
+        own[index] = result if keep else result._replace(ious=None, largest=None)
+        blank += not score_map.any()
     if blank := sum(utils.all_gather(blank)):
-        utils.print_rank0(
-            f"{blank} of {len(split)} maps are constant, all zero or not finite: they have no box"
+        problem = "maps are constant, all zero or not finite: they have no box"
+        utils.print_rank0(f"{blank} of {len(split)} {problem}")
+    everything = sorted((pair for part in utils.all_gather(own) for pair in part.items()), key=lambda x: x[0])
+    if [index for index, _ in everything] != list(range(len(split))):
+        raise ValueError(
+            f"{split.name}: {len(everything)} maps, one for each of {len(split)} images is needed"
         )
-    hits = whole.hits(val_levels, threshold)
-    result = hits.result()
-    if intervals and utils.rank() == 0:
-        result["intervals"] = bootstrap.intervals([hits], split.digest())
-    if per_image is not None and utils.rank() == 0:
-        write_per_image(per_image, split, whole, result["levels"])
-    if hits_file is not None and utils.rank() == 0:
-        bootstrap.save_hits(hits_file, hits, split)
-    return result
+    images = [result for _, result in everything]
+    per_image = PerImage.stack(images, val_levels, threshold)
+    result = per_image.result()
+    if with_intervals and utils.rank() == 0:
+        result["intervals"] = intervals([per_image], split.digest())
+    return Evaluated(result, per_image, images)
 
 
-def _jobs(batches: Iterable[MapBatch], split: Split, threshold: float | None) -> Iterator[Job]:
+def evaluate_score_maps(
+    pairs: Iterable[tuple[Any, ...]],
+    split: Split,
+    *,
+    image_size: int = 224,
+    normalization: str = "minmax",
+    percentile: float | None = None,
+    workers: int = 0,
+    val_levels: dict[str, int] | None = None,
+    threshold: float | None = None,
+    with_intervals: bool = False,
+) -> dict[str, Any]:
+    """The metrics of any method's maps, as a results file has them.
+
+    pairs, image_size, normalization, percentile: of `pair_maps`. The others: of `evaluate_maps`.
+    """
+    batches = pair_maps(
+        pairs, split, image_size=image_size, normalization=normalization, percentile=percentile
+    )
+    how = dict(workers=workers, val_levels=val_levels, threshold=threshold, with_intervals=with_intervals)
+    return evaluate_maps(batches, split, **how).result
+
+
+Item = tuple[int, np.ndarray, int | None, int | None]  # index, score map, rank of the label, Top-1 class
+
+
+def _one_by_one(batches: Iterable[MapBatch], split: Split) -> Iterator[Item]:
     for indices, maps, logits in batches:
-        ranks = predicted = [None] * len(indices)
+        ranks: list[int | None] = [None] * len(indices)
+        predicted = ranks
         if logits is not None:
             ranks, predicted = label_ranks(logits, split.labels[indices]).tolist(), logits.argmax(1).tolist()
-        for index, rank, top1, score_map in zip(indices, ranks, predicted, maps):
-            boxes = split.boxes.get(index)
-            if boxes is not None:
-                boxes = scale_boxes(boxes, tuple(split.sizes[index]), len(score_map))
-            yield Job(index, rank, top1, score_map, boxes, split.root, split.masks.get(index), threshold)
+        yield from zip(indices, maps, ranks, predicted)
 
 
-def _measure(job: Job) -> Measured:
+def measure_image(split: Split, threshold: float | None, item: Item) -> ImageResult:
     """The work that runs beside the network: the sweep over all levels, the histogram of pixels."""
-    masks = None if job.masks is None else load_masks(job.root, job.masks, len(job.score_map))
-    return measure(job.score_map, job.boxes, masks, job.threshold)
+    index, score_map, *_ = item
+    boxes = masks = None
+    if index in split.boxes:
+        boxes = scale_boxes(split.boxes[index], tuple(split.sizes[index]), len(score_map))
+    if index in split.masks:
+        masks = load_masks(split.root, split.masks[index], len(score_map))
+    return measure(score_map, boxes, masks, threshold)
 
 
 def require_threshold(threshold: float | None) -> None:
@@ -200,47 +227,22 @@ def require_threshold(threshold: float | None) -> None:
         raise InputError(f"threshold {threshold}: must be in [0, 1)")
 
 
-def write_per_image(path: Path, split: Split, evaluator: Evaluator, levels: dict[str, int] | None) -> None:
-    """A CSV line per image: IoU at each chosen threshold; box of the largest contour, in map pixels."""
-    text = io.StringIO()
+def write_per_image(path: Path, split: Split, evaluated: Evaluated) -> None:
+    """A CSV line per image: IoU at each chosen threshold; box of the largest contour, in map pixels.
+
+    evaluated: with IoUs and boxes kept.
+    """
+    text, levels = io.StringIO(), evaluated.result["levels"]
     rows = csv.writer(text, lineterminator="\n")
     head = ["id", "label", "predicted", *(f"iou_{name}" for name in LEVEL_NAMES), "x0", "y0", "x1", "y1"]
     rows.writerow(head)
-    for index, (*_, predicted, found) in sorted(evaluator.images.items()):
-        row: list[Any] = [split.ids[index], split.labels[index], "" if predicted is None else predicted]
+    for image, label, found in zip(split.ids, split.labels, evaluated.images):
+        row: list[Any] = [image, label, "" if found.predicted is None else found.predicted]
         if found.ious is not None:
             row += [f"{found.ious[int(name == 'largest'), levels[name]]:.6f}" for name in LEVEL_NAMES]
             row += [*found.largest[levels["largest"]]]
         rows.writerow(row + [""] * (len(head) - len(row)))
     utils.write_text(path, text.getvalue())
-
-
-QS = tuple(round(0.05 * i, 2) for i in range(1, 15))  # IVR's percentiles to choose from: 0.05, ..., 0.70
-
-
-def choose_percentile(
-    batches: Iterable[MapBatch], split: Split, method: CAM, workers: int
-) -> tuple[float, dict[str, Any], dict[str, int] | None]:
-    """IVR's percentile with the best `selection_score` on val, the lowest of equals.
-
-    batches: maps without normalization. Returns (q, {"chosen_on", "by", "scores"}, levels chosen on val).
-    Raises InputError where val has neither boxes nor masks.
-    """
-    if not split.boxes and not split.masks:
-        raise InputError(f"--percentile val: {split.name} has neither boxes nor masks: pass a number")
-    kept, scores, levels = list(batches), {}, {}
-
-    def normalized(q: float) -> Iterator[MapBatch]:
-        for batch in kept:
-            maps = cam.resize(torch.from_numpy(batch.maps), method.config.image_size, method.upsampling)
-            yield batch._replace(maps=cam.normalize(maps, "ivr", q).numpy())
-
-    for q in QS:
-        result = evaluate_maps(normalized(q), split, workers=workers)
-        name, scores[q] = selection_score(result["metrics"])
-        levels[q] = result["levels"]
-    best = max(QS, key=scores.__getitem__)
-    return best, {"chosen_on": "val", "by": name, "scores": scores}, levels[best]
 
 
 # -------------------------------------------------------------------------------------------- results files
@@ -263,15 +265,20 @@ def results_name(
     return name + "".join(f"_{key}={value}" for key, value in (map_options or {}).items()) + ".json"
 
 
-def write_results(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
-    """The head, then images, metrics, levels, thresholds, curves, intervals. The first process writes."""
+def report(path: Path, evaluated: Evaluated, split: Split, head: dict[str, Any], table: bool = True) -> None:
+    """Writes the results file, head first, and the file per image beside it; then prints the table.
+
+    Percent; thresholds as fractions of the 255 levels. The first process writes and prints.
+    """
     if utils.rank() == 0:
-        utils.write_json(path, head | result)
+        utils.write_json(path, head | evaluated.result)
+        save_per_image(per_image_path(path), evaluated.per_image, split)
+    if table:
+        print_table(evaluated.result, head)
 
 
-def report(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
-    """Writes the results file, then prints its table: percent; thresholds as fractions of the 255 levels."""
-    write_results(path, result, head)
+def print_table(result: dict[str, Any], head: dict[str, Any]) -> None:
+    """The metrics of a results file, with their intervals and thresholds."""
     m, t, bounds = result["metrics"], result["thresholds"], result.get("intervals", {})
     rows: list[tuple[str, str, str | None, str]] = []  # name, key, key within it, note
     if t is not None:
@@ -293,13 +300,12 @@ def report(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
     names = {"PxAP": "pxap", "peak IoU": "piou", "Top-1 cls": "top1_cls", "Top-5 cls": "top5_cls"}
     rows += [(name, key, None, "") for name, key in names.items()]
     title = [f"{head['dataset']} {head['split']}"]
-    map_options = [name for cls in METHODS.values() for name in cls.map_options]
     if head["method"]:
         epoch = f" checkpoint (epoch {head['epoch']})" if head["epoch"] else ""
         title += [f"{head['arch']} {head['method']}", f"{head['checkpoint']}{epoch}"]
+        title += [f"{name} {head[name]}" for name in find(head["method"]).map_options if name in head]
     else:
         title.append(f"score maps of {head['score_maps']}")
-    title += [f"{name} {head[name]}" for name in dict.fromkeys(map_options) if name in head]
     if "percentile" in head:
         title.append(f"{head['normalize']} at percentile {head['percentile']['value']:.2f}")
     title.append(f"{result['images']} images")
@@ -311,7 +317,6 @@ def report(path: Path, result: dict[str, Any], head: dict[str, Any]) -> None:
         if x is not None:
             text = "[{:.1f}, {:.1f}]".format(*interval) if interval else ""
             utils.print_rank0(f"  {name:<14}{x:6.2f} {text:<{14 if bounds else 0}} {note}".rstrip())
-    utils.print_rank0(f"written to {path}")
 
 
 def read_results(
@@ -319,6 +324,8 @@ def read_results(
 ) -> tuple[Path, dict[str, Any]]:
     """(path, content) of a run's results file, or of `run` where that is a results file itself.
 
+    Its "fingerprint" is that of the run (config.fingerprint), with the part of the evaluated split. A file of
+    an earlier version has none: it gets what config.json and the file per image beside it tell.
     Raises InputError for a missing or damaged file, naming the command that makes it.
     """
     path, command = run, "python evaluate.py --score-maps DIR --dataset NAME --out FILE"
@@ -332,13 +339,99 @@ def read_results(
     known = isinstance(result.get("metrics"), dict) and "dataset" in result and "pxap" in result["metrics"]
     if not known or not isinstance(curves, dict) or any(len(c) != LEVELS for c in curves.values()):
         raise InputError(f"{path}: not a results file; it is made by: {command}")
+    if "fingerprint" not in result:
+        result["fingerprint"] = {}
+        if run.suffix != ".json":
+            result["fingerprint"]["values"] = config.fingerprint(config.read_config(run))
+        if per_image_path(path).exists():
+            stored = load_per_image(path, result["metrics"])
+            result["fingerprint"][result.get("split", split)] = stored.fingerprint()
     return path, result
+
+
+class Stored(NamedTuple):
+    """The content of a file per image."""
+
+    per_image: PerImage
+    digest: str  # of the split
+    ids: list[str]
+    truth: np.ndarray  # N uint32, `Split.checksums`
+
+    def fingerprint(self) -> dict[str, str | None]:
+        """`Split.fingerprint` of the images."""
+        boxes = hashlib.sha256(self.truth.astype("<u4").tobytes()).hexdigest()[:16]
+        known = self.per_image.boxed.any() or self.per_image.masked.any()
+        return {"images": self.digest, "boxes": boxes if known else None}
+
+
+def per_image_path(results: Path) -> Path:
+    """The file per image beside a results file."""
+    return results.with_name(results.name.removesuffix(".json") + ".npz")
+
+
+def save_per_image(path: Path, per_image: PerImage, split: Split) -> None:
+    """Writes a bit for each IoU, level and image, 128 bytes an image before compression."""
+    content = {"digest": split.digest(), "ids": split.ids, "truth": split.checksums()}
+    correct, ranks, levels = per_image.correct, per_image.ranks, per_image.val_levels
+    optional = {
+        "right": None if correct is None else np.packbits(correct, axis=-1),
+        "ranks": None if ranks is None else ranks.clip(max=255).astype(np.uint8),
+        "val_levels": levels and [levels[name] for name in LEVEL_NAMES],
+        **{name: getattr(per_image, name) for name in ("boxed", "masked", "pixels", "fixed", "threshold")},
+    }
+    content |= {name: value for name, value in optional.items() if value is not None}
+    with utils.atomic_write(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **content)
+
+
+def load_per_image(results: Path, metrics: dict[str, Any]) -> Stored:
+    """The file per image beside a results file with these metrics.
+
+    Raises InputError for a missing or damaged one, and for one of another evaluation.
+    """
+    path = per_image_path(results)
+    try:
+        with np.load(path) as file:
+            found = dict(file)
+        ids, digest, truth = found.pop("ids").tolist(), str(found.pop("digest")), found.pop("truth")
+        if "right" in found:
+            bits = np.unpackbits(found.pop("right"), axis=-1, count=LEVELS)
+            found["correct"] = bits.astype(bool)
+        if "val_levels" in found:
+            found["val_levels"] = dict(zip(LEVEL_NAMES, found["val_levels"].tolist(), strict=True))
+        found |= {"threshold": float(found["threshold"])} if "threshold" in found else {}
+        stored = Stored(PerImage(**found), digest, ids, truth)
+        int(digest, 16)
+        if not len(ids) == len(truth) == len(stored.per_image.boxed):
+            raise ValueError("arrays of different lengths")
+        measured = stored.per_image.result()["metrics"]
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file: evaluate again, evaluate.py writes it") from error
+    except Exception as error:  # a damaged archive raises errors of ten kinds
+        raise InputError(f"{path}: not a file per image: evaluate again") from error
+    # Other versions of NumPy may sum PxAP in another order.
+    if tree_map(lambda x: round(x, 6), measured) != tree_map(lambda x: round(x, 6), metrics):
+        raise InputError(f"{path}: not of the evaluation in {results.name}: evaluate again")
+    return stored
+
+
+def require_same_images(files: dict[Path, Stored]) -> None:
+    """Raises InputError where these files are not of the same images with the same labels and boxes."""
+    (first, known), *others = files.items()
+    for path, other in others:
+        pairs = zip(zip(known.ids, known.truth.tolist()), zip(other.ids, other.truth.tolist()))
+        differing = [a[0] for a, b in pairs if a != b]
+        if differing or len(known.ids) != len(other.ids):
+            shorter = min(len(known.ids), len(other.ids))
+            image = differing[0] if differing else max(known.ids, other.ids, key=len)[shorter]
+            what = "images, labels, sizes, boxes or mask paths"
+            raise InputError(f"{path}: other {what} than {first} has; the first that differs is {image}")
 
 
 # ---------------------------------------------------------------------------------------------- trained runs
 
 # What a checkpoint holds; with another type or without it, the file is of another program or version.
-CHECKPOINT = dict(model=dict, optimizer=dict, random_states=dict, config=dict, sources=dict, digests=dict)
+CHECKPOINT = dict(model=dict, optimizer=dict, random_states=dict, config=dict, sources=dict, fingerprint=dict)
 CHECKPOINT |= dict(epoch=int, num_classes=int, classes=list | None, val=dict | None, best=dict | None)
 
 
@@ -352,269 +445,177 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def foreign_checkpoint(path: Path, dataset: str, arch: str, stride: int | None = None) -> dict[str, Any]:
+    """A file of another code (`models.read_weights`) as a checkpoint of the CAM baseline.
+
+    stride: of its training; None: the file tells it. Raises InputError where it does not, and for a file
+    without conv6 or fc.
+    """
+    state, told = read_weights(path, arch)
+    if not isinstance(fc := state.get("fc.weight"), Tensor):
+        held = ", ".join([*state][:3]) or "nothing"
+        raise InputError(f"{path}: expected a network with conv6 and fc; the file holds {held}, ...")
+    if told is None and stride is None:
+        raise InputError(f"{path}: the file does not tell the stride: pass the --stride of its training")
+    if told and stride and told != stride:
+        raise InputError(f"--stride {stride}: the layers of {path} say {told}")
+    given = {"dataset": dataset, "arch": arch, "method": "cam", "stride": told or stride, "val_per_class": 0}
+    values, sources = config.resolve_config(given)
+    known = {"num_classes": len(fc), "classes": None, "epoch": None, "val": None}
+    what = {"config": vars(values), "sources": sources}
+    return known | what | {"model": state, "fingerprint": {"values": config.fingerprint(vars(values))}}
+
+
+class Chosen(NamedTuple):
+    """What val gives for maps of one normalization: `TrainedRun.choose`."""
+
+    levels: dict[str, int] | None  # by LEVEL_NAMES; None: no thresholds, `reason` tells why
+    percentile: float | None  # of the normalization
+    reason: str = ""  # also where the thresholds are not those of the training
+    scores: dict[float, float] | None = None  # of each percentile on val, where val chose it
+    by: str = ""  # the metric of the scores
+
+    def head(self) -> dict[str, Any]:
+        """The percentile as in a results file; empty for a normalization without one."""
+        chosen = {} if self.scores is None else {"chosen_on": "val", "by": self.by, "scores": self.scores}
+        return {} if self.percentile is None else {"percentile": {"value": self.percentile, **chosen}}
+
+
+QS = tuple(round(0.05 * i, 2) for i in range(1, 15))  # IVR's percentiles to choose from: 0.05, ..., 0.70
+
+
 class TrainedRun:
     """A run of train.py: its method with the weights of RUN/<which>.pt in eval mode, and its data.
 
-    which: "best" or "last". checkpoint: instead of that file. map_options: values of the method's map, instead of
-    those of the run. Raises InputError for a folder that is not a run, and for a value that is not one of its
-    map.
+    `method.net` is the network, a torch module. which: "best" or "last". device: as --device.
+    data_root, lists, amp: instead of those of the run. data_root is the new place of a folder of one's own,
+    or the folder above it. batch_size, workers: of evaluations; they change no metric but by rounding.
+    map_options: values of the method's map, instead of those of the run. checkpoint: instead of the file.
+    Raises InputError for a folder that is not a run, and for a value that is not one of its map.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        which: str,
-        device: torch.device,
+        which: str = "best",
+        device: str | torch.device = "auto",
+        *,
+        data_root: str | Path | None = None,
+        lists: str | Path | None = None,
+        amp: str | None = None,
+        batch_size: int = 32,
+        workers: int = 0,
         map_options: dict[str, Any] | None = None,
         checkpoint: dict[str, Any] | None = None,
     ):
-        self.folder, self.which, self.device, self.map_options = (
-            Path(folder),
-            which,
-            device,
-            map_options or {},
-        )
+        self.folder, self.which, self.map_options = Path(folder), which, map_options or {}
         path = self.folder if checkpoint else self.folder / f"{which}.pt"
         self.checkpoint = checkpoint or load_checkpoint(path)
         self.config = SimpleNamespace(**self.checkpoint["config"] | self.map_options)
-        cls = find(self.config.method)
+        self.data_root, self.lists = data_root, Path(lists or self.config.lists)
+        self.amp, self.batch_size, self.workers = amp or self.config.amp, batch_size, workers
+        self.device = device if isinstance(device, torch.device) else utils.resolve_device(device)
+        try:
+            cls = find(self.config.method)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         for name, value in self.map_options.items():
             if name not in cls.map_options:
-                raise InputError(
-                    f"{utils.flag(name)}: --method {self.config.method} of {folder} has no such value"
-                )
+                problem = f"--method {self.config.method} of {folder} has no such value"
+                raise InputError(f"{utils.flag(name)}: {problem}")
             cls.all_values()[name].check(name, value)
         self.method = cls(self.config, self.checkpoint["num_classes"])
         load_weights(self.method.net, self.checkpoint["model"], path)
-        self.method.to(device, memory_format=torch.channels_last).eval()
+        self.method.to(self.device, memory_format=torch.channels_last).eval()
 
-    @property
-    def val_levels(self) -> dict[str, int] | None:
-        """The levels that val chose with these weights and this map, with min-max; None if it did not."""
-        val = self.checkpoint["val"] or {}
-        known = val.get("epoch") == self.checkpoint["epoch"] and not self.map_options
-        return val.get("levels") if known else None
+    def split(self, name: str, images: bool = True) -> Split:
+        """A split of the run's data set. images: whether its files are needed.
 
-    def split(self, name: str, data_root: str | Path | None = None, lists: str | Path | None = None) -> Split:
-        """A split of the run's data set. data_root, lists: instead of those of the run. data_root is the new
-        place of a folder of one's own, or the folder above it.
-
-        Raises InputError as `load_splits` does, and where the lists have other classes or another val than
-        the run had: its thresholds would be chosen on other images.
+        Raises InputError as `load_splits` does, and where the lists have other classes or other images of val
+        than the run had: its thresholds would be chosen on images that it may have seen.
         """
         c, then = self.config, self.checkpoint
-        dataset, where = c.dataset, (data_root or c.data_root, lists or c.lists)
-        if data_root and is_folder(dataset, Path(where[1])):  # the folder has moved
+        dataset, data_root = c.dataset, self.data_root or c.data_root
+        if self.data_root and is_folder(dataset, self.lists):  # the folder has moved
             moved = Path(data_root) / Path(dataset).name
             dataset = os.path.join(moved if moved.is_dir() else data_root, "")
-        splits, now = load_splits(dataset, *where, (name,), c.val_per_class)
+        splits, now = load_splits(dataset, data_root, self.lists, (name,), c.val_per_class, images)
         for key in ("num_classes", "classes"):
             if now[key] != then[key] and then[key] is not None:
-                raise InputError(
-                    f"{self.folder}: trained on other classes than {c.dataset} has now: check --lists"
-                )
-        if name == "val" and now["digests"]["val"] != then["digests"].get("val", now["digests"]["val"]):
+                problem = f"trained on other classes than {c.dataset} has now"
+                raise InputError(f"{self.folder}: {problem}: check --lists")
+        before = then["fingerprint"].get("val")
+        if name == "val" and before and now["lists"]["val"]["images"] != before["images"]:
             raise InputError(f"{self.folder}: the list of val has changed since the run: check --lists")
         return splits[name]
 
     def maps(
-        self, split: Split, batch_size: int, workers: int, amp: str | None = None, **normalization: Any
+        self, split: Split, normalization: str | None = "minmax", percentile: float | None = None
     ) -> Iterator[MapBatch]:
-        """`network_maps` of a split. amp: None: the run's. normalization: of `network_maps`."""
-        loader = eval_loader(split, batch_size, self.config.image_size, workers)
-        return network_maps(self.method, loader, amp or self.config.amp, **normalization)
+        """`network_maps` of a split."""
+        loader = eval_loader(split, self.batch_size, self.config.image_size, self.workers)
+        return network_maps(self.method, loader, self.amp, normalization, percentile)
 
-    def head(self, split: str, normalize: str = "minmax") -> dict[str, Any]:
-        """The first keys of a results file."""
-        keys = {
-            key: getattr(self.config, key) for key in ("dataset", "arch", "method", "seed")
-        } | self.map_options
-        epoch = self.checkpoint["epoch"]
-        return keys | dict(split=split, checkpoint=self.which, epoch=epoch, normalize=normalize)
+    def choose(self, normalization: str = "minmax", percentile: float | str | None = None) -> Chosen:
+        """The thresholds that val gives for maps of this normalization.
 
-
-# -------------------------------------------------------------------------------- a trained run in Python
-
-# A fraction of the map's maximum, where val chose no threshold: the value of CAM (CVPR 2016).
-FALLBACK_THRESHOLD = 0.2
-
-
-class Found(NamedTuple):
-    """What `Localizer` found in an image."""
-
-    box: list[int] | None  # x0, y0, x1, y1, in pixels of the image as shown, corners inside; None: empty map
-    top5: list[dict[str, Any]]  # "class" from 0, "name" where known, "probability"; the best first
-    # Of the Top-1 class, float32 in [0, 1], at the run's image_size (224 x 224): stretch it over the image.
-    score_map: np.ndarray
-
-    def text(self) -> str:
-        """The best class with its probability, and the box."""
-        best, box = self.top5[0], "none" if self.box is None else ",".join(map(str, self.box))
-        return f"class {best.get('name', best['class'])} ({100 * best['probability']:.1f} %), box {box}"
-
-
-class Localizer:
-    """A trained run, for images of one's own: box of the Top-1 class, five best classes, score map.
-
-    The box is the largest contour at `threshold`, in [0, 1). A threshold that you pass is a fraction of the
-    map's maximum. The default is the one chosen on val for this normalization, a fraction of [0, 1]; without
-    it FALLBACK_THRESHOLD of the maximum, and `note` tells why.
-
-    run: a folder that train.py wrote. checkpoint: "best" or "last". amp: default the run's.
-    normalize, percentile: of `cam.normalize`. data_root, lists, batch_size, workers: for val, which is
-    evaluated where a normalization other than "minmax" needs its threshold. Raises InputError as `TrainedRun`
-    does.
-    """
-
-    def __init__(
-        self,
-        run: str | Path,
-        device: str = "auto",
-        *,
-        checkpoint: str = "best",
-        normalize: str = "minmax",
-        percentile: float | None = None,
-        threshold: float | None = None,
-        amp: str | None = None,
-        **val: Any,
-    ):
-        require_threshold(threshold)
-        self.run = TrainedRun(run, checkpoint, utils.resolve_device(device))
-        self.how, self.amp = (normalize, percentile), amp or self.run.config.amp
-        self.threshold, self.level, self.note = threshold, None, ""
-        if threshold is None:
-            self.level, self.note = self._chosen_level(**val)
-            self.threshold = FALLBACK_THRESHOLD if self.level is None else self.level / LEVELS
-
-    def __call__(self, images: Any) -> Found | list[Found]:
-        """A path, PIL image or array H x W x 3 uint8 (RGB) -> Found; a list of them -> a list.
-
-        The EXIF orientation of a path or PIL image is applied.
-
-        Raises InputError for an image that cannot be read.
+        Those that the training chose hold for its own map with min-max, while the boxes of val are the same.
+        Else val is evaluated with these maps. percentile: of `cam.normalize`; "val": val chooses IVR's, the
+        one with the best `selection_score`, the lowest of equals. Raises InputError where val cannot.
         """
-        if isinstance(images, (str, Path, Image.Image, np.ndarray)):
-            return self._localize(images)
-        return [self._localize(image) for image in images]
-
-    @torch.inference_mode()
-    def _localize(self, image: str | Path | Image.Image | np.ndarray) -> Found:
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        of_file = not isinstance(image, Image.Image)
-        image = decode(Path(image), upright=True) if of_file else to_rgb(image, upright=True)
-        run, size = self.run, self.run.config.image_size
-        pixels = pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
-        with utils.autocast(run.device, self.amp):
-            logits, maps = run.method.predict(to_input(pixels[None], run.device))
-        maps = cam.normalize(cam.resize(maps, size, run.method.upsampling), *self.how)
-        score_map = maps[0].cpu().numpy()
-        level = fixed_level(score_map, self.threshold) if self.level is None else self.level
-        box = original_box(level_boxes(score_map).largest[level], size, image.size)
-        probabilities, names = full_precision(logits)[0].softmax(0), run.checkpoint["classes"]
-        top = probabilities.topk(min(5, len(probabilities)))
-        best = list(zip(top.indices.tolist(), top.values.tolist()))
-        top5 = [{"class": k, **({"name": names[k]} if names else {}), "probability": q} for k, q in best]
-        return Found(box, top5, score_map)
-
-    def _chosen_level(
-        self, data_root: Any = None, lists: Any = None, batch_size: int = 32, workers: int = 0
-    ) -> tuple[int | None, str]:
-        """(the largest contour's level chosen on val, "") or (None, the reason)."""
-        levels, (normalize, percentile) = self.run.val_levels, self.how
-        if levels and normalize == "minmax":
-            return levels["largest"], ""
-        if levels is None and (self.run.checkpoint["val"] or {}).get("epoch") == self.run.checkpoint["epoch"]:
-            return None, "val has no boxes"
+        q = cam.PERCENTILES.get(normalization) if percentile is None else percentile
+        val, changed = self.checkpoint["val"] or {}, False
+        known = val.get("epoch") == self.checkpoint["epoch"] and normalization == "minmax"
+        if known and not self.map_options and not (changed := self.val_boxes_changed()):
+            return Chosen(val["levels"], None, "" if val["levels"] else "val has no boxes")
         try:
-            split = self.run.split("val", data_root, lists)
+            split = self.split("val")
         except InputError as error:
-            return None, f"the threshold needs the images of val: {error}"
+            if q == "val":
+                raise
+            return Chosen(None, q, str(error))
+        if q == "val":
+            return self._choose_percentile(split)
         if not split.boxes:
-            return None, "val has no boxes"
-        maps = self.run.maps(
-            split, batch_size, workers, self.amp, normalization=normalize, percentile=percentile
-        )
-        return evaluate_maps(maps, split, workers=workers)["levels"]["largest"], ""
+            return Chosen(None, q, "val has no boxes")
+        found = evaluate_maps(self.maps(split, normalization, q), split, workers=self.workers)
+        return Chosen(found.result["levels"], q, CHANGED if changed else "")
+
+    def val_boxes_changed(self) -> bool:
+        """Whether val has other boxes than in the training; False where its lists are not there."""
+        c, before = self.config, self.checkpoint["fingerprint"].get("val")
+        if before is None or not (is_folder(c.dataset, self.lists) or (self.lists / c.dataset).is_dir()):
+            return False
+        try:
+            now = self.split("val", images=False).fingerprint()
+        except InputError:
+            return False  # other images, or none: the thresholds are those of the training's val
+        return now["boxes"] != before["boxes"]
+
+    def _choose_percentile(self, split: Split) -> Chosen:
+        if not split.boxes and not split.masks:
+            raise InputError(f"--percentile val: {split.name} has neither boxes nor masks: pass a number")
+        kept, scores, levels = list(self.maps(split, None)), {}, {}
+
+        def normalized(q: float) -> Iterator[MapBatch]:
+            for batch in kept:
+                maps = torch.from_numpy(batch.maps)
+                maps = cam.resize(maps, self.config.image_size, self.method.upsampling)
+                yield batch._replace(maps=cam.normalize(maps, "ivr", q).numpy())
+
+        for q in QS:
+            result = evaluate_maps(normalized(q), split, workers=self.workers).result
+            by, scores[q] = selection_score(result["metrics"])
+            levels[q] = result["levels"]
+        best = max(QS, key=scores.__getitem__)
+        return Chosen(levels[best], best, scores=scores, by=by)
+
+    def head(self, split: Split, name: str, normalize: str = "minmax") -> dict[str, Any]:
+        """The first keys of the results file of a split of this name."""
+        keys = {key: getattr(self.config, key) for key in ("dataset", "arch", "method", "seed")}
+        of_map = dict(split=name, checkpoint=self.which, epoch=self.checkpoint["epoch"], normalize=normalize)
+        what = self.checkpoint["fingerprint"] | {name: split.fingerprint()}
+        return keys | self.map_options | of_map | {"fingerprint": what}
 
 
-def original_box(box: np.ndarray, size: int, image_size: tuple[int, int]) -> list[int] | None:
-    """A box of the size x size map in pixels of an image (width, height): every pixel that it touches.
-
-    None for the box 0, 0, 0, 0, which stands for no box.
-    """
-    if not box.any():
-        return None
-    x0, y0, x1, y1 = box.tolist()
-    width, height = image_size
-    # Pixels x0 ... x1 of the map cover the fractions x0 / size ... (x1 + 1) / size of the image's width.
-    right, bottom = -(-(x1 + 1) * width // size) - 1, -(-(y1 + 1) * height // size) - 1
-    return [x0 * width // size, y0 * height // size, right, bottom]
-
-
-# ---------------------------------------------------------------------------------------------- pictures
-
-TRUTH, PREDICTION = (40, 80, 255), (0, 220, 60)  # Fig. A4: ground truth blue, prediction green
-# A perceptually uniform scale (dark blue, violet, red, orange, yellow): brightness grows with the value.
-COLOURS = ((13, 8, 135), (126, 3, 168), (204, 71, 120), (248, 149, 64), (240, 249, 33))
-
-
-def draw_boxes(
-    image: Image.Image, score_map: np.ndarray, box: Any = None, truth: np.ndarray | None = None
-) -> Tensor:
-    """An image with its boxes, and below it the same under its score map: 3 x H x W uint8.
-
-    image: RGB. score_map: h x w in [0, 1], stretched over it. box (4) and truth (G x 4): x0, y0, x1, y1 in
-    pixels of `image`, green with its best IoU, and blue.
-    """
-    stretched = Image.fromarray(score_map).resize(image.size, Image.Resampling.BILINEAR)
-    values, keys = np.asarray(stretched), np.linspace(0, 1, len(COLOURS))
-    heat = np.stack([np.interp(values, keys, channel) for channel in zip(*COLOURS)])
-    photo = pil_to_tensor(image)
-    blend = (0.4 * photo + 0.6 * torch.from_numpy(heat)).round().to(torch.uint8)
-    width = max(2, image.width // 100)
-    boxes = [] if truth is None else [(torch.as_tensor(truth), TRUTH, None)]
-    if box is not None:
-        labels = None if truth is None else [f"IoU {iou_matrix(np.asarray(box), truth).max():.2f}"]
-        boxes.append((torch.as_tensor(np.asarray(box))[None], PREDICTION, labels))
-    for of_box, colour, labels in boxes:  # on the photo the text could hide a box
-        photo = draw_bounding_boxes(photo, of_box, colors=colour, width=width)
-        blend = draw_bounding_boxes(blend, of_box, labels, colour, width=width)
-    return make_grid([photo, blend], nrow=1, padding=0)
-
-
-def draw_found(image: Image.Image, found: Found, side: int = 448) -> Tensor:
-    """`draw_boxes` of a photo, scaled so that its longer side has `side` pixels."""
-    scale = side / max(image.size)
-    size = tuple(max(1, round(length * scale)) for length in image.size)
-    box = found.box and [found.box[i] * size[i % 2] // image.size[i % 2] for i in range(4)]
-    return draw_boxes(image.resize(size, Image.Resampling.BILINEAR), found.score_map, box)
-
-
-def draw_split(path: Path, split: Split, batches: Iterable[MapBatch], level: int, columns: int = 3) -> None:
-    """A grid of `draw_boxes` in the form of Fig. A4. level: of the largest contour."""
-    own = [pair for batch in batches for pair in zip(batch.indices, batch.maps)]
-    pictures = []
-    for index, score_map in sorted(
-        (pair for part in utils.all_gather(own) for pair in part), key=lambda x: x[0]
-    ):
-        box, zoom = level_boxes(score_map).largest[level], 1 + (len(score_map) < 224)
-        truth = scale_boxes(split.boxes[index], tuple(split.sizes[index]), len(score_map))
-        photo = load_rgb(split.path(index), zoom * len(score_map), upright=split.upright)
-        boxes = (zoom * corners + np.array([0, 0, zoom - 1, zoom - 1]) for corners in (box, truth))
-        pictures.append(draw_boxes(photo, score_map, *boxes))
-    if utils.rank() == 0:
-        save_picture(path, make_grid(pictures, nrow=columns, padding=6, pad_value=255))
-    utils.print_rank0(f"{len(pictures)} images with boxes in {path}")
-
-
-def evenly_spaced(split: Split, n: int) -> Split:
-    """n images of a split, evenly spaced, of those that have boxes: for `draw_split`."""
-    boxed = sorted(split.boxes)
-    chosen = np.linspace(0, len(boxed) - 1, min(n, len(boxed))).astype(int)
-    return split.take([boxed[i] for i in chosen], split.name)
-
-
-def save_picture(path: Path, picture: Tensor) -> None:
-    """Writes 3 x H x W uint8 as PNG, all or nothing."""
-    with utils.atomic_write(path) as part:
-        to_pil_image(picture).save(part, format="PNG")
+CHANGED = "the boxes of val have changed since the training: thresholds are chosen anew"

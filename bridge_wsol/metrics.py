@@ -2,17 +2,17 @@
 
 All results are in percent. The box metrics need one IoU per image and level: acc_delta(level) is the share of
 images whose IoU at this level is at least delta. One threshold is chosen for the whole set, not per image.
-Level t is the threshold t / 255 on the quantized map (see boxes.py).
 
-    found = measure(score_map, boxes)          one image, also in a worker process
-    evaluator.add(index, found, rank)          all images, in any order
-    evaluator.hits().result()                  metrics, levels, curves
+    measure(score_map, boxes)                  one image, also in a worker process
+    PerImage.stack(results).result()           all images: metrics, levels, curves
+    intervals([per_image], digest)             95 % interval of each metric over the choice of test images
+    difference(a, b, digest)                   B - A of each metric with its interval, means over seeds
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,14 +30,18 @@ EDGES = np.append(np.arange(0, 1, 0.001), [1.0, 2.0, 3.0])
 # --------------------------------------------------------------------------------------------- one image
 
 
-class Measured(NamedTuple):
-    """What is known of one image. None: it has no boxes or masks, or there is no fixed threshold."""
+class ImageResult(NamedTuple):
+    """What is measured of one image. None: no boxes, no masks, no fixed threshold, or no logits."""
 
+    # 4 x 255 bool: whether a box is correct at each level, in the order of LEVEL_NAMES.
+    correct: np.ndarray | None = None
     # 2 x 255 float64 in [0, 1], the best IoU at each level: row 0 of all contours, row 1 of the largest one.
     ious: np.ndarray | None = None
     largest: np.ndarray | None = None  # 255 x 4 int64, box of the largest contour, in pixels of the map
-    fixed_level: int | None = None  # level of the fixed threshold
     pixels: np.ndarray | None = None  # 2 x bins int32, `pixel_histogram`
+    fixed_level: int | None = None  # level of the fixed threshold
+    rank: int | None = None  # of the label, `label_ranks`
+    predicted: int | None = None  # Top-1 class
 
 
 def measure(
@@ -45,21 +49,23 @@ def measure(
     boxes: np.ndarray | None = None,
     masks: tuple[np.ndarray, np.ndarray] | None = None,
     threshold: float | None = None,
-) -> Measured:
-    """Measures one image at every level.
+) -> ImageResult:
+    """Measures one image at every level; rank and predicted stay None.
 
     score_map: H x W in [0, 1]. boxes: G x 4 (x0, y0, x1, y1, corners included) in pixels of the map, G >= 1.
     masks: (mask, ignore), H x W bool. threshold: a fixed one, a fraction of the map's maximum in [0, 1).
     Raises ValueError as `boxes.level_boxes` and `boxes.fixed_level` do.
     """
-    ious = largest = level = None
+    result = ImageResult()
     if boxes is not None:
         found = level_boxes(score_map)
-        ious, largest = np.zeros((2, LEVELS)), found.largest
+        ious = np.zeros((2, LEVELS))
         np.maximum.at(ious[0], found.levels, iou_matrix(found.boxes, boxes).max(1))
-        ious[1] = iou_matrix(largest, boxes).max(1)
+        ious[1] = iou_matrix(found.largest, boxes).max(1)
+        correct = np.stack([*(ious[0] >= delta / 100 for delta in DELTAS), ious[1] >= 0.5])
         level = None if threshold is None else fixed_level(score_map, threshold)
-    return Measured(ious, largest, level, None if masks is None else pixel_histogram(score_map, *masks))
+        result = ImageResult(correct, ious, found.largest, fixed_level=level)
+    return result if masks is None else result._replace(pixels=pixel_histogram(score_map, *masks))
 
 
 def label_ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -129,97 +135,60 @@ def _descending(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # -------------------------------------------------------------------------------------------- all images
 
 
-class Counted(NamedTuple):
-    """What an `Evaluator` keeps of an image."""
-
-    right: np.ndarray | None  # 4 x 255 bool: whether a box is right at a level, in the order of LEVEL_NAMES
-    fixed: bool | None  # whether the largest contour's box is right at the fixed threshold
-    rank: int | None
-    predicted: int | None
-    found: Measured
-
-
-@dataclass
-class Evaluator:
-    """The images of a split, by their index in it.
-
-    Results do not depend on the order of `add`, and merging the parts of several processes is exact. No image
-    counts twice. keep: keep IoUs and boxes, too.
-    """
-
-    keep: bool = False
-    images: dict[int, Counted] = field(default_factory=dict)
-
-    def add(self, index: int, found: Measured, rank: int | None = None, predicted: int | None = None) -> None:
-        """Adds an image. index: in the split; found: from `measure`; rank: from `label_ranks`.
-
-        Raises ValueError if this index was added before.
-        """
-        if index in self.images:
-            raise ValueError(f"image {index} was added before")
-        right = fixed = None
-        if found.ious is not None:
-            right = np.stack([*(found.ious[0] >= delta / 100 for delta in DELTAS), found.ious[1] >= 0.5])
-            fixed = None if found.fixed_level is None else bool(right[3, found.fixed_level])
-        kept = found if self.keep else found._replace(ious=None, largest=None)
-        self.images[index] = Counted(right, fixed, None if rank is None else int(rank), predicted, kept)
-
-    def merge(self, other: Evaluator) -> None:
-        """Adds the images of another process. Raises ValueError if an image is in both."""
-        for index in other.images.keys() & self.images.keys():
-            raise ValueError(f"image {index} was added before")
-        self.images |= other.images
-
-    def hits(self, val_levels: dict[str, int] | None = None, threshold: float | None = None) -> Hits:
-        """The images in their order.
-
-        val_levels: the "levels" of another split (train-fullsup), for the accuracy at thresholds that were
-        not chosen on these images. threshold: the fixed one that `measure` was given.
-        Raises InputError where there is nothing to measure, and where some images have no rank.
-        """
-        images = [self.images[i] for i in sorted(self.images)]
-        boxed = np.array([x.right is not None for x in images], dtype=bool)
-        masked = np.array([x.found.pixels is not None for x in images], dtype=bool)
-        ranked = [x.rank for x in images if x.rank is not None]
-        if not boxed.any() and not masked.any() and not ranked:
-            raise InputError("no boxes, masks or logits: there is nothing to measure")
-        if 0 < len(ranked) < len(images):
-            raise InputError("some images have logits and others not: pass them for all images, or for none")
-        hits = Hits(boxed, masked, ranks=np.array(ranked) if ranked else None, threshold=threshold)
-        if boxed.any():
-            nowhere = np.zeros((len(LEVEL_NAMES), LEVELS), dtype=bool)
-            hits.right = np.stack([nowhere if x.right is None else x.right for x in images])
-            hits.fixed = None if threshold is None else np.array([bool(x.fixed) for x in images])
-            hits.val_levels = val_levels
-        if masked.any():
-            nothing = np.zeros((2, len(EDGES) - 1), dtype=np.int32)
-            hits.pixels = np.stack([nothing if x.found.pixels is None else x.found.pixels for x in images])
-        return hits
-
-
-@dataclass
-class Hits:
-    """What is right in each of the N images of a split, in their order: all that the metrics need."""
+@dataclass(frozen=True)
+class PerImage:
+    """What is correct in each of the N images of a split, in their order: all that the metrics need."""
 
     boxed: np.ndarray  # N bool: the image has boxes
     masked: np.ndarray  # N bool: it has masks
-    right: np.ndarray | None = None  # N x 4 x 255 bool, `Counted.right`; False without boxes
+    correct: np.ndarray | None = None  # N x 4 x 255 bool, `ImageResult.correct`; False without boxes
     ranks: np.ndarray | None = None  # N int, of the label
     pixels: np.ndarray | None = None  # N x 2 x bins int32, `pixel_histogram`; 0 without masks
-    fixed: np.ndarray | None = None  # N bool, `Counted.fixed`
-    threshold: float | None = None
-    val_levels: dict[str, int] | None = None
+    fixed: np.ndarray | None = None  # N bool: whether the largest contour is correct at the fixed threshold
+    threshold: float | None = None  # the fixed one, a fraction of each map's maximum
+    val_levels: dict[str, int] | None = None  # "levels" of val, for the accuracy at thresholds chosen there
 
-    def once(self) -> np.ndarray:
+    @classmethod
+    def stack(
+        cls,
+        results: Sequence[ImageResult],
+        val_levels: dict[str, int] | None = None,
+        threshold: float | None = None,
+    ) -> PerImage:
+        """The images of a split. val_levels, threshold: as the fields; threshold as `measure` had it.
+
+        Raises InputError where there is nothing to measure, and where some images have no logits.
+        """
+        boxed = np.array([x.correct is not None for x in results], dtype=bool)
+        masked = np.array([x.pixels is not None for x in results], dtype=bool)
+        ranks = [x.rank for x in results if x.rank is not None]
+        if not boxed.any() and not masked.any() and not ranks:
+            raise InputError("no boxes, masks or logits: there is nothing to measure")
+        if 0 < len(ranks) < len(results):
+            raise InputError("some images have logits and others not: pass them for all images, or for none")
+        correct = fixed = pixels = None
+        if boxed.any():
+            nowhere = np.zeros((len(LEVEL_NAMES), LEVELS), dtype=bool)
+            correct = np.stack([nowhere if x.correct is None else x.correct for x in results])
+            if threshold is not None:
+                fixed = np.array([c[-1, x.fixed_level or 0] for c, x in zip(correct, results)])
+        if masked.any():
+            nothing = np.zeros((2, len(EDGES) - 1), dtype=np.int32)
+            pixels = np.stack([nothing if x.pixels is None else x.pixels for x in results])
+        of_boxes = dict(correct=correct, fixed=fixed, val_levels=val_levels if boxed.any() else None)
+        of_all = dict(ranks=np.array(ranks) if ranks else None, pixels=pixels, threshold=threshold)
+        return cls(boxed, masked, **of_boxes, **of_all)
+
+    def uniform_weights(self) -> np.ndarray:
         """The sample that has each image once, 1 x N: the split itself."""
         return np.ones((1, len(self.boxed)), dtype=np.uint8)
 
-    def curves(self, counts: np.ndarray) -> np.ndarray:
+    def curves(self, weights: np.ndarray) -> np.ndarray:
         """The accuracy at each level in R samples, R x 4 x 255 in percent, in the order of LEVEL_NAMES."""
-        return _percent(counts, self.right, self.boxed)
+        return _percent(weights, self.correct, self.boxed)
 
-    def sample(self, counts: np.ndarray) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-        """(metrics, levels, curves) of R samples of the images. counts: R x N, how often a sample has each.
+    def metrics(self, weights: np.ndarray) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+        """(metrics, levels, curves) of R samples of the images. weights: R x N, how often a sample has each.
 
         metrics: the keys of results_*.json, each with R float64 in percent (NaN where the sample has no such
         image), or None. levels: R x 4 int, the best ones; of equally good levels, the lowest. The sums are of
@@ -230,27 +199,29 @@ class Hits:
             + ("top1_cls", "top5_cls", "max_box_acc_v2_at_val_threshold", "pxap", "piou")
         )
         best = {} if self.ranks is None else {k: self.ranks < k for k in (1, 5)}
-        metrics |= {f"top{k}_cls": _percent(counts, top, np.ones_like(top)) for k, top in best.items()}
+        metrics |= {f"top{k}_cls": _percent(weights, top, np.ones_like(top)) for k, top in best.items()}
         if self.pixels is not None:
-            pooled = _sums(counts, self.pixels)
+            pooled = _sums(weights, self.pixels)
             metrics |= {"pxap": average_precision(pooled), "piou": peak_iou(pooled)}
-        if self.right is None:
-            return metrics, np.zeros((len(counts), 0), dtype=int), np.zeros((len(counts), 0, LEVELS))
-        curves = self.curves(counts)
-        levels, samples = curves.argmax(2), np.arange(len(counts))
+        if self.correct is None:
+            return metrics, np.zeros((len(weights), 0), dtype=int), np.zeros((len(weights), 0, LEVELS))
+        curves = self.curves(weights)
+        levels, samples = curves.argmax(2), np.arange(len(weights))
         chosen = dict(zip(LEVEL_NAMES, curves.max(2).T))
         metrics |= {"max_box_acc_v2": _with_mean(chosen), "gt_known_loc": chosen["50"]}
         metrics |= dict.fromkeys(("max_box_acc", "gt_known_loc_largest"), chosen["largest"])
         if self.val_levels is not None:
             at_val = {name: curves[:, i, self.val_levels[name]] for i, name in enumerate(LEVEL_NAMES)}
             metrics["max_box_acc_v2_at_val_threshold"] = _with_mean(at_val)
-        for k, top in best.items():  # the box is right, and the label among the k best classes
-            of_level = _percent(counts, self.right[:, 1] & top[:, None], self.boxed)
+        for k, top in best.items():  # the box is correct, and the label among the k best classes
+            of_level = _percent(weights, self.correct[:, 1] & top[:, None], self.boxed)
             metrics[f"top{k}_loc"] = of_level[samples, levels[:, 1]]
         if self.fixed is not None:
             fixed = {"gt_known_loc": self.fixed, **dict.fromkeys(("top1_loc", "top5_loc"))}
             fixed |= {f"top{k}_loc": self.fixed & top for k, top in best.items()}
-            metrics["fixed_threshold"] = tree_map(lambda hits: _percent(counts, hits, self.boxed), fixed)
+            metrics["fixed_threshold"] = tree_map(
+                lambda correct: _percent(weights, correct, self.boxed), fixed
+            )
         return metrics, levels, curves
 
     def result(self) -> dict[str, Any]:
@@ -261,7 +232,7 @@ class Hits:
         thresholds: levels / 255. curves: the accuracy at each of the 255 levels. "images_with_boxes" and
         "images_with_masks": where some images have them, but not all. "precision_at_recall": with PxAP only.
         """
-        metrics, levels, curves = self.sample(self.once())
+        metrics, levels, curves = self.metrics(self.uniform_weights())
         metrics = tree_map(lambda x: None if np.isnan(x[0]) else float(x[0]), metrics)
         if "fixed_threshold" in metrics:
             metrics["fixed_threshold"] = {"threshold": self.threshold, **metrics["fixed_threshold"]}
@@ -272,7 +243,7 @@ class Hits:
         result |= dict.fromkeys(("levels", "thresholds", "curves"))
         if metrics["pxap"] is not None:
             result["precision_at_recall"] = precision_at_recall(self.pixels.sum(0))
-        if self.right is not None:
+        if self.correct is not None:
             result["levels"] = dict(zip(LEVEL_NAMES, levels[0].tolist()))
             result["thresholds"] = {name: level / LEVELS for name, level in result["levels"].items()}
             result["curves"] = dict(zip(LEVEL_NAMES, curves[0].tolist()))
@@ -282,20 +253,20 @@ class Hits:
 BLOCK = 2048  # images
 
 
-def _sums(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """R x N counts, N x ... values -> R x ... float64, exact for whole numbers. In blocks, for the memory."""
+def _sums(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """R x N weights, N x ... values -> R x ... float64, exact for whole numbers; in blocks, for memory."""
     flat, total = values.reshape(len(values), -1), 0.0
     for start in range(0, len(flat), BLOCK):
         block = slice(start, start + BLOCK)
-        total = total + counts[:, block].astype(float) @ flat[block].astype(float)
-    return total.reshape(len(counts), *values.shape[1:])
+        total = total + weights[:, block].astype(float) @ flat[block].astype(float)
+    return total.reshape(len(weights), *values.shape[1:])
 
 
-def _percent(counts: np.ndarray, hits: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """Share of the hits, N x ... bool, among the images `among`, N bool: R x ... in percent."""
-    of = _sums(counts, among).reshape(-1, *[1] * (hits.ndim - 1))
+def _percent(weights: np.ndarray, correct: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """Share of the correct, N x ... bool, among the images `among`, N bool: R x ... in percent."""
+    of = _sums(weights, among).reshape(-1, *[1] * (correct.ndim - 1))
     with np.errstate(invalid="ignore"):
-        return 100 * _sums(counts, hits) / of
+        return 100 * _sums(weights, correct) / of
 
 
 def _with_mean(accuracies: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -336,3 +307,77 @@ def selection_score(metrics: dict[str, Any]) -> tuple[str, float]:
     if metrics["max_box_acc_v2"] is not None:
         return "MaxBoxAccV2", metrics["max_box_acc_v2"]["mean"]
     return ("PxAP", metrics["pxap"]) if metrics["pxap"] is not None else ("Top-1 cls", metrics["top1_cls"])
+
+
+# ------------------------------------------------------------------------------------------------- intervals
+
+# The bootstrap over images: a resample draws N of the N images, with replacement. A metric that chooses its
+# threshold on the split chooses it anew in each resample; thresholds of val stay. The draws are seeded by the
+# split's digest, so that two evaluations of a split see the same resamples, and their differences are paired.
+RESAMPLES, NOMINAL = 1000, 0.95  # number of resamples, nominal coverage of an interval
+TAILS = (0.5 - NOMINAL / 2, 0.5 + NOMINAL / 2)
+
+
+def resamples(digest: str, n: int) -> np.ndarray:
+    """RESAMPLES x n uint8: how often each resample has each image. digest: hexadecimal, the seed."""
+    rng = np.random.default_rng(int(digest, 16))
+    draws = (np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(RESAMPLES))
+    return np.stack([counts.astype(np.uint8) for counts in draws])
+
+
+def interval(values: np.ndarray, metric: float, bias_corrected: bool = True) -> list[float] | None:
+    """[low, high]: the percentiles of a metric's values in the resamples, less twice their bias.
+
+    values: R, with NaN where it is not defined; None if all are. metric: on the split; the interval contains
+    it. The best accuracy over thresholds is biased upwards on the split, and again in each resample, by about
+    as much: mean(values) - metric. In a difference the two biases cancel in part: nothing is taken off.
+    docs/evaluation.md has the coverage.
+    """
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return None
+    bias = values.mean() - metric if bias_corrected else 0.0
+    low, high = np.quantile(values, TAILS) - 2 * bias
+    return [float(min(low, metric)), float(max(high, metric))]
+
+
+def _mean(seeds: Sequence[PerImage], weights: np.ndarray) -> dict[str, Any]:
+    """The metrics of `PerImage.metrics`, means over seeds."""
+    return tree_map(lambda *values: np.mean(values, axis=0), *(seed.metrics(weights)[0] for seed in seeds))
+
+
+def intervals(seeds: Sequence[PerImage], digest: str) -> dict[str, Any]:
+    """The interval of each metric, [low, high] in percent, by its key; of the mean where there are seeds."""
+    on_split = tree_map(lambda x: float(x[0]), _mean(seeds, seeds[0].uniform_weights()))
+    bounds = tree_map(interval, _mean(seeds, resamples(digest, len(seeds[0].boxed))), on_split)
+    return tree_map(lambda of: np.clip(of, 0, 100).tolist(), bounds)
+
+
+def band(seeds: Sequence[PerImage], digest: str) -> dict[str, np.ndarray]:
+    """Plain percentiles of the seeds' mean curve at each level by itself: {name: 2 x 255} in percent."""
+    weights = resamples(digest, len(seeds[0].boxed))
+    curves = np.mean([seed.curves(weights) for seed in seeds], axis=0)
+    return dict(zip(LEVEL_NAMES, np.nanquantile(curves, TAILS, axis=0).transpose(1, 0, 2)))
+
+
+def difference(
+    a: Sequence[PerImage], b: Sequence[PerImage], digest: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(B - A, its interval) of each metric that both have, in points; means over the seeds of a side.
+
+    Paired: A and B are measured in the same resamples.
+    """
+
+    def gap(weights: np.ndarray) -> dict[str, Any]:
+        return tree_map(np.subtract, _mean(b, weights), _mean(a, weights))
+
+    on_split = tree_map(lambda x: float(x[0]), gap(a[0].uniform_weights()))
+    in_resamples = gap(resamples(digest, len(a[0].boxed)))
+    bounds = tree_map(lambda values, of: interval(values, of, bias_corrected=False), in_resamples, on_split)
+    return tree_map(lambda x: None if np.isnan(x) else x, on_split), bounds
+
+
+def localized(seeds: Sequence[PerImage]) -> np.ndarray:
+    """N in [0, 1]: the share of the seeds with a correct box at IoU 50 (all contours, the best threshold)."""
+    levels = [seed.curves(seed.uniform_weights())[0, 1].argmax() for seed in seeds]
+    return np.mean([seed.correct[:, 1, level] for seed, level in zip(seeds, levels)], axis=0)

@@ -138,8 +138,8 @@ class Value:
 
 
 def flag(name: str) -> str:
-    """The flag of a value: --lambda-sim for lambda_sim."""
-    return f"--{name.replace('_', '-')}"
+    """The flag of a value: --lambda-sim for lambda_sim. torchrun takes --p for one of its own flags."""
+    return "--drop-p" if name == "p" else f"--{name.replace('_', '-')}"
 
 
 # -------------------------------------------------------------------------------------------------- files
@@ -374,6 +374,12 @@ def all_gather(part: T) -> list[T]:
     return parts
 
 
+def barrier() -> None:
+    """Waits for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def first_process_first(work: Callable[[], R]) -> R:
     """work() in the first process, then in the others, which find the files it has written.
 
@@ -410,11 +416,12 @@ def imap(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterat
     # Forked workers share this process's memory and start at once; they use neither torch nor a GPU.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     under_way: deque[tuple[T, Any]] = deque()
-    context, start = multiprocessing.get_context(method), (_end_with, (os.getpid(),))
+    # The function goes to a worker once: with its data (the lists of a split) it may be large.
+    context, start = multiprocessing.get_context(method), (_start_worker, (os.getpid(), function))
     with ProcessPoolExecutor(workers, context, *start) as pool:
         try:
             for item in items:
-                under_way.append((item, pool.submit(function, item)))
+                under_way.append((item, pool.submit(_work, item)))
                 if len(under_way) >= 4 * workers:
                     item, future = under_way.popleft()
                     yield item, future.result()
@@ -427,8 +434,17 @@ def imap(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterat
             pool.shutdown(cancel_futures=True)
 
 
-def _end_with(parent: int) -> None:
+_function: Callable[[Any], Any]  # of this worker process
+
+
+def _work(item: Any) -> Any:
+    return _function(item)
+
+
+def _start_worker(parent: int, function: Callable[[Any], Any]) -> None:
     """Starts a worker: it leaves Ctrl-C to the main process, and ends soon after that was killed."""
+    global _function
+    _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
