@@ -146,6 +146,11 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
     if before["val"]["boxes"] != now["val"]["boxes"]:
         print_rank0("the boxes of val have changed: the best epoch is selected among the next ones")
         run.best = run.val = None
+    best = run.out / "best.pt"
+    if before["values"] != now["values"] and best.exists() and rank() == 0:  # with more epochs, another run
+        values = {key: run.identity[key] for key in ("config", "sources")}
+        values["fingerprint"] = before | {"values": now["values"]}
+        utils.save_checkpoint(best, evaluation.load_checkpoint(best) | values)
     lines = (run.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     run.log = [entry for entry in map(json.loads, lines) if entry["epoch"] <= run.epoch]
     print_rank0(f"resumed after epoch {run.epoch}")

@@ -362,7 +362,8 @@ def write_config(
         "git_commit": commit,
     }
     values = {name: {"value": value, "source": sources[name]} for name, value in sorted(vars(config).items())}
-    write_json(path, {"config": values, "data": record, "environment": environment})
+    identity = {"fingerprint": record.pop("fingerprint"), "config": values}
+    write_json(path, identity | {"data": record, "environment": environment})
 
 
 def read_config(run: Path) -> dict[str, Any]:

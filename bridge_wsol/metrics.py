@@ -62,10 +62,14 @@ def measure(
         ious = np.zeros((2, LEVELS))
         np.maximum.at(ious[0], found.levels, iou_matrix(found.boxes, boxes).max(1))
         ious[1] = iou_matrix(found.largest, boxes).max(1)
-        correct = np.stack([*(ious[0] >= delta / 100 for delta in DELTAS), ious[1] >= 0.5])
         level = None if threshold is None else fixed_level(score_map, threshold)
-        result = ImageResult(correct, ious, found.largest, fixed_level=level)
+        result = ImageResult(correct_boxes(ious), ious, found.largest, fixed_level=level)
     return result if masks is None else result._replace(pixels=pixel_histogram(score_map, *masks))
+
+
+def correct_boxes(ious: np.ndarray) -> np.ndarray:
+    """`ImageResult.correct` of `ImageResult.ious`: an IoU of exactly delta counts."""
+    return np.stack([*(ious[0] >= delta / 100 for delta in DELTAS), ious[1] >= 0.5])
 
 
 def label_ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -13,17 +13,16 @@ import tracemalloc
 
 import numpy as np
 
-from bridge_wsol.bootstrap import RESAMPLES, intervals, resamples
-from bridge_wsol.metrics import EDGES, LEVEL_NAMES, Hits
+from bridge_wsol.metrics import EDGES, LEVEL_NAMES, RESAMPLES, PerImage, intervals, resamples
 
 
-def taken(hits: Hits, images: np.ndarray) -> Hits:
+def taken(hits: PerImage, images: np.ndarray) -> PerImage:
     """The images with these indices, which may repeat."""
     arrays = {name: value for name, value in vars(hits).items() if isinstance(value, np.ndarray)}
-    return Hits(**{**vars(hits), **{name: value[images] for name, value in arrays.items()}})
+    return PerImage(**{**vars(hits), **{name: value[images] for name, value in arrays.items()}})
 
 
-def bench(what: str, hits: Hits, loops: int) -> None:
+def bench(what: str, hits: PerImage, loops: int) -> None:
     """Prints a line."""
     n, start = len(hits.boxed), time.perf_counter()
     intervals([hits], "1")
@@ -47,6 +46,6 @@ if __name__ == "__main__":
         right, every = rng.integers(0, 2, (n, 4, 255), dtype=np.uint8).astype(bool), np.ones(n, dtype=bool)
         ranks, fixed = rng.integers(0, 9, n), rng.random(n) < 0.5
         levels = dict.fromkeys(LEVEL_NAMES, 99)
-        bench(what, Hits(every, ~every, right, ranks, None, fixed, 0.2, levels), args.loops)
+        bench(what, PerImage(every, ~every, right, ranks, None, fixed, 0.2, levels), args.loops)
     every, pixels = np.ones(5000, dtype=bool), rng.integers(0, 50, (5000, 2, len(EDGES) - 1), dtype=np.int32)
-    bench("OpenImages", Hits(~every, every, pixels=pixels), args.loops)
+    bench("OpenImages", PerImage(~every, every, pixels=pixels), args.loops)

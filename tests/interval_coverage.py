@@ -15,9 +15,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from bridge_wsol.bootstrap import TAILS, interval, resamples
 from bridge_wsol.boxes import LEVELS
-from bridge_wsol.metrics import Hits, tree_map
+from bridge_wsol.metrics import TAILS, PerImage, interval, resamples, tree_map
 
 
 def population(width: float, spread: float, n: int = 200_000) -> np.ndarray:
@@ -31,11 +30,11 @@ def population(width: float, spread: float, n: int = 200_000) -> np.ndarray:
     return np.where(half[..., None] > 0, ranges, [LEVELS, -1])
 
 
-def hits_of(ranges: np.ndarray, levels: dict[str, int] | None = None) -> Hits:
+def hits_of(ranges: np.ndarray, levels: dict[str, int] | None = None) -> PerImage:
     """The images with these ranges. levels: fixed ones, in the place of val's."""
     at, n = np.arange(LEVELS), len(ranges)
     right = (ranges[..., :1] <= at) & (at <= ranges[..., 1:])
-    return Hits(np.ones(n, dtype=bool), np.zeros(n, dtype=bool), right, val_levels=levels)
+    return PerImage(np.ones(n, dtype=bool), np.zeros(n, dtype=bool), right, val_levels=levels)
 
 
 def chosen(metrics: dict) -> dict:
@@ -68,7 +67,7 @@ def study(n: int, draws: int, kind: str, spreads: tuple[float, float]) -> None:
         images, counts, sides = rng.integers(len(known[0][0]), size=n), resamples(f"{draw:x}", n), []
         for ranges, levels, truth in known:
             hits = hits_of(ranges[images], levels)
-            sides.append((truth, *(chosen(hits.sample(x)[0]) for x in (hits.once(), counts))))
+            sides.append((truth, *(chosen(hits.sample(x)[0]) for x in (hits.uniform_weights(), counts))))
         gaps = [tree_map(lambda a, b: b - a, a, b) for a, b in zip(*sides)]
         for what, (truth, whole, values) in (("", sides[0]), ("difference in ", gaps)):
             for name, x in values.items():

@@ -2,9 +2,10 @@
 
 import pytest
 
+import bridge_wsol.reproduce.baselines  # noqa: F401  registers the compared systems
 from bridge_wsol import config
 from bridge_wsol.methods import CAM, METHODS, Bridge
-from bridge_wsol.utils import InputError, Value
+from bridge_wsol.utils import InputError, Value, flag
 
 LOSSES = ("lambda_sim", "lambda_norm", "lambda_drop", "tau_fg", "tau_bg", "gamma", "p", "norm_class")
 RATES = ("lr", "lr_new", "momentum", "weight_decay", "nesterov")
@@ -13,7 +14,7 @@ SIZES = ("stride", "width", "resize_size", "image_size")
 
 
 def resolve(flags="", checkpoint=None):
-    return config.resolve_config(config.parse_args(flags.split(), ""), checkpoint)
+    return config.resolve_config(config.parse_args(flags.split(), "").given, checkpoint)
 
 
 # Typed from appendix B and C.5, the released configuration and the authors' answers; below them, our choices.
@@ -135,7 +136,7 @@ def test_bad_values_name_their_flag(flags):
 
 @pytest.mark.parametrize("name", [*LOSSES, "has_p"])
 def test_a_value_that_the_method_does_not_have_is_refused(name):
-    flags = f"--{name.replace('_', '-')} {'max' if name == 'norm_class' else 0.5}"
+    flags = f"{flag(name)} {'max' if name == 'norm_class' else 0.5}"
     with pytest.raises(InputError, match=f"{flags.split()[0]}: not a value of --method cam: remove it"):
         resolve(f"--method cam {flags}")
     found, sources = resolve(f"--method {'has' if name == 'has_p' else 'bridge'} {flags}")
@@ -160,7 +161,7 @@ def test_a_run_to_resume_keeps_its_values_except_those_that_may_change():
     assert resolve("", run) == (then, sources) == resolve("--lr 0.5 --dataset CUB", run)
     free = "--epochs 12 --val-every 2 --workers 3 --device cpu --amp off --pictures 4 --data-root d --lists l"
     assert set(free.split()[1::2]) <= {str(value) for value in vars(resolve(free, run)[0]).values()}
-    for flags in ("--lr 0.4", "--seed 1", "--method cam", "--dataset CUB10", "--warm-epochs 1", "--p 0.1"):
+    for flags in ("--lr 0.4", "--seed 1", "--method cam", "--dataset CUB10", "--warm-epochs 1", "--drop-p 1"):
         with pytest.raises(InputError, match=f"{flags}: the run to resume has"):
             resolve(flags, run)
     with pytest.raises(InputError, match="--epochs 2: the run has 3 epochs: pass at least 3"):

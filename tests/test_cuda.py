@@ -106,7 +106,7 @@ def test_bf16_is_finite_on_zero_vectors_and_constant_maps(norm_class):
 def test_a_run_learns_what_the_cpu_learns_and_evaluates_to_the_same(tiny, tmp_path):
     folders = {device: tmp_path / device.type for device in (CPU, DEVICE)}
     for device, folder in folders.items():
-        run("train", f"{tiny} --p 0 --device {device} --out {folder}")
+        run("train", f"{tiny} --drop-p 0 --device {device} --out {folder}")
     for a, b in zip(*map(log, folders.values()), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-2)
 

@@ -1,86 +1,49 @@
-"""A trained run and the evaluator from Python."""
+"""The evaluation from Python, files per image, and which thresholds val gives."""
+
+import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, results, run
-from PIL import Image
 
+from bridge_wsol.data import Split, load_score_maps
 from bridge_wsol.datasets import load_split
-from bridge_wsol.evaluation import FALLBACK_THRESHOLD, Found, Localizer, evaluate_score_maps
+from bridge_wsol.evaluation import TrainedRun, evaluate_score_maps, load_per_image, save_per_image
+from bridge_wsol.metrics import PerImage, intervals
 from bridge_wsol.utils import InputError
 
+VAL = {"30": 40, "50": 90, "70": 120, "largest": 60}
 
-@pytest.fixture
-def photos(tmp_path):
-    rng = np.random.default_rng(0)
-    for name, shape in (("a.png", (40, 70, 3)), ("b.png", (90, 30, 3))):
-        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / name)
-    return [tmp_path / "a.png", tmp_path / "b.png"]
+
+def write(path, per_image, split, **head):
+    """A results file and its file per image."""
+    head = {"dataset": "D", "arch": "vgg16", "method": "cam", "split": "test", **head}
+    found = per_image.result() | {"intervals": intervals([per_image], split.digest())}
+    path.write_text(json.dumps(head | found))
+    save_per_image(path.with_suffix(".npz"), per_image, split)
+
+
+def split_of(n, boxes=None, sizes=(32, 32)):
+    boxes = {i: np.array([[0, 0, 9, 9]]) for i in range(n)} if boxes is None else boxes
+    labels = np.zeros(n, dtype=np.int64)
+    return Split("D", Path(), [f"{i}.jpg" for i in range(n)], labels, np.array([sizes] * n), boxes)
+
+
+def correct_at(*rows, boxed=None):
+    """Images with a correct box at level 10 where the row says so, for all IoUs; not of the largest."""
+    found = np.array(rows, dtype=bool)
+    correct = np.zeros((len(found), 4, 255), dtype=bool)
+    correct[:, :3, 10] = found[:, None]
+    boxed = np.ones(len(found), dtype=bool) if boxed is None else np.array(boxed, dtype=bool)
+    return PerImage(boxed, ~boxed & False, correct)
 
 
 @pytest.fixture
 def split(trained, tmp_path):
     return load_split("tiny", "test", tmp_path / "data", tmp_path / "lists")
-
-
-def test_localizer_finds_what_the_command_line_finds(trained, photos):
-    _, folder = trained
-    run("evaluate", f"{folder} --device cpu --images {photos[0]} {photos[1]}")
-    entries = results(folder / "images", "boxes.json")
-    localizer = Localizer(str(folder), device="cpu")
-    of_paths = localizer([str(photos[0]), photos[1]])
-    for entry, found in zip(entries, of_paths, strict=True):
-        assert found.box == entry["box"] and found.top5 == entry["top5"]
-        assert found.score_map.shape == (64, 64) and found.score_map.dtype == np.float32
-        assert found.score_map.min() == 0 and found.score_map.max() == 1
-        assert sum(of["probability"] for of in found.top5) == pytest.approx(1)  # three classes
-    alone, of_image = localizer(photos[0]), localizer(Image.open(photos[0]))
-    assert isinstance(alone, Found) and alone.box == of_image.box == of_paths[0].box
-    np.testing.assert_array_equal(alone.score_map, of_image.score_map)
-
-
-def test_an_image_object_is_turned_as_its_orientation_says(trained, photos, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees, clockwise
-    Image.open(photos[0]).save(tmp_path / "turned.png", exif=exif)
-    Image.open(photos[0]).transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
-    localizer = Localizer(trained[1], device="cpu")
-    names = [tmp_path / "turned.png", Image.open(tmp_path / "turned.png"), tmp_path / "upright.png"]
-    of_path, of_image, upright = localizer(names)
-    assert of_path.box == of_image.box == upright.box
-    np.testing.assert_array_equal(of_path.score_map, of_image.score_map)
-    np.testing.assert_array_equal(of_path.score_map, upright.score_map)
-    assert not np.array_equal(of_path.score_map, localizer(photos[0]).score_map)
-
-
-def test_sixteen_bits_as_a_path_and_as_an_object(trained, tmp_path):
-    values = np.random.default_rng(0).integers(0, 2**16, (60, 40)).astype(np.uint16)
-    Image.fromarray(values).save(tmp_path / "deep.png")
-    images = [tmp_path / "deep.png", Image.open(tmp_path / "deep.png")]
-    of_path, of_image = Localizer(trained[1], device="cpu")(images)
-    np.testing.assert_array_equal(of_path.score_map, of_image.score_map)
-
-
-def test_thresholds_of_a_localizer(trained, photos, tmp_path):
-    _, folder = trained
-    checkpoint = torch.load(folder / "best.pt", weights_only=True)
-    checkpoint["val"]["levels"]["largest"] = 153
-    torch.save(checkpoint, folder / "best.pt")
-    chosen = Localizer(folder, device="cpu")
-    assert chosen.threshold == 153 / 255 == 0.6 and not chosen.note
-    score_map = chosen(photos[0]).score_map
-    # The mask of level 153 is v > 153, as that of every threshold in [153, 154) / 255.
-    boxes = {t: Localizer(folder, device="cpu", threshold=t)(photos[0]).box for t in (0.3, 0.601, 0.603, 0.9)}
-    assert boxes[0.601] == boxes[0.603] == chosen(photos[0]).box and len({*map(str, boxes.values())}) == 3
-    x0, y0, x1, y1 = (boxes[0.9][i] * 64 // (70, 40)[i % 2] for i in range(4))
-    assert score_map[y0 : y1 + 1, x0 : x1 + 1].max() == 1  # the top of the map is inside
-    elsewhere = Localizer(folder, device="cpu", normalize="ivr", data_root=tmp_path / "nowhere")
-    assert elsewhere.threshold == FALLBACK_THRESHOLD == 0.2 and "nowhere" in elsewhere.note
-    given = Localizer(folder, device="cpu", normalize="ivr", threshold=0.2)
-    assert elsewhere(photos[0]).box == given(photos[0]).box and not given.note
-    with pytest.raises(InputError, match="nowhere"):
-        Localizer(tmp_path / "nowhere")
 
 
 def test_pairs_from_python_are_evaluated_as_files_are(trained, split, tmp_path):
@@ -122,9 +85,7 @@ def test_pairs_that_do_not_fit_the_split(split):
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.0, float("nan")])
-def test_a_threshold_out_of_range(trained, split, threshold):
-    with pytest.raises(InputError, match="threshold"):
-        Localizer(trained[1], device="cpu", threshold=threshold)
+def test_a_threshold_out_of_range(split, threshold):
     with pytest.raises(InputError, match="threshold"):
         evaluate_score_maps([(image, np.zeros((8, 8))) for image in split.ids], split, threshold=threshold)
 
@@ -141,3 +102,95 @@ def test_the_published_lists_are_enough_from_any_folder():
         maps.append((image, np.zeros((224, 224))))
         maps[i][1][y0:y1, x0:x1] = 1  # the box of a component ends one pixel after it
     assert evaluate_score_maps(maps, few)["metrics"]["max_box_acc_v2"]["mean"] == 100
+
+
+def test_score_maps_of_any_float_type_and_blank_ones(tiny, tmp_path, capsys):
+    split = load_split("tiny", "test", tmp_path / "data", tmp_path / "lists")
+    rng = np.random.default_rng(0)
+    maps = {image: rng.integers(0, 129, (16, 16)) / 128 for image in split.ids}  # exact in half precision
+    expected = evaluate_score_maps(maps.items(), split)
+    for kind in (torch.float16, torch.bfloat16, torch.float64):
+        tensors = ((image, torch.tensor(value).to(kind)) for image, value in maps.items())
+        assert evaluate_score_maps(tensors, split) == expected
+    assert "have no box" not in capsys.readouterr().out
+    blank = {image: np.zeros((4, 4)) if i < 2 else maps[image] for i, image in enumerate(split.ids)}
+    assert evaluate_score_maps(blank.items(), split)["images"] == 9
+    assert "2 of 9 maps" in capsys.readouterr().out
+    torch.save(torch.zeros(4, 4), tmp_path / "a.npy")
+    with pytest.raises(InputError, match="a.npy: a score map must be one 2-D array"):
+        list(load_score_maps(tmp_path, Split("test", tmp_path, ["a.jpg"], np.zeros(1, dtype=int))))
+
+
+@pytest.mark.parametrize("dataset, split, limit", [("CUB", "test", 1e6), ("ILSVRC", "test", 8e6)])
+def test_a_file_per_image_is_small_and_read_as_it_was_written(dataset, split, limit, tmp_path):
+    split = load_split(dataset, split, lists_dir=REPOSITORY / "data_splits")
+    n, rng = len(split), np.random.default_rng(0)
+    # Random bits: what compresses worst.
+    correct = np.unpackbits(rng.integers(0, 256, (n, 4, 32), dtype=np.uint8), axis=-1, count=255).astype(bool)
+    fixed, every = rng.random(n) < 0.5, np.ones(n, dtype=bool)
+    per_image = PerImage(every, ~every, correct, rng.integers(0, 200, n), None, fixed, 0.25, VAL)
+    assert (
+        list(per_image.result()["curves"].values()) == (100 * correct.sum(0) / n).tolist()
+    )  # in several blocks
+    save_per_image(tmp_path / "results.npz", per_image, split)
+    assert (tmp_path / "results.npz").stat().st_size < limit
+    stored = load_per_image(tmp_path / "results.json", per_image.result()["metrics"])
+    assert stored.ids == split.ids and stored.digest == split.digest()
+    for name in ("boxed", "masked", "correct", "ranks", "fixed"):
+        np.testing.assert_array_equal(getattr(stored.per_image, name), getattr(per_image, name))
+    assert stored.per_image.pixels is None and (stored.per_image.threshold, stored.per_image.val_levels) == (
+        0.25,
+        VAL,
+    )
+
+
+def test_files_per_image_belong_to_the_results_whose_metrics_they_give(tmp_path):
+    per_image = correct_at(1, 0, 1)
+    write(tmp_path / "a.json", per_image, split_of(3))
+    metrics = per_image.result()["metrics"]
+    near, other = (metrics | {"max_box_acc": metrics["max_box_acc"] + x} for x in (1e-12, 1e-3))
+    assert load_per_image(tmp_path / "a.json", near).ids == ["0.jpg", "1.jpg", "2.jpg"]
+    with pytest.raises(InputError, match="not of the evaluation"):
+        load_per_image(tmp_path / "a.json", other)
+
+
+def test_without_intervals(trained, tmp_path, capsys):
+    run("evaluate", f"{trained[1]} --device cpu --no-intervals --out {tmp_path}/r.json")
+    without, given = results(tmp_path, "r.json"), results(trained[1])
+    assert "intervals" not in without and "95 %" not in capsys.readouterr().out
+    assert without["metrics"] == given["metrics"]
+    assert given["intervals"]["max_box_acc_v2"].keys() == given["metrics"]["max_box_acc_v2"].keys()
+
+
+def test_whose_thresholds_of_val_hold(trained, tmp_path):
+    """The training's, for its own maps; chosen anew for other maps and for other boxes of val."""
+    folder, lists = trained[1], tmp_path / "lists" / "tiny" / "val"
+    where = {"device": "cpu", "data_root": tmp_path / "data", "lists": tmp_path / "lists"}
+    run("evaluate", f"{folder} --device cpu --split val --data-root {tmp_path}/data --lists {tmp_path}/lists")
+    of_val = results(folder, "results_best_val.json")
+    opened = TrainedRun(folder, **where)
+    assert opened.choose().levels == of_val["levels"] and not opened.choose().reason
+    assert of_val["metrics"]["max_box_acc_v2_at_val_threshold"] is None  # it would be the line above
+    run("evaluate", f"{folder} --device cpu --split val --normalize max --out {tmp_path}/max.json")
+    assert opened.choose("max").levels == results(tmp_path, "max.json")["levels"]
+    chosen = opened.choose("ivr", "val")
+    assert chosen.head()["percentile"]["scores"][chosen.percentile] == max(chosen.scores.values())
+
+    text = (lists / "localization.txt").read_text()
+    other = re.sub(r"(val/0[0-3].png),\d+,\d+,\d+,\d+", r"\1,30,30,35,35", text)
+    (lists / "localization.txt").write_text(other)
+    run("evaluate", f"{folder} --device cpu --split val --data-root {tmp_path}/data --lists {tmp_path}/lists")
+    anew, chosen = results(folder, "results_best_val.json"), TrainedRun(folder, **where).choose()
+    assert anew["levels"] != of_val["levels"] and chosen.levels == anew["levels"]
+    assert "boxes of val have changed" in chosen.reason
+    (lists / "localization.txt").write_text("")
+    chosen = TrainedRun(folder, **where).choose()
+    assert chosen.levels is None and "no boxes" in chosen.reason
+    # Other images: of those the thresholds of the training were not chosen, and none are for other maps.
+    (lists / "localization.txt").write_text(text)
+    for name in ("image_ids", "class_labels", "image_sizes", "localization"):
+        lines = (lists / f"{name}.txt").read_text().splitlines(keepends=True)
+        (lists / f"{name}.txt").write_text("".join(line for line in lines if "val/05" not in line))
+    fewer = TrainedRun(folder, **where)
+    assert fewer.choose().levels == of_val["levels"]
+    assert fewer.choose("max").levels is None and "list of val" in fewer.choose("max").reason

@@ -145,7 +145,7 @@ def test_a_run_of_another_configuration_is_refused(compared, fails, capsys):
     experiments(flags)  # what can change on --resume may differ where it is not asked for
     fails("experiments", f"{flags} --val-every 2", "val_every 3 instead of 2", "--runs")
     fails("experiments", f"{flags} --lr 0.1", "lr 0.004 instead of 0.1")
-    fails("experiments", f"{flags} --p 0.25", "p 0.5 instead of 0.25")
+    fails("experiments", f"{flags} --drop-p 0.25", "p 0.5 instead of 0.25")
     fails("experiments", f"{flags} --val-per-class 1", "val_per_class 0 instead of 1")
     fails("experiments", f"{flags} --epochs 1 --warm-epochs 1", "epochs 2 instead of 1")
     assert ".py" not in capsys.readouterr().out
@@ -230,7 +230,7 @@ def test_sweep_flags_that_make_no_sense(tiny, fails, tmp_path):
     refused("--param learning_rate --values 1", "--param learning_rate", "lambda_norm")
     refused("--param arch --values 1", "--param arch")
     refused("--param lambda_sim --values 1 --method cam", "--param lambda_sim", "tiny vgg16 cam")
-    refused("--param p --values 0.5 1.5", "--p 1.5", "[0, 1]")
+    refused("--param p --values 0.5 1.5", "--drop-p 1.5", "[0, 1]")
     refused("--param p --values 1 --resume", "--resume", "--runs")
     refused("--param p --values 1 --frobnicate 3", "--frobnicate")
     assert not (tmp_path / "runs").exists()

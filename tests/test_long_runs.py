@@ -49,7 +49,7 @@ def close_runs(one, two):
 
 # 18 images in batches of 17 and 1, then 4 ... 4 and 2: shares of different sizes, and one without images.
 # Every process has its own dropout.
-SPLIT = "--p 0 --warm-batch-size 17 --batch-size 4"
+SPLIT = "--drop-p 0 --warm-batch-size 17 --batch-size 4"
 
 
 def test_two_processes_are_one_with_the_same_batches(trained, tmp_path):
@@ -118,7 +118,7 @@ with one_line_errors():
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_job_which_then_goes_on(trained, tmp_path):
     """In step 2 of 3 of the second epoch."""
-    flags, script = f"{trained[0]} --p 0", tmp_path / "dies.py"
+    flags, script = f"{trained[0]} --drop-p 0", tmp_path / "dies.py"
     script.write_text(DIES)
     assert torchrun(f"{flags} --out {tmp_path}/whole").returncode == 0
     assert torchrun(f"{REPOSITORY} {flags} --out {tmp_path}/dies", script).returncode != 0

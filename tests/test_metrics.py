@@ -2,20 +2,29 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binom, norm
 
+from bridge_wsol import metrics as module
 from bridge_wsol.boxes import scale_boxes
 from bridge_wsol.metrics import (
-    Evaluator,
-    Measured,
+    ImageResult,
+    PerImage,
     average_precision,
+    band,
+    correct_boxes,
+    difference,
     flatness,
+    interval,
+    intervals,
     label_ranks,
     measure,
     peak_iou,
     pixel_histogram,
     precision_at_recall,
+    resamples,
     selection_score,
 )
+from bridge_wsol.reproduce.experiments import METRICS, flat
 from bridge_wsol.utils import InputError
 
 
@@ -24,25 +33,21 @@ def image(contours=(), largest=(), fixed_level=None):
     ious = np.zeros((2, 255))
     for row, at in zip(ious, (dict(contours), dict(largest))):
         row[list(at)] = list(at.values())
-    return Measured(ious, np.zeros((255, 4), dtype=np.int64), fixed_level)
+    return ImageResult(correct_boxes(ious), ious, fixed_level=fixed_level)
 
 
-def evaluator(images, ranks=None):
-    found = Evaluator()
-    for index, one in enumerate(images):
-        found.add(index, one, None if ranks is None else ranks[index])
-    return found
+def stack(images, ranks=None, **options):
+    ranks = [None] * len(images) if ranks is None else ranks
+    return PerImage.stack([one._replace(rank=rank) for one, rank in zip(images, ranks)], **options)
 
 
 def metrics(images, ranks=None, **options):
-    return evaluator(images, ranks).hits(**options).result()["metrics"]
+    return stack(images, ranks, **options).result()["metrics"]
 
 
 def test_the_threshold_is_chosen_for_the_set_not_for_each_image():
     # Each image has a level at which its box is right. At every level, at most two of the three are right.
-    result = (
-        evaluator([image({10: 0.9}), image({10: 0.6, 20: 0.9}), image({20: 0.4, 30: 0.9})]).hits().result()
-    )
+    result = stack([image({10: 0.9}), image({10: 0.6, 20: 0.9}), image({20: 0.4, 30: 0.9})]).result()
     third = pytest.approx(100 / 3)
     two = pytest.approx(200 / 3)
     expected = {"30": two, "50": two, "70": third, "mean": pytest.approx(500 / 9)}
@@ -70,7 +75,7 @@ def test_an_iou_of_exactly_delta_counts_and_the_next_smaller_number_does_not():
 
 def test_the_two_box_rules_are_separate():
     # The first image has no right box among the largest contours, at any level.
-    result = evaluator([image({10: 0.8}), image({10: 0.8}, {40: 0.55})], ranks=[0, 0]).hits().result()
+    result = stack([image({10: 0.8}), image({10: 0.8}, {40: 0.55})], ranks=[0, 0]).result()
     found = result["metrics"]
     assert found["max_box_acc_v2"] == {"30": 100, "50": 100, "70": 100, "mean": 100}
     assert found["gt_known_loc"] == found["top1_loc"] == found["top5_loc"] == 100
@@ -107,46 +112,23 @@ def test_thresholds_of_val_are_applied_unchanged_each_to_its_iou():
         ({"30": 40, "50": 30, "70": 20, "largest": 10}, {"30": 25, "50": 50, "70": 0, "mean": 25}),
     ):
         assert metrics(images, val_levels=levels)["max_box_acc_v2_at_val_threshold"] == expected
-    best = evaluator(images).hits().result()
+    best = stack(images).result()
     assert best["levels"] == {"30": 10, "50": 20, "70": 30, "largest": 0}
     assert best["metrics"]["max_box_acc_v2"] == {"30": 100, "50": 75, "70": 50, "mean": 75}
 
 
 def test_classes_count_for_all_images_and_boxes_for_those_that_have_them():
-    found = evaluator([image({10: 0.6}), Measured(), image(), Measured()], ranks=[0, 0, 0, 9]).hits().result()
+    found = stack([image({10: 0.6}), ImageResult(), image(), ImageResult()], ranks=[0, 0, 0, 9]).result()
     assert (found["images"], found["images_with_boxes"]) == (4, 2) and "images_with_masks" not in found
     assert found["metrics"]["gt_known_loc"] == found["metrics"]["top1_loc"] == 50
     assert found["metrics"]["top1_cls"] == 75 and found["metrics"]["pxap"] is None
-    without_boxes = evaluator([Measured(), Measured()], ranks=[0, 5]).hits().result()
+    without_boxes = stack([ImageResult(), ImageResult()], ranks=[0, 5]).result()
     assert without_boxes["levels"] is None is without_boxes["metrics"]["max_box_acc_v2"]
     assert selection_score(without_boxes["metrics"]) == ("Top-1 cls", 50)
     assert selection_score(found["metrics"]) == ("MaxBoxAccV2", pytest.approx(100 / 3))  # 50, 50, 0
-    for images, ranks in (([Measured()], None), ([], None), ([image(), image()], [0, None])):
+    for images, ranks in (([ImageResult()], None), ([], None), ([image(), image()], [0, None])):
         with pytest.raises(InputError):
             metrics(images, ranks)
-
-
-def test_merging_in_any_order_gives_the_same_result_and_no_image_counts_twice():
-    rng = np.random.default_rng(0)
-    whole, parts = Evaluator(), [Evaluator() for _ in range(3)]
-    for i in range(11):
-        score_map, ignore = rng.random((9, 8)), np.zeros((9, 8), dtype=bool)
-        box = rng.integers(0, 4, 4) + [0, 0, 4, 4]
-        masks = (rng.random((9, 8)) < 0.3, ignore) if i % 4 else None
-        found = measure(score_map, box[None], masks, threshold=0.4)
-        for into in (whole, parts[i % 3]):
-            into.add(
-                i, found, rank=int(rng.integers(0, 8)) if into is whole else whole.images[i].rank, predicted=i
-            )
-    parts[2].merge(parts[0])
-    parts[2].merge(parts[1])
-    val_levels = {"30": 10, "50": 90, "70": 120, "largest": 40}
-    result = whole.hits(val_levels, 0.4).result()
-    assert parts[2].hits(val_levels, 0.4).result() == result
-    assert [parts[2].images[i].predicted for i in range(11)] == [*range(11)]
-    assert result["images_with_masks"] == 8 and 0 < result["metrics"]["pxap"] < 100
-    with pytest.raises(ValueError, match="image 0 was added before"):
-        parts[2].merge(parts[0])
 
 
 def test_a_worked_map():
@@ -185,7 +167,7 @@ def test_ranks_by_hand():
 def test_nan_logits_rank_after_all_classes(classes, top_5):
     """With fewer than 5 classes, the Top-5 predictions are all classes, for an image with NaN logits, too."""
     rank = label_ranks(np.array([[np.nan] + [0.0] * (classes - 1)]), np.array([1]))
-    found = metrics([Measured()], rank)
+    found = metrics([ImageResult()], rank)
     assert rank == classes and found["top1_cls"] == 0 and found["top5_cls"] == top_5
 
 
@@ -207,23 +189,23 @@ def by_definition(scores, positive):
 
 def test_pxap_equals_average_precision_over_all_pixels():
     rng = np.random.default_rng(0)
-    found, scores, positive = Evaluator(), [], []
-    for i in range(6):
+    found, scores, positive = [], [], []
+    for _ in range(6):
         mask, ignore = rng.random((12, 9)) < 0.3, rng.random((12, 9)) < 0.2
         # One score per bin, not at an edge: the histogram does not order the pixels within a bin.
         score_map = (rng.integers(0, 1000, (12, 9)) + 0.5) / 1000
         score_map[0, 0] = 1.0
-        found.add(i, measure(score_map, masks=(mask, ignore)))
+        found.append(measure(score_map, masks=(mask, ignore)))
         counted = mask | ~ignore
         scores.append(score_map[counted])
         positive.append(mask[counted])
     scores, positive = np.concatenate(scores), np.concatenate(positive)
-    for recall, precision in found.hits().result()["precision_at_recall"].items():
+    for recall, precision in stack(found).result()["precision_at_recall"].items():
         reaches = [t for t in scores if (scores[positive] >= t).mean() >= float(recall) / 100]
         assert precision == pytest.approx(100 * positive[scores >= max(reaches)].mean())
     expected = by_definition(scores, positive)
-    assert found.hits().result()["metrics"]["pxap"] == pytest.approx(expected, abs=1e-9)
-    assert selection_score(found.hits().result()["metrics"]) == ("PxAP", pytest.approx(expected, abs=1e-9))
+    assert stack(found).result()["metrics"]["pxap"] == pytest.approx(expected, abs=1e-9)
+    assert selection_score(stack(found).result()["metrics"]) == ("PxAP", pytest.approx(expected, abs=1e-9))
 
 
 def test_pxap_by_hand():
@@ -241,16 +223,16 @@ def test_pxap_by_hand():
 
 def test_peak_iou_by_its_definition():
     """The best IoU of the masks score >= t with the true mask, all images pooled, ignored pixels left out."""
-    rng, found, kept, positive = np.random.default_rng(0), Evaluator(), [], []
-    for i in range(4):
+    rng, found, kept, positive = np.random.default_rng(0), [], [], []
+    for _ in range(4):
         mask, ignore = rng.random((9, 7)) < 0.3, rng.random((9, 7)) < 0.2
         score_map = ((rng.integers(0, 1000, (9, 7)) + 0.5) / 1000 + mask) / 2  # better than chance
-        found.add(i, measure(score_map, masks=(mask, ignore)))
+        found.append(measure(score_map, masks=(mask, ignore)))
         kept.append(score_map[mask | ~ignore])
         positive.append(mask[mask | ~ignore])
     scores, truth = np.concatenate(kept), np.concatenate(positive)
     ious = [(truth & (scores >= t)).sum() / (truth | (scores >= t)).sum() for t in np.arange(0, 1, 0.001)]
-    assert found.hits().result()["metrics"]["piou"] == pytest.approx(100 * max(ious), abs=1e-9)
+    assert stack(found).result()["metrics"]["piou"] == pytest.approx(100 * max(ious), abs=1e-9)
     # 0.9 object, 0.8 other, 0.7 object, 0.1 other: 1/2, 1/3, 2/3, 2/4.
     mask = np.array([[True, False, True, False]])
     histogram = pixel_histogram(np.array([[0.9, 0.8, 0.7, 0.1]]), mask, ~mask & False)
@@ -258,12 +240,9 @@ def test_peak_iou_by_its_definition():
 
 
 def test_what_was_not_measured_is_none_under_its_own_key():
-    nothing = Evaluator()
-    with pytest.raises(InputError, match="nothing to measure"):
-        nothing.hits()
     mask = np.array([[True, False]])
     masked = measure(np.array([[1.0, 0.0]]), masks=(mask, ~mask & False))
-    found = evaluator([masked, Measured()]).hits().result()
+    found = stack([masked, ImageResult()]).result()
     boxes = "max_box_acc_v2 max_box_acc gt_known_loc gt_known_loc_largest max_box_acc_v2_at_val_threshold"
     logits = "top1_loc top5_loc top1_cls top5_cls"
     assert found == {
@@ -273,5 +252,159 @@ def test_what_was_not_measured_is_none_under_its_own_key():
         **dict.fromkeys(("levels", "thresholds", "curves")),
         "precision_at_recall": {str(recall): 100 for recall in range(10, 100, 10)},
     }
-    assert "images_with_boxes" not in evaluator([image({3: 1})] * 2).hits().result()
-    assert evaluator([image({3: 1}), Measured()]).hits().result()["images_with_boxes"] == 1
+    assert "images_with_boxes" not in stack([image({3: 1})] * 2).result()
+    assert stack([image({3: 1}), ImageResult()]).result()["images_with_boxes"] == 1
+
+
+# Intervals against a plain loop over the same draws.
+
+DIGEST = "0123456789abcdef"
+VAL = {"30": 40, "50": 90, "70": 120, "largest": 60}
+
+
+def images(n, seed):
+    """n images, each with or without boxes and masks, and with a rank."""
+    rng, found = np.random.default_rng(seed), []
+    for i in range(n):
+        ious = np.zeros((2, 255))
+        first, length = rng.integers(0, 120, 2), rng.integers(0, 130, 2)
+        for row, start, end in zip(ious, first, first + length):
+            row[start:end] = rng.random()
+        pixels = rng.integers(0, 50, (2, 1002)).astype(np.int32)
+        one = ImageResult(correct_boxes(ious), pixels=pixels, fixed_level=int(rng.integers(0, 255)))
+        one = one._replace(correct=None, fixed_level=None) if i % 5 == 4 else one
+        one = one._replace(pixels=None) if i % 3 == 2 else one
+        found.append(one._replace(rank=int(rng.integers(0, 8))))
+    return found
+
+
+def stacked(found):
+    return PerImage.stack(found, VAL, 0.3)
+
+
+def numbers(per_image):
+    """The ordinary metrics of a results file, one level deep."""
+    metrics = per_image.result()["metrics"]
+    fixed = {f"fixed_{key}": value for key, value in metrics.pop("fixed_threshold").items()}
+    fixed.pop("fixed_threshold")
+    return {key: value for key, value in (flat(metrics) | fixed).items() if not isinstance(value, dict)}
+
+
+def by_loop(found, n):
+    """The ordinary metrics of each resample, whose images are added one by one: {metric: values}."""
+    values = {}
+    for counts in resamples(DIGEST, n):
+        drawn = np.repeat(np.arange(n), counts)
+        assert len(drawn) == n
+        for key, value in numbers(stacked([found[i] for i in drawn])).items():
+            values.setdefault(key, []).append(np.nan if value is None else value)
+    return {key: np.array(of) for key, of in values.items()}
+
+
+def percentiles(values, estimate, biases=2):
+    """The percentiles, less twice the bias; those of a difference as they are."""
+    values = sorted(value for value in values if not np.isnan(value))
+    bias = biases * (sum(values) / len(values) - estimate)
+    low, high = (np.interp(q * (len(values) - 1), range(len(values)), values) for q in (0.025, 0.975))
+    return [min(low - bias, estimate), max(high - bias, estimate)]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(module, "RESAMPLES", 50)
+
+
+def test_intervals_are_those_of_a_plain_loop(few):
+    found = images(13, 0)
+    whole, drawn = numbers(stacked(found)), by_loop(found, 13)
+    computed = intervals([stacked(found)], DIGEST)
+    fixed = {f"fixed_{key}": bounds for key, bounds in computed.pop("fixed_threshold").items()}
+    computed = flat(computed) | fixed
+    assert len(whole) == 17 and None not in whole.values()
+    for key, value in whole.items():
+        expected = np.clip(percentiles(drawn[key], value), 0, 100)
+        assert computed[key] == pytest.approx(expected, abs=1e-9), key
+        assert computed[key][0] <= value <= computed[key][1]
+
+
+def test_seeds_are_averaged_and_differences_paired(few):
+    n, sides = 11, ([images(11, 1), images(11, 2)], [images(11, 3)])
+    a, b = ([stacked(found) for found in side] for side in sides)
+    value, bounds = difference(a, b, DIGEST)
+    loops = [[by_loop(found, n) for found in side] for side in sides]
+    of_mean = flat(intervals(a, DIGEST))
+    for key in METRICS:
+        first, second = (np.mean([loop[key] for loop in side], axis=0) for side in loops)
+        whole = [np.mean([numbers(per_image)[key] for per_image in side]) for side in (a, b)]
+        expected = percentiles(second - first, whole[1] - whole[0], biases=0)
+        assert flat(bounds)[key] == pytest.approx(expected, abs=1e-9), key
+        assert flat(value)[key] == pytest.approx(whole[1] - whole[0], abs=1e-9)
+        assert of_mean[key] == pytest.approx(np.clip(percentiles(first, whole[0]), 0, 100), abs=1e-9)
+    # The same images twice: paired, nothing remains.
+    value, bounds = difference(a, a, DIGEST)
+    assert flat(value)["v2_mean"] == 0 and flat(bounds)["v2_mean"] == [0, 0]
+
+
+def of_curve(shares, n, seed):
+    """Images whose boxes are correct at level i with the probability shares[i], and at no other level."""
+    correct = np.zeros((n, 4, 255), dtype=bool)
+    correct[:, :, : len(shares)] = np.random.default_rng(seed).random((n, 1, len(shares))) < shares
+    return PerImage(
+        np.ones(n, dtype=bool), np.zeros(n, dtype=bool), correct, val_levels=dict.fromkeys(VAL, 0)
+    )
+
+
+def test_an_interval_at_a_fixed_threshold_is_the_binomial_s():
+    """The bootstrap of a share of n images is the binomial distribution."""
+    per_image = of_curve((0.7,), 400, 0)
+    share = per_image.correct[:, 0, 0].mean()
+    bounds = intervals([per_image], DIGEST)["max_box_acc_v2_at_val_threshold"]["50"]
+    assert bounds == pytest.approx(100 * binom.ppf([0.025, 0.975], 400, share) / 400, abs=0.8)
+
+
+def test_intervals_contain_the_truth_about_as_often_as_they_say():
+    """Right at |level - c| <= w, c normal around 100, w uniform: level 100 is best, by little."""
+    at, covered = np.arange(255), np.zeros(2)
+    widths = np.linspace(0, 30, 10001)
+    truth = 100 * (norm.cdf(widths / 60) - norm.cdf(-widths / 60)).mean()
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        centre, width = rng.normal(100, 60, (60, 1)), rng.uniform(0, 30, (60, 1))
+        correct = np.repeat((abs(at - centre) <= width)[:, None], 4, axis=1)
+        per_image = PerImage(np.ones(60, dtype=bool), np.zeros(60, dtype=bool), correct)
+        low, high = intervals([per_image], DIGEST)["gt_known_loc"]
+        plain = np.quantile(per_image.metrics(resamples(DIGEST, 60))[0]["gt_known_loc"], [0.025, 0.975])
+        covered += [low <= truth <= high, plain[0] <= truth <= plain[1]]
+    assert covered[0] / 60 > 0.8 and covered[1] / 60 < 0.2, covered
+
+
+def test_an_interval_by_hand():
+    values = np.append(60 + np.arange(1001) / 100, np.nan)  # mean 65, percentiles 60.25 and 69.75
+    for estimate, expected in (
+        (65, [60.25, 69.75]),
+        (62, [54.25, 63.75]),
+        (50, [30.25, 50]),
+        (90, [90, 119.75]),
+    ):
+        assert interval(values, estimate) == pytest.approx(expected)
+        plain = interval(values, estimate, bias_corrected=False)
+        assert plain == pytest.approx([min(60.25, estimate), max(69.75, estimate)])
+    assert interval(values[-1:], np.nan) is None
+
+
+def test_two_evaluations_draw_the_same_resamples_and_two_splits_others():
+    drawn = resamples(DIGEST, 30)
+    np.testing.assert_array_equal(drawn, resamples(DIGEST, 30))
+    assert drawn.shape == (1000, 30) and (drawn.sum(1) == 30).all() and not (drawn == 1).all(1).any()
+    assert abs(drawn.mean(0) - 1).max() < 0.15  # each image once, on average
+    assert (drawn != resamples("0123456789abcdee", 30)).any()
+
+
+def test_a_band_is_the_percentiles_of_the_curve():
+    per_image = of_curve((0.7, 0.2), 400, 0)
+    low, high = band([per_image], DIGEST)["50"]
+    for level in (0, 1):
+        share = per_image.correct[:, 0, level].mean()
+        expected = 100 * binom.ppf([0.025, 0.975], 400, share) / 400
+        assert [low[level], high[level]] == pytest.approx(expected, abs=0.8)
+    assert low.shape == (255,) and not low[2:].any() and not high[2:].any()

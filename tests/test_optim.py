@@ -5,7 +5,7 @@ import torch
 from test_models import bridge
 from torch import nn
 
-from bridge_wsol.config import parse_args, resolve_config
+from bridge_wsol.config import resolve_config
 from bridge_wsol.optim import build_optimizer, set_learning_rates
 
 
@@ -32,7 +32,7 @@ def test_a_parameter_outside_of_the_network_is_refused():
 
 
 def test_one_step_with_the_values_of_a_run_is_nesterov_sgd_by_hand():
-    config, _ = resolve_config(parse_args(["--dataset", "CUB", "--lr-new", "0.5"], ""))
+    config, _ = resolve_config({"dataset": "CUB", "lr_new": 0.5})
     method = bridge("vgg16")
     optimizer, parameter = build_optimizer(method, config), method.net.fc.bias
     value, velocity = parameter.detach().clone().fill_(2.0), 0.0

@@ -21,6 +21,7 @@ from bridge_wsol import cam, evaluation
 from bridge_wsol.boxes import iou_matrix, scale_boxes
 from bridge_wsol.data import eval_loader, to_input
 from bridge_wsol.datasets import load_split
+from bridge_wsol.localize import Localizer
 from bridge_wsol.utils import one_line_errors
 
 
@@ -37,7 +38,7 @@ def lines_of(folder):
 def content(path):
     """The parts of a checkpoint that do not depend on where and on how many workers it was made, as text."""
     parts = load(path)
-    names = ("model", "optimizer", "random_states", "epoch", "best", "val", "digests")
+    names = ("model", "optimizer", "random_states", "epoch", "best", "val", "fingerprint")
     return {name: json.dumps(parts[name], default=torch.Tensor.tolist) for name in names}
 
 
@@ -89,7 +90,8 @@ def test_a_run_leaves_its_files(trained):
     assert config["config"]["weights"] == {"value": "none", "source": "flag"}
     assert config["config"]["seed"] == {"value": 0, "source": "default"}
     assert {"python", "torch", "torchvision", "device", "git_commit"} <= config["environment"].keys()
-    assert config["data"]["num_classes"] == 3 and config["data"]["digests"].keys() == {"train", "val", "test"}
+    assert config["data"]["num_classes"] == 3
+    assert config["fingerprint"].keys() == {"values", "train", "val", "test"}
 
     warm, after = lines_of(folder)
     assert {"epoch", "loss", "l_ce", "l_drop", "lr", "lr_new", "top1", "val"} == warm.keys()
@@ -243,10 +245,10 @@ def test_results_are_written_before_they_are_printed(trained, monkeypatch):
 
 
 def test_maps_are_the_ground_truth_class_s_from_one_forward_pass(trained, split):
-    of_run = evaluation.TrainedRun(trained[1], "best", torch.device("cpu"))
+    of_run = evaluation.TrainedRun(trained[1], device="cpu", batch_size=4)
     net, passes = of_run.method.net, []
     net.fc.register_forward_hook(lambda *_: passes.append(1))
-    batches = list(of_run.maps(split, batch_size=4, workers=0))
+    batches = list(of_run.maps(split))
     assert len(passes) == 3 and [i for batch in batches for i in batch.indices] == list(range(9))
     images, labels, _ = next(iter(eval_loader(split, 4, image_size=64, workers=0)))
     with torch.no_grad():
@@ -351,14 +353,14 @@ def test_thresholds_of_other_weights_are_not_used(trained, tmp_path, where):
     evaluate = f"{folder} --checkpoint last --device cpu {where}"
     run("evaluate", evaluate)
     before = results(folder, "results_last_test.json")
-    threshold = evaluation.Localizer(folder, "cpu", checkpoint="last").threshold
+    threshold = Localizer(folder, "cpu", checkpoint="last").threshold
     levels = load(folder / "last.pt")["val"]["levels"]
     other = {"epoch": 1, "levels": dict.fromkeys(levels, 254)}
     assert levels["largest"] != 254
     edit(folder / "last.pt", lambda checkpoint: checkpoint["val"].update(other))
     run("evaluate", evaluate)
     assert results(folder, "results_last_test.json") == before
-    assert evaluation.Localizer(folder, "cpu", checkpoint="last").threshold == threshold
+    assert Localizer(folder, "cpu", checkpoint="last").threshold == threshold
     shutil.rmtree(tmp_path / "data" / "tiny" / "val")  # best.pt has its own: val is not needed
     run("evaluate", f"{folder} --device cpu {where}")
 
@@ -413,7 +415,7 @@ def test_bad_input_to_train(tiny, fails, tmp_path):
         ("--device tpu9", "--device tpu9", "--device cpu"),
         ("--epochs 0", "--epochs 0"),
         ("--lr nan", "--lr", "nan"),
-        ("--p 1.5", "--p 1.5"),
+        ("--drop-p 1.5", "--drop-p 1.5"),
         ("--decay-at 2 2", "--decay-at 2 2"),
         ("--method cam --tau-fg 0.5", "--tau-fg"),
         *([] if torch.cuda.is_available() else [("--device cuda", "--device cuda", "--device cpu")]),
@@ -436,7 +438,7 @@ def test_a_run_whose_loss_is_not_finite_stops_and_keeps_its_checkpoint(trained, 
     flags, folder = trained
     edit(folder / "last.pt", lambda checkpoint: checkpoint["model"]["fc.bias"].fill_(float("nan")))
     before = (folder / "last.pt").read_bytes()
-    words = "non-finite loss in epoch 3/3", "step 1/3", "l_ce nan", "--lr"
+    words = "non-finite loss in epoch 3/3", "epoch 3/3", "l_ce nan", "--lr"
     fails("train", f"{flags} --out {folder} --resume --epochs 3", *words)
     assert (folder / "last.pt").read_bytes() == before and len(lines_of(folder)) == 2
 
@@ -448,12 +450,15 @@ def test_a_run_goes_on_with_the_lists_it_began_with(trained, fails, tmp_path, wh
     swapped = {"0": "1", "1": "0", "2": "2"}
     labels.write_text(re.sub(r"\d$", lambda label: swapped[label[0]], labels.read_text(), flags=re.MULTILINE))
     before = (folder / "last.pt").read_bytes()
-    fails("train", f"{flags} --out {folder} --resume --epochs 3", folder, "lists", "--out")
+    fails("train", f"{flags} --out {folder} --resume --epochs 3", folder, f"list of {name}", "--out")
     assert (folder / "last.pt").read_bytes() == before
     evaluate = f"{folder} --device cpu {where}"
     if name == "val":
-        for flags in ("--split val", "--normalize ivr"):  # val chooses the thresholds of ivr's maps
+        for flags in ("--split val", "--normalize ivr --percentile val"):
             fails("evaluate", f"{evaluate} {flags}", folder, "val has changed")
+        run("evaluate", f"{evaluate} --normalize ivr")  # the thresholds of its maps would be val's
+        found = results(folder, "results_best_test_ivr.json")["metrics"]
+        assert found["max_box_acc_v2_at_val_threshold"] is None and found["max_box_acc_v2"] is not None
     run("evaluate", evaluate)
 
 
@@ -465,7 +470,7 @@ def test_bad_checkpoints(trained, fails, tmp_path, where):
         path.write_bytes(damaged)
         fails("evaluate", folder, path, "damaged")
     for change, word in (
-        (lambda checkpoint: checkpoint.pop("digests"), "digests"),
+        (lambda checkpoint: checkpoint.pop("fingerprint"), "fingerprint"),
         (lambda checkpoint: checkpoint.update(num_classes=5), "number of classes"),
         (lambda checkpoint: checkpoint["config"].update(arch="resnet50", width=1.0), "architecture"),
     ):

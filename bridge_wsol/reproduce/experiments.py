@@ -30,12 +30,18 @@ from typing import Any
 
 import numpy as np
 
-from .. import bootstrap
-from ..bootstrap import Stored, hits_path, read_hits, require_same_images
+from .. import metrics
 from ..cam import NORMALIZATIONS
 from ..config import MACHINE, RUN_VALUES, parse_args, read_config, resolve_config
 from ..datasets import SPLITS, download, load_splits
-from ..evaluation import read_results, results_name
+from ..evaluation import (
+    Stored,
+    load_per_image,
+    per_image_path,
+    read_results,
+    require_same_images,
+    results_name,
+)
 from ..methods import METHODS
 from ..utils import InputError, Parser, flag, one_line_errors, read_json, set_quiet, write_json, write_text
 from . import baselines  # noqa: F401  registers the compared systems
@@ -102,17 +108,17 @@ class Row:
 
     @cached_property
     def stored(self) -> dict[Path, Stored]:
-        """The hits files of the seeds, which must be of the same images. Raises InputError."""
-        files = {result["path"]: read_hits(result["path"], result["metrics"]) for result in self.results}
+        """The files per image of the seeds, which must be of the same images. Raises InputError."""
+        files = {result["path"]: load_per_image(result["path"], result["metrics"]) for result in self.results}
         require_same_images(files)
         return files
 
     @cached_property
     def intervals(self) -> dict[str, Any]:
-        """The interval over images of the seeds' mean by the keys of METRICS; empty without hits files."""
-        if all(hits_path(result["path"]).exists() for result in self.results):
+        """The interval over images of the seeds' mean by the keys of METRICS; empty without files per image."""
+        if all(per_image_path(result["path"]).exists() for result in self.results):
             files = [*self.stored.values()]
-            return flat(bootstrap.intervals([file.hits for file in files], files[0].digest))
+            return flat(metrics.intervals([file.per_image for file in files], files[0].digest))
         return flat(self.results[0].get("intervals", {})) if len(self.results) == 1 else {}
 
     def folder(self, runs: Path, seed: int) -> Path:
@@ -180,7 +186,7 @@ def is_finished(folder: Path, flags: list[str]) -> bool:
     Raises InputError for a folder with another configuration, or with more epochs than asked for.
     """
     parsed = parse_args(flags, "")
-    config, _ = resolve_config(parsed)
+    config, _ = resolve_config(parsed.given)
     if not (folder / "config.json").exists():
         return False
     there = read_config(folder)
@@ -201,7 +207,7 @@ def check_lists(finished: list[Path], waiting: bool, args: argparse.Namespace) -
     args: of train.py, for one of the runs. The data set is drawn or downloaded first, as train.py would.
     """
     set_quiet(args.quiet)
-    c, lists = resolve_config(args)[0], {}
+    c, lists = resolve_config(args.given)[0], {}
     if waiting and args.download:
         download(c.dataset, Path(c.data_root))
     if waiting or "lists" in args.given:
@@ -280,7 +286,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def table_of(title: str, rows: list[Row], keys: Sequence[str], digits: int, corner: str = "") -> str:
     """A Markdown table under its title: a line per label, a column per key and pair that any row has.
 
-    A column more has the interval over images of the first of LEADING, where hits files are there. corner:
+    A column more has the interval over images of the first of LEADING, where files per image are there. corner:
     heading of the labels. Returns "" for a table without numbers.
     """
     cells, counts = {}, set()
@@ -416,7 +422,7 @@ def sweep(args: argparse.Namespace) -> None:
     Writes RUNS/sweep_<param>.json, .md and .csv. The preset's value has the run folder of `compare`, which
     the sweeps over several parameters share. Raises InputError for a parameter without a number to sweep.
     """
-    param, (c, sources) = args.param.replace("-", "_"), resolve_config(parse_args(args.flags, ""))
+    param, (c, sources) = args.param.replace("-", "_"), resolve_config(parse_args(args.flags, "").given)
     values = RUN_VALUES | METHODS[c.method].all_values()
     numbers = [name for name, x in vars(c).items() if type(x) in (int, float) and values[name].help]
     swept = [name for name in numbers if sources[name] not in ("default", "flag")]
@@ -479,7 +485,7 @@ def difference(args: argparse.Namespace) -> None:
     """Compares two runs, or the seeds of two, on the same images: B - A with its interval.
 
     A and B are rows as in `table`, A the first. Writes --out as .md and .json. Raises InputError for another
-    number of rows, other images, and hits files that are missing.
+    number of rows, other images, and files per image that are missing.
     """
     rows = grouped(args)
     if len(rows) != 2:
@@ -487,8 +493,8 @@ def difference(args: argparse.Namespace) -> None:
         raise InputError(f"{sides}: seeds of one configuration are one side; or pass --names, one per run")
     files = [row.stored for row in rows]
     require_same_images(files[0] | files[1])
-    sides = [[file.hits for file in stored.values()] for stored in files]
-    found, bounds = map(flat, bootstrap.difference(*sides, next(iter(files[0].values())).digest))
+    sides = [[file.per_image for file in stored.values()] for stored in files]
+    found, bounds = map(flat, metrics.difference(*sides, next(iter(files[0].values())).digest))
     keys = [key for key in METRICS if found.get(key) is not None]
     if not keys:
         raise InputError(f"{rows[0].label} and {rows[1].label} have no metric in common")
@@ -509,7 +515,7 @@ def difference(args: argparse.Namespace) -> None:
         content["metrics"][key] = entry
     text = markdown(["%, [95 % over images]", *names, f"{names[1]} − {names[0]}"], lines) + "\n"
     if found.get("gt_known_loc") is not None:
-        a, b = map(bootstrap.localized, sides)
+        a, b = map(metrics.localized, sides)
         content["only"] = {"a": float((a * (1 - b)).sum()), "b": float((b * (1 - a)).sum())}
         alone = [f"{x:.1f}".removesuffix(".0") for x in content["only"].values()]
         text += f"Right at IoU 50 by {names[0]} alone: {alone[0]}, by {names[1]} alone: {alone[1]} "

@@ -29,12 +29,20 @@ import torch
 from torch import Tensor, nn
 
 from .. import cam, utils
-from ..bootstrap import band, hits_path, read_hits, require_same_images
 from ..boxes import LEVELS, iou_matrix, level_boxes, scale_boxes
 from ..data import Masks, Split, decode, eval_loader, load_masks, to_input
-from ..evaluation import PREDICTION, TRUTH, MapBatch, TrainedRun, evaluate_maps, read_results
+from ..evaluation import (
+    MapBatch,
+    TrainedRun,
+    evaluate_maps,
+    load_per_image,
+    per_image_path,
+    read_results,
+    require_same_images,
+)
+from ..localize import PREDICTION, TRUTH
 from ..losses import feature_norm, minmax
-from ..metrics import DELTAS, flatness
+from ..metrics import DELTAS, band, flatness
 from ..utils import InputError, Parser, Value, atomic_write, autocast, one_line_errors, progress, write_json
 from .experiments import SWEPT, check_pools, markdown, names_of, read_sweep, spread
 
@@ -138,8 +146,17 @@ def open_runs(args: Flags) -> list[Run]:
     runs, device = [], utils.resolve_device(args.device)
     args.workers = utils.default_workers(device) if args.workers is None else args.workers
     for folder, name in zip(args.runs, names_of(args)):
-        trained = TrainedRun(folder, args.checkpoint, device)
-        split = trained.split(args.split, args.data_root, args.lists)
+        trained = TrainedRun(
+            folder,
+            args.checkpoint,
+            device,
+            data_root=args.data_root,
+            lists=args.lists,
+            amp=args.amp,
+            batch_size=args.batch_size,
+            workers=args.workers,
+        )
+        split = trained.split(args.split)
         drawable = sorted(split.boxes) if args.command == "boxes" else range(len(split))
         ids = {split.ids[i]: i for i in drawable}
         runs.append(Run(name, trained, split, trained.config.image_size, ids))
@@ -157,7 +174,7 @@ def map_batches(run: Run, args: Flags, split: Split, names: Sequence[str] = MAPS
     fc, loader = getattr(method.net, "fc", None), eval_loader(split, args.batch_size, run.size, args.workers)
     for images, labels, indices in progress(loader, run.name, len(loader), "batches"):
         images, labels, found = to_input(images, device), labels.to(device), {}
-        with autocast(device, args.amp or trained.config.amp):
+        with autocast(device, trained.amp):
             features = method.passes(images).features
             if "CAM" in names:
                 found["CAM"] = method.predict(images, labels)[1]
@@ -185,7 +202,7 @@ Curves = dict[str, np.ndarray]  # IoU in percent -> 255 values, or 2 x 255
 def read_curves(args: Flags) -> tuple[list[dict[str, Any]], list[Curves], list[Curves]]:
     """(numbers, curves, intervals) of each name; a curve is the mean over the runs with that name.
 
-    The intervals are those of `bootstrap.band`, where all runs of the name have hits files.
+    The intervals are those of `metrics.band`, where all runs of the name have files per image.
     Numbers of each IoU: the maximum in percent, its threshold, the range of thresholds that `flatness` finds,
     and the percent of the thresholds at which the curve is above or below the first name's. Raises InputError
     for results without boxes.
@@ -199,10 +216,10 @@ def read_curves(args: Flags) -> tuple[list[dict[str, Any]], list[Curves], list[C
     entries, all_curves, bands = [], [], []
     for name, runs in found.items():
         bands.append({})
-        if all(hits_path(path).exists() for path in runs):
-            stored = {path: read_hits(path, result["metrics"]) for path, result in runs.items()}
+        if all(per_image_path(path).exists() for path in runs):
+            stored = {path: load_per_image(path, result["metrics"]) for path, result in runs.items()}
             require_same_images(stored)
-            bands[-1] = band([x.hits for x in stored.values()], next(iter(stored.values())).digest)
+            bands[-1] = band([x.per_image for x in stored.values()], next(iter(stored.values())).digest)
         entry: dict[str, Any] = {"name": name, "results": [*map(str, runs)]}
         entries.append(entry)
         all_curves.append(
@@ -332,7 +349,7 @@ def found_boxes(run: Run, args: Flags, split: Split) -> Iterator[Found]:
     if result["curves"] is None:
         raise InputError(f"{path}: {result['dataset']} has no boxes to draw: use maps")
     level = round(result["thresholds"]["largest"] * LEVELS)
-    batches = run.trained.maps(split, args.batch_size, args.workers, args.amp)
+    batches = run.trained.maps(split)
     for batch in progress(batches, run.name, math.ceil(len(split) / args.batch_size), "batches"):
         for index, score_map in zip(batch.indices, batch.maps):
             if index in split.boxes:
@@ -521,7 +538,7 @@ def gap_of(run: Run, args: Flags) -> dict[str, Any]:
     for name in MAPS:
         sized = ((indices, resized(run, name, found[name])) for indices, found in kept)
         score_maps = (MapBatch(indices, cam.normalize(values).numpy()) for indices, values in sized)
-        metrics = evaluate_maps(score_maps, run.split, workers=args.workers)["metrics"]
+        metrics = evaluate_maps(score_maps, run.split, workers=args.workers).result["metrics"]
         entry["localization"][name] = {key: metrics[key] for key in ("max_box_acc_v2", "max_box_acc", "pxap")}
     return entry
 

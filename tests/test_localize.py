@@ -1,0 +1,86 @@
+"""Boxes for photos, from Python and by evaluate.py --images."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import results, run
+from PIL import Image
+
+from bridge_wsol.boxes import LEVELS
+from bridge_wsol.localize import FALLBACK_THRESHOLD, Found, Localizer
+from bridge_wsol.utils import InputError
+
+
+@pytest.fixture
+def photos(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, shape in (("a.png", (40, 70, 3)), ("b.png", (90, 30, 3))):
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / name)
+    return [tmp_path / "a.png", tmp_path / "b.png"]
+
+
+def test_localizer_finds_what_the_command_line_finds(trained, photos):
+    _, folder = trained
+    run("evaluate", f"{folder} --device cpu --images {photos[0]} {photos[1]}")
+    entries = results(folder / "images", "boxes.json")
+    localizer = Localizer(str(folder), device="cpu")
+    of_paths = localizer([str(photos[0]), photos[1]])
+    for entry, found in zip(entries, of_paths, strict=True):
+        assert found.box == entry["box"] and found.top5 == entry["top5"]
+        assert found.score_map.shape == (64, 64) and found.score_map.dtype == np.float32
+        assert found.score_map.min() == 0 and found.score_map.max() == 1
+        assert sum(of["probability"] for of in found.top5) == pytest.approx(1)  # three classes
+    alone, of_image = localizer(photos[0]), localizer(Image.open(photos[0]))
+    assert isinstance(alone, Found) and alone.box == of_image.box == of_paths[0].box
+    np.testing.assert_array_equal(alone.score_map, of_image.score_map)
+
+
+def test_an_image_object_is_turned_as_its_orientation_says(trained, photos, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees, clockwise
+    Image.open(photos[0]).save(tmp_path / "turned.png", exif=exif)
+    Image.open(photos[0]).transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    localizer = Localizer(trained[1], device="cpu")
+    names = [tmp_path / "turned.png", Image.open(tmp_path / "turned.png"), tmp_path / "upright.png"]
+    of_path, of_image, upright = localizer(names)
+    assert of_path.box == of_image.box == upright.box
+    np.testing.assert_array_equal(of_path.score_map, of_image.score_map)
+    np.testing.assert_array_equal(of_path.score_map, upright.score_map)
+    assert not np.array_equal(of_path.score_map, localizer(photos[0]).score_map)
+
+
+def test_sixteen_bits_as_a_path_and_as_an_object(trained, tmp_path):
+    values = np.random.default_rng(0).integers(0, 2**16, (60, 40)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    images = [tmp_path / "deep.png", Image.open(tmp_path / "deep.png")]
+    of_path, of_image = Localizer(trained[1], device="cpu")(images)
+    np.testing.assert_array_equal(of_path.score_map, of_image.score_map)
+
+
+def test_thresholds_of_a_localizer(trained, photos, tmp_path):
+    _, folder = trained
+    checkpoint = torch.load(folder / "best.pt", weights_only=True)
+    checkpoint["val"]["levels"]["largest"] = 153
+    torch.save(checkpoint, folder / "best.pt")
+    chosen = Localizer(folder, device="cpu")
+    assert chosen.threshold == 153 / 255 == 0.6 and not chosen.note
+    score_map = chosen(photos[0]).score_map
+    # The mask of level 153 is v > 153, as that of every threshold in [153, 154) / 255.
+    boxes = {t: Localizer(folder, device="cpu", threshold=t)(photos[0]).box for t in (0.3, 0.601, 0.603, 0.9)}
+    assert boxes[0.601] == boxes[0.603] == chosen(photos[0]).box and len({*map(str, boxes.values())}) == 3
+    x0, y0, x1, y1 = (boxes[0.9][i] * 64 // (70, 40)[i % 2] for i in range(4))
+    assert score_map[y0 : y1 + 1, x0 : x1 + 1].max() == 1  # the top of the map is inside
+    elsewhere = Localizer(folder, device="cpu", normalize="ivr", data_root=tmp_path / "nowhere")
+    assert elsewhere.threshold == FALLBACK_THRESHOLD == 0.2 and "nowhere" in elsewhere.note
+    given = Localizer(folder, device="cpu", normalize="ivr", threshold=0.2)
+    assert elsewhere(photos[0]).box == given(photos[0]).box and not given.note
+    with pytest.raises(InputError, match="nowhere"):
+        Localizer(tmp_path / "nowhere")
+
+
+def test_a_localizer_takes_arrays(trained):
+    pixels = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
+    localizer = Localizer(trained[1], device="cpu")
+    of_array, of_image = localizer(pixels), localizer(Image.fromarray(pixels))
+    assert of_array.box == of_image.box and of_array.top5 == of_image.top5
+    assert localizer.level is not None and localizer.threshold == localizer.level / LEVELS
