@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     text = "with a file: image pixels per location of the map (default: what the file tells, if it does)"
     add("--stride", type=int, choices=(8, 16), help=text)
     text = "with --score-maps: pixels of a side that maps are resized to (default: the data set's, 224)"
-    add("--image-size", type=whole(1), metavar="N", help=text)
+    add("--image-size", type=int, metavar="N", help=text)
     text = "images, or folders of them, to localize with RUN"
     add("--images", type=Path, nargs="+", metavar="PATH", help=text)
 
@@ -80,11 +80,11 @@ def add_places(parser: argparse.ArgumentParser) -> None:
     add("--per-image", type=Path, metavar="FILE.csv", help="writes class, IoU and box of every image")
     add("--no-intervals", action="store_true", help="without the 95 %% intervals over images")
     text = "draws N images of the split with boxes and map"
-    add("--pictures", type=whole(0), default=0, metavar="N", help=text)
+    add("--pictures", type=int, default=0, metavar="N", help=text)
     add = parser.add_argument_group("how it runs").add_argument
-    add("--batch-size", type=whole(1), default=32, metavar="N", help="default 32")
+    add("--batch-size", type=int, default=32, metavar="N", help="default 32")
     text = "loading and sweeping processes (default: 0 with --images or a RUN on the CPU, else the cores)"
-    add("--workers", type=whole(0), metavar="N", help=text)
+    add("--workers", type=int, metavar="N", help=text)
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--amp", choices=("auto", "bf16", "off"), help="default: the run's; auto: bf16 where it is fast")
     add("--quiet", action="store_true", help="no progress line on stderr")
@@ -102,8 +102,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--images needs a RUN folder")
     if (args.score_maps or args.images) and (args.save_maps or args.map_options or args.percentile == "val"):
         parser.error("--save-maps, --percentile val and values of a map need a RUN, without --images")
-    if args.images and (args.per_image or args.pictures):
-        parser.error("--per-image and --pictures do not go with --images")
+    if min(args.batch_size, args.image_size or 1) < 1 or min(args.workers or 0, args.pictures) < 0:
+        parser.error("--batch-size and --image-size must be at least 1, --workers and --pictures at least 0")
     if args.percentile is not None and args.normalize not in cam.PERCENTILES:
         parser.error(f"--percentile needs --normalize {' or '.join(cam.PERCENTILES)}")
     if args.percentile == "val" and args.normalize != "ivr":
@@ -116,17 +116,6 @@ def percentile(text: str) -> float | str:
     if text != "val" and not 0 <= float(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be val, or in [0, 1)")
     return text if text == "val" else float(text)
-
-
-def whole(least: int) -> Callable[[str], int]:
-    """The type of a flag: a whole number, at least this."""
-
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
-        return int(text)
-
-    return number
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -144,37 +133,29 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate_run(args: argparse.Namespace) -> None:
     """RUN on a split: open, split, choose the thresholds, evaluate, report."""
-    device, foreign = utils.resolve_device(args.device), args.run.is_file()
-    run = evaluation.TrainedRun(
-        args.run,
-        args.run.name if foreign else args.checkpoint,
-        device,
-        data_root=args.data_root,
-        lists=args.lists,
-        amp=args.amp,
-        batch_size=args.batch_size,
-        workers=utils.default_workers(device) if args.workers is None else args.workers,
-        map_options=args.map_options,
-        checkpoint=evaluation.foreign_checkpoint(args.run, args.dataset, args.arch, args.stride)
-        if foreign
-        else None,
-    )
+    device, file = utils.resolve_device(args.device), args.run.is_file()
+    places = {
+        name: getattr(args, name) for name in ("data_root", "lists", "amp", "batch_size", "map_options")
+    }
+    places["workers"] = utils.default_workers(device) if args.workers is None else args.workers
+    if file:
+        of_file = args.run, args.dataset, args.arch, args.stride
+        places["checkpoint"] = evaluation.foreign_checkpoint(*of_file)
+    which = args.run.name if file else args.checkpoint
+    run = evaluation.TrainedRun(args.run, which, device, **places)
     split = run.split(args.split)
-    q = cam.PERCENTILES.get(args.normalize) if args.percentile is None else args.percentile
-    chosen = evaluation.Chosen(None, q)
-    if args.split != "val" or args.percentile == "val":
+    chosen = evaluation.Chosen(None, args.percentile)
+    if args.split != "val" or args.percentile == "val":  # on val itself, they are those of the evaluation
         chosen = run.choose(args.normalize, args.percentile)
-        if chosen.reason:
-            print(f"thresholds of val: {chosen.reason}")
-    folder, which = (args.run.parent, args.run.stem) if foreign else (args.run, args.checkpoint)
-    name = (which, args.split, args.normalize, args.percentile, args.map_options)
-    args.out = args.out or folder / evaluation.results_name(*name)
-    head = run.head(split, args.split, args.normalize) | chosen.head()
+    if chosen.reason:
+        print(f"thresholds of val: {chosen.reason}")
+    name = (Path(which).stem, args.split, args.normalize, args.percentile, args.map_options)
+    args.out = args.out or (args.run.parent if file else args.run) / evaluation.results_name(*name)
+    head = run.head(split, args.split, args.normalize) | chosen.head(args.normalize)
 
     def maps_of(images: Split) -> Iterator[MapBatch]:
         return run.maps(images, args.normalize, chosen.percentile)
 
-    # On val itself, the accuracy at val's thresholds would be the line above it.
     finish(args, split, maps_of, head, chosen.levels if args.split != "val" else None, run.workers)
 
 
@@ -183,8 +164,7 @@ def evaluate_folder(args: argparse.Namespace) -> None:
     split = load_split(args.dataset, args.split, args.data_root or "data", args.lists or "data_splits")
     if not args.score_maps.is_dir():
         raise InputError(f"--score-maps {args.score_maps}: no such folder")
-    q = cam.PERCENTILES.get(args.normalize) if args.percentile is None else args.percentile
-    how = dict(normalization=args.normalize, percentile=q)
+    how = dict(normalization=args.normalize, percentile=args.percentile)
     how["image_size"] = args.image_size or config.image_size(args.dataset)
 
     def maps_of(images: Split) -> Iterator[MapBatch]:
@@ -194,7 +174,8 @@ def evaluate_folder(args: argparse.Namespace) -> None:
     args.out = args.out or Path(evaluation.results_name(*name))
     head = {"dataset": args.dataset, "split": args.split, "normalize": args.normalize}
     head |= dict.fromkeys(("arch", "method", "checkpoint")) | {"score_maps": str(args.score_maps)}
-    head |= evaluation.Chosen(None, q).head() | {"fingerprint": {args.split: split.fingerprint()}}
+    head |= evaluation.Chosen(None, args.percentile).head(args.normalize)
+    head["fingerprint"] = {args.split: split.fingerprint()}
     finish(args, split, maps_of, head, None, utils.cores() if args.workers is None else args.workers)
 
 
@@ -211,17 +192,14 @@ def finish(
     if args.save_maps:
         maps = evaluation.save_maps(maps, split, args.save_maps)
     how = dict(workers=workers, val_levels=val_levels, threshold=args.threshold)
-    how |= dict(with_intervals=not args.no_intervals, keep=args.per_image is not None)
+    how |= dict(intervals=not args.no_intervals, keep=args.per_image is not None)
     evaluated = evaluation.evaluate_maps(maps, split, **how)
     evaluation.report(args.out, evaluated, split, head)
     if args.per_image:
         evaluation.write_per_image(args.per_image, split, evaluated)
     if args.pictures and split.boxes:
-        drawn, path = (
-            localize.evenly_spaced(split, args.pictures),
-            args.out.with_name(f"boxes_{args.out.stem}.png"),
-        )
-        localize.draw_split(path, drawn, maps_of(drawn), evaluated.result["levels"]["largest"])
+        drawn, level = localize.evenly_spaced(split, args.pictures), evaluated.result["levels"]["largest"]
+        localize.draw_split(args.out.with_name(f"boxes_{args.out.stem}.png"), drawn, maps_of(drawn), level)
 
 
 def localize_images(args: argparse.Namespace) -> None:

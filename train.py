@@ -229,7 +229,7 @@ def test(run: Run) -> None:
         epoch, path = trained.checkpoint["epoch"], run.out / evaluation.results_name(which, "test")
         if first := epoch not in done:
             levels, maps = trained.choose().levels, trained.maps(split)
-            how = dict(workers=c.workers, val_levels=levels, with_intervals=True)
+            how = dict(workers=c.workers, val_levels=levels, intervals=True)
             done[epoch] = evaluation.evaluate_maps(maps, split, **how)
         evaluation.report(path, done[epoch], split, trained.head(split, "test"), table=first)
         if which == "best" and c.pictures and split.boxes:

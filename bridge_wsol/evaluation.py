@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from . import cam, config, utils
+from . import cam, config, metrics, utils
 from .boxes import LEVELS, scale_boxes
 from .data import Split, as_score_map, eval_loader, load_masks, to_input
 from .datasets import is_folder, load_splits
@@ -34,7 +34,6 @@ from .metrics import (
     LEVEL_NAMES,
     ImageResult,
     PerImage,
-    intervals,
     label_ranks,
     measure,
     selection_score,
@@ -139,7 +138,7 @@ def evaluate_maps(
     workers: int = 0,
     val_levels: dict[str, int] | None = None,
     threshold: float | None = None,
-    with_intervals: bool = False,
+    intervals: bool = False,
     keep: bool = False,
 ) -> Evaluated:
     """All metrics of the score maps of a split; the same in every process. `workers` changes no result.
@@ -147,7 +146,7 @@ def evaluate_maps(
     workers: processes that sweep maps while the network makes the next ones.
     val_levels: levels chosen on val, for the accuracy at thresholds that did not see this split.
     threshold: a fixed one, a fraction of each map's maximum, for "fixed_threshold" in the metrics.
-    with_intervals: add "intervals", [low, high] of each metric; in the first process alone.
+    intervals: add "intervals", [low, high] of each metric; in the first process alone.
     keep: keep IoUs and boxes of every image. Raises InputError as `PerImage.stack` does, and for a threshold
     outside [0, 1); ValueError where an image has no map or two.
     """
@@ -170,8 +169,8 @@ def evaluate_maps(
     images = [result for _, result in everything]
     per_image = PerImage.stack(images, val_levels, threshold)
     result = per_image.result()
-    if with_intervals and utils.rank() == 0:
-        result["intervals"] = intervals([per_image], split.digest())
+    if intervals and utils.rank() == 0:
+        result["intervals"] = metrics.intervals([per_image], split.digest())
     return Evaluated(result, per_image, images)
 
 
@@ -185,7 +184,7 @@ def evaluate_score_maps(
     workers: int = 0,
     val_levels: dict[str, int] | None = None,
     threshold: float | None = None,
-    with_intervals: bool = False,
+    intervals: bool = False,
 ) -> dict[str, Any]:
     """The metrics of any method's maps, as a results file has them.
 
@@ -194,7 +193,7 @@ def evaluate_score_maps(
     batches = pair_maps(
         pairs, split, image_size=image_size, normalization=normalization, percentile=percentile
     )
-    how = dict(workers=workers, val_levels=val_levels, threshold=threshold, with_intervals=with_intervals)
+    how = dict(workers=workers, val_levels=val_levels, threshold=threshold, intervals=intervals)
     return evaluate_maps(batches, split, **how).result
 
 
@@ -384,8 +383,8 @@ def save_per_image(path: Path, per_image: PerImage, split: Split) -> None:
         np.savez_compressed(file, **content)
 
 
-def load_per_image(results: Path, metrics: dict[str, Any]) -> Stored:
-    """The file per image beside a results file with these metrics.
+def load_per_image(results: Path, expected: dict[str, Any]) -> Stored:
+    """The file per image beside a results file with the metrics `expected`.
 
     Raises InputError for a missing or damaged one, and for one of another evaluation.
     """
@@ -410,7 +409,7 @@ def load_per_image(results: Path, metrics: dict[str, Any]) -> Stored:
     except Exception as error:  # a damaged archive raises errors of ten kinds
         raise InputError(f"{path}: not a file per image: evaluate again") from error
     # Other versions of NumPy may sum PxAP in another order.
-    if tree_map(lambda x: round(x, 6), measured) != tree_map(lambda x: round(x, 6), metrics):
+    if tree_map(lambda x: round(x, 6), measured) != tree_map(lambda x: round(x, 6), expected):
         raise InputError(f"{path}: not of the evaluation in {results.name}: evaluate again")
     return stored
 
@@ -470,17 +469,18 @@ class Chosen(NamedTuple):
     """What val gives for maps of one normalization: `TrainedRun.choose`."""
 
     levels: dict[str, int] | None  # by LEVEL_NAMES; None: no thresholds, `reason` tells why
-    percentile: float | None  # of the normalization
+    percentile: float | None = None  # of the normalization; None: its default
     reason: str = ""  # also where the thresholds are not those of the training
-    scores: dict[float, float] | None = None  # of each percentile on val, where val chose it
-    by: str = ""  # the metric of the scores
+    scores: dict[str, Any] | None = None  # of each percentile, where val chose it
 
-    def head(self) -> dict[str, Any]:
+    def head(self, normalization: str) -> dict[str, Any]:
         """The percentile as in a results file; empty for a normalization without one."""
-        chosen = {} if self.scores is None else {"chosen_on": "val", "by": self.by, "scores": self.scores}
-        return {} if self.percentile is None else {"percentile": {"value": self.percentile, **chosen}}
+        q = cam.PERCENTILES.get(normalization) if self.percentile is None else self.percentile
+        return {} if q is None else {"percentile": {"value": q, **(self.scores or {})}}
 
 
+NO_BOXES = "val has no boxes"
+CHANGED = "the boxes of val have changed since the training: thresholds are chosen anew"
 QS = tuple(round(0.05 * i, 2) for i in range(1, 15))  # IVR's percentiles to choose from: 0.05, ..., 0.70
 
 
@@ -563,23 +563,22 @@ class TrainedRun:
         Else val is evaluated with these maps. percentile: of `cam.normalize`; "val": val chooses IVR's, the
         one with the best `selection_score`, the lowest of equals. Raises InputError where val cannot.
         """
-        q = cam.PERCENTILES.get(normalization) if percentile is None else percentile
         val, changed = self.checkpoint["val"] or {}, False
         known = val.get("epoch") == self.checkpoint["epoch"] and normalization == "minmax"
         if known and not self.map_options and not (changed := self.val_boxes_changed()):
-            return Chosen(val["levels"], None, "" if val["levels"] else "val has no boxes")
+            return Chosen(val["levels"], reason="" if val["levels"] else NO_BOXES)
         try:
             split = self.split("val")
         except InputError as error:
-            if q == "val":
+            if percentile == "val":
                 raise
-            return Chosen(None, q, str(error))
-        if q == "val":
+            return Chosen(None, percentile, str(error))
+        if percentile == "val":
             return self._choose_percentile(split)
         if not split.boxes:
-            return Chosen(None, q, "val has no boxes")
-        found = evaluate_maps(self.maps(split, normalization, q), split, workers=self.workers)
-        return Chosen(found.result["levels"], q, CHANGED if changed else "")
+            return Chosen(None, percentile, NO_BOXES)
+        found = evaluate_maps(self.maps(split, normalization, percentile), split, workers=self.workers)
+        return Chosen(found.result["levels"], percentile, CHANGED if changed else "")
 
     def val_boxes_changed(self) -> bool:
         """Whether val has other boxes than in the training; False where its lists are not there."""
@@ -608,7 +607,7 @@ class TrainedRun:
             by, scores[q] = selection_score(result["metrics"])
             levels[q] = result["levels"]
         best = max(QS, key=scores.__getitem__)
-        return Chosen(levels[best], best, scores=scores, by=by)
+        return Chosen(levels[best], best, scores={"chosen_on": "val", "by": by, "scores": scores})
 
     def head(self, split: Split, name: str, normalize: str = "minmax") -> dict[str, Any]:
         """The first keys of the results file of a split of this name."""
@@ -616,6 +615,3 @@ class TrainedRun:
         of_map = dict(split=name, checkpoint=self.which, epoch=self.checkpoint["epoch"], normalize=normalize)
         what = self.checkpoint["fingerprint"] | {name: split.fingerprint()}
         return keys | self.map_options | of_map | {"fingerprint": what}
-
-
-CHANGED = "the boxes of val have changed since the training: thresholds are chosen anew"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import errno
 import json
 import logging
 import multiprocessing
@@ -64,30 +63,17 @@ def one_line_errors() -> Iterator[None]:
     except InputError as error:
         # A data loader's worker sends its error as text inside a traceback: the message is the last line.
         message = str(error).strip().splitlines()[-1].rsplit(f"{InputError.__name__}: ", 1)[-1]
-    except OSError as error:
-        if error.errno == errno.EMFILE:
-            message = f"{error.strerror}: pass a smaller --workers, or 0"
-        elif error.filename is None and error.errno not in (errno.EPIPE, errno.ENOSPC):
-            raise
-        else:
-            message = f"{error.filename or 'output'}: {error.strerror}; what was computed before is on disk"
-        if error.filename is None:  # the exit must not write to stdout again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except torch.OutOfMemoryError as error:
         message = f"out of GPU memory ({first_line(error)}): pass a smaller --batch-size"
-    except RuntimeError as error:  # of a data loader
-        limits = ("shared memory", "No space left", "Bus error", "open files", "killed by signal")
-        if not any(limit in str(error) for limit in limits):
-            raise
-        problem = first_line(str(error).strip().splitlines()[-1])
-        message = (
-            f"a worker that loads images ended ({problem}): pass --workers 0, or give the container more "
-        )
-        message += "shared memory (docker run --shm-size 8g)"
+    except OSError as error:
+        message = f"{error.filename or 'output'}: {error.strerror}"
+        if error.filename is None:  # of stdout: the exit must not write to it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         sys.exit(130)
-    if world_size() > 1 or os.environ.get("RANK", "0") == "0":  # before they join, all raise the same error
+    # Before the processes join, all of a machine raise the same error.
+    if world_size() > 1 or os.environ.get("LOCAL_RANK", "0") == "0":
         # On a terminal, the line of a progress that was interrupted is erased.
         sys.stderr.write("\r\x1b[K" * sys.stderr.isatty() + f"error: {message}\n")
     sys.exit(2)

@@ -174,7 +174,9 @@ def test_whose_thresholds_of_val_hold(trained, tmp_path):
     run("evaluate", f"{folder} --device cpu --split val --normalize max --out {tmp_path}/max.json")
     assert opened.choose("max").levels == results(tmp_path, "max.json")["levels"]
     chosen = opened.choose("ivr", "val")
-    assert chosen.head()["percentile"]["scores"][chosen.percentile] == max(chosen.scores.values())
+    assert chosen.head("ivr")["percentile"]["scores"][chosen.percentile] == max(
+        chosen.scores["scores"].values()
+    )
 
     text = (lists / "localization.txt").read_text()
     other = re.sub(r"(val/0[0-3].png),\d+,\d+,\d+,\d+", r"\1,30,30,35,35", text)
