@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import results, run
+from conftest import TINY, results, run
 from PIL import Image
 
 from bridge_wsol.boxes import LEVELS
+from bridge_wsol.datasets import load_split
 from bridge_wsol.localize import FALLBACK_THRESHOLD, Found, Localizer
 from bridge_wsol.utils import InputError
 
@@ -84,3 +85,25 @@ def test_a_localizer_takes_arrays(trained):
     of_array, of_image = localizer(pixels), localizer(Image.fromarray(pixels))
     assert of_array.box == of_image.box and of_array.top5 == of_image.top5
     assert localizer.level is not None and localizer.threshold == localizer.level / LEVELS
+
+
+@pytest.mark.parametrize("method", ["bridge", "calm"])
+def test_a_photo_gets_the_map_of_the_evaluation(trained_once, tmp_path, method):
+    """Localizer's map of a test image is the one that evaluate.py saves, where Top-1 is the label."""
+    root = trained_once[0]
+    lists = f"--data-root {root}/data --lists {root}/lists"
+    run("train", f"{TINY} {lists} --method {method} --epochs 1 --out {tmp_path}/run")
+    run("evaluate", f"{tmp_path}/run --device cpu --save-maps {tmp_path}/maps")
+    localizer, split = (
+        Localizer(tmp_path / "run", "cpu"),
+        load_split("tiny", "test", f"{root}/data", f"{root}/lists"),
+    )
+    compared = 0
+    for image, label in zip(split.ids, split.labels):
+        found = localizer(root / "data" / "tiny" / image)
+        if found.top5[0]["class"] == label:
+            np.testing.assert_allclose(
+                found.score_map, np.load(tmp_path / "maps" / f"{image}.npy"), atol=1e-5
+            )
+            compared += 1
+    assert compared

@@ -17,6 +17,7 @@ from bridge_wsol.metrics import (
     interval,
     intervals,
     label_ranks,
+    localized,
     measure,
     peak_iou,
     pixel_histogram,
@@ -408,3 +409,12 @@ def test_a_band_is_the_percentiles_of_the_curve():
         expected = 100 * binom.ppf([0.025, 0.975], 400, share) / 400
         assert [low[level], high[level]] == pytest.approx(expected, abs=0.8)
     assert low.shape == (255,) and not low[2:].any() and not high[2:].any()
+
+
+def test_what_a_side_localizes_is_at_iou_50_and_its_best_level():
+    """Four images with their IoUs at levels 10 and 20; the best level of IoU 50 is 20, that of IoU 30 is 10."""
+    ious = [(0.4, 0.6), (0.4, 0.8), (0.4, 0.0), (0.6, 0.0)]
+    one = stack([image({10: a, 20: b}) for a, b in ious])
+    other = stack([image({10: 0.9}) for _ in ious])
+    assert localized([one]).tolist() == [1, 1, 0, 0]
+    assert localized([one, other]).tolist() == [1, 1, 0.5, 0.5]

@@ -15,11 +15,14 @@ import pytest
 import torch
 from conftest import results, run
 from PIL import Image
+from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import train
 from bridge_wsol import cam, evaluation
 from bridge_wsol.boxes import iou_matrix, scale_boxes
-from bridge_wsol.data import eval_loader, to_input
+from bridge_wsol.config import resolve_config
+from bridge_wsol.data import TrainImages, eval_loader, to_input, train_loader
 from bridge_wsol.datasets import load_split
 from bridge_wsol.localize import Localizer
 from bridge_wsol.utils import one_line_errors
@@ -57,14 +60,23 @@ def edit(path, change):
 
 
 @contextmanager
-def after_step(n, action):
-    """action() after the nth step of any optimizer."""
-    count = itertools.count(1)
-    handle = register_optimizer_step_post_hook(lambda *_: next(count) == n and action())
+def after_step(action):
+    """action(optimizer) after each step of any optimizer; yields a list that has an entry for each step."""
+    steps = []
+
+    def done(optimizer, *_):
+        steps.append(optimizer)
+        action(optimizer)
+
+    handle = register_optimizer_step_post_hook(done)
     try:
-        yield count
+        yield steps
     finally:
         handle.remove()
+
+
+def parameters(optimizer):
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 @pytest.fixture
@@ -125,6 +137,41 @@ def test_each_loss_changes_the_run_and_only_after_the_warm_stage(trained, tmp_pa
     assert content(whole / "last.pt")["model"] != content(tmp_path / "without" / "last.pt")["model"]
 
 
+def test_a_smaller_last_batch_counts_by_its_images(tiny, tmp_path):
+    """Batches of 17 and 1: means over all images in the log, the plain mean's gradient in each step."""
+    gradients, folder = [], tmp_path / "run"
+    flags = f"{tiny} --method cam --epochs 1 --batch-size 17 --warm-batch-size 17 --lr 1e-12 --lr-new 1e-12"
+    with after_step(lambda optimizer: gradients.append([p.grad.clone() for p in parameters(optimizer)])):
+        run("train", f"{flags} --out {folder}")
+    trained = evaluation.TrainedRun(folder, "last", "cpu")
+    images = TrainImages(trained.split("train"), 72, 64, seed=0)
+    batches = [*train_loader(images, 17, workers=0)]
+    losses, right, net = [], [], trained.method.net
+    for (pixels, labels), found in zip(batches, gradients, strict=True):
+        logits = net(to_input(pixels, torch.device("cpu")))
+        losses += cross_entropy(logits, labels, reduction="none").tolist()
+        right += (logits.argmax(1) == labels).tolist()
+        expected = torch.autograd.grad(cross_entropy(logits, labels), [*net.parameters()])
+        for own, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
+    (line,) = lines_of(folder)
+    assert len(losses) == 18 and line["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert line["top1"] == pytest.approx(100 * np.mean(right))
+
+
+def test_pretrained_weights_and_frozen_blocks_reach_the_network(monkeypatch):
+    """ImageNet's classifier is for ImageNet's classes alone; the demo learns from its third block on."""
+    loaded = []
+    monkeypatch.setattr(train, "load_pretrained", lambda net, *how: loaded.append(how))
+    for dataset in ("ILSVRC", "CUB"):
+        c, _ = resolve_config({"dataset": dataset, "arch": "resnet50", "method": "cam"})
+        train.build(c, 3, torch.device("cpu"), pretrained=True)
+    assert loaded == [("resnet50", "imagenet", True), ("resnet50", "imagenet", False)]
+    method, _ = train.build(resolve_config({})[0], 16, torch.device("cpu"), pretrained=False)
+    blocks = [[p.requires_grad for p in block.parameters()] for block in method.net.pretrained_blocks()]
+    assert [{*of_block} for of_block in blocks] == [{False}, {False}, {True}, {True}, {True}]
+
+
 def test_best_is_the_epoch_with_the_best_val(tiny, tmp_path):
     folder = tmp_path / "run"
     run("train", f"{tiny} --epochs 5 --val-every 2 --lr 0.02 --out {folder}")
@@ -183,13 +230,14 @@ def interrupt():
 def test_an_interrupted_epoch_is_repeated(trained, tmp_path, step, left, capsys):
     """18 images are 5 batches of 4 in the warm epoch, then 3 of 8."""
     flags, whole = trained
-    stopped = tmp_path / "stopped"
-    with pytest.raises(SystemExit) as end, after_step(step, interrupt), one_line_errors():
+    stopped, count = tmp_path / "stopped", itertools.count(1)
+    stop = after_step(lambda _: interrupt() if next(count) == step else None)
+    with pytest.raises(SystemExit) as end, stop, one_line_errors():
         run("train", f"{flags} --out {stopped}")
     assert end.value.code == 130 and "interrupted" in capsys.readouterr().err
-    with after_step(0, None) as count:
+    with after_step(lambda _: None) as steps:
         run("train", f"{flags} --out {stopped} --resume")
-    assert next(count) - 1 == left and same_run(whole, stopped)
+    assert len(steps) == left and same_run(whole, stopped)
 
 
 @pytest.mark.parametrize("n", [4, 5, 6, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 7, 8))])
