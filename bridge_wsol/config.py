@@ -236,7 +236,7 @@ def image_size(dataset: str) -> int:
 # ----------------------------------------------------------------------------------------------------- flags
 
 
-def add_flags(parser: argparse.ArgumentParser, names: dict[str, Value]) -> None:
+def add_flags(parser: argparse._ArgumentGroup, names: dict[str, Value]) -> None:
     """Adds a flag for each of these values that has a help text."""
     for name, value in names.items():
         if not value.help:

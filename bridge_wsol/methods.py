@@ -47,6 +47,7 @@ class CAM(nn.Module):
     config: every value of the run, those of `values` among them. Every parameter is in `self.net`.
     """
 
+    net: GAPNetwork
     values: ClassVar[dict[str, Value]] = {}  # the method's own, without those of its base classes
     map_options: ClassVar[tuple[str, ...]] = ()  # values of the map alone: evaluate.py can change them
     upsampling: ClassVar[str] = "bicubic"  # of the map to the image size; bicubic is the protocol's

@@ -179,9 +179,9 @@ class PerImage:
         if masked.any():
             nothing = np.zeros((2, len(EDGES) - 1), dtype=np.int32)
             pixels = np.stack([nothing if x.pixels is None else x.pixels for x in results])
-        of_boxes = dict(correct=correct, fixed=fixed, val_levels=val_levels if boxed.any() else None)
-        of_all = dict(ranks=np.array(ranks) if ranks else None, pixels=pixels, threshold=threshold)
-        return cls(boxed, masked, **of_boxes, **of_all)
+        val_levels = val_levels if boxed.any() else None
+        of_labels = np.array(ranks) if ranks else None
+        return cls(boxed, masked, correct, of_labels, pixels, fixed, threshold, val_levels)
 
     def uniform_weights(self) -> np.ndarray:
         """The sample that has each image once, 1 x N: the split itself."""

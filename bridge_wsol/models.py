@@ -12,6 +12,7 @@ names, so its weights files load directly.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,14 @@ IMAGENET_WEIGHTS = {"vgg16": VGG16_Weights.IMAGENET1K_V1, "resnet50": ResNet50_W
 class GAPNetwork(nn.Module):
     """A backbone with global average pooling (GAP) and a linear classifier.
 
-    Subclasses have `before_dropout`, `after_dropout`, the linear layer `fc`, `pretrained_blocks`, and
-    `pretrained_names`: the prefixes of the parameters that a weights file fills.
+    Subclasses have what is declared here. pretrained_names: the prefixes of the parameters that a weights
+    file fills.
     """
 
+    fc: nn.Linear
+    before_dropout: Callable[[Tensor], Tensor]
+    after_dropout: Callable[[Tensor], Tensor]
+    pretrained_blocks: Callable[[], list[nn.Module]]
     pretrained_names: tuple[str, ...]
 
     def classify(self, features: Tensor) -> Tensor:
@@ -70,7 +75,8 @@ class VGG16GAP(GAPNetwork):
 
     def __init__(self, num_classes: int, stride: int = 16, width: float = 1.0):
         super().__init__()
-        layers, channels = [], 3
+        layers: list[nn.Module] = []
+        channels = 3
         for c in self.CHANNELS:
             if c == "pool":
                 layers.append(nn.MaxPool2d(2))

@@ -31,7 +31,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 LOG = logging.getLogger("bridge_wsol")  # --quiet sets its level: no progress line then
 
 
