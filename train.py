@@ -12,8 +12,10 @@ Writes --out (default runs/DATASET_ARCH_METHOD): config.json, log.jsonl, last.pt
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +30,7 @@ from torch.utils.data import DataLoader
 
 import bridge_wsol.reproduce.baselines  # noqa: F401  for --help: the compared systems
 from bridge_wsol import evaluation, localize, utils
-from bridge_wsol.config import fingerprint, parse_args, resolve_config, run_folder, write_config
+from bridge_wsol.config import fingerprint, parse_args, read_config, resolve_config, run_folder, write_config
 from bridge_wsol.data import Split, TrainImages, eval_loader, to_input, train_loader
 from bridge_wsol.datasets import download, load_splits
 from bridge_wsol.methods import CAM, find
@@ -61,9 +63,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv, __doc__)
     utils.set_quiet(args.quiet)
     out = run_folder(args)
-    if out.exists() and not args.resume:
-        raise InputError(f"{out}: exists: pass --resume to continue it, pass another --out, or remove it")
+    with utils.own_folder(out, args.resume):
+        train(args, out)
+
+
+def train(args: argparse.Namespace, out: Path) -> None:
+    """The run in the folder `out`, which belongs to it."""
     checkpoint = evaluation.load_checkpoint(out / "last.pt") if (out / "last.pt").exists() else None
+    if args.resume and checkpoint is None:
+        print_rank0(f"{out}: no last.pt to resume: a new run begins")
     c, sources = resolve_config(args.given, checkpoint)
     device = utils.resolve_device(c.device)
     utils.keep_freed_memory()
@@ -94,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         loader = loaders(c.warm_batch_size if epoch <= c.warm_epochs else c.batch_size)
         entry = {"epoch": epoch, **train_one_epoch(run, loader), "lr": lr, "lr_new": lr_new}
         entry["images_per_second"] = len(images) / (time.perf_counter() - started)
-        if epoch % c.val_every == 0 or epoch == c.epochs:
+        if (c.val_every and epoch % c.val_every == 0) or epoch == c.epochs:
             entry["val"] = validate(run)
         run.log.append(entry | {"seconds": time.perf_counter() - started})
         save(run)
@@ -143,17 +151,33 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     utils.set_random_states(checkpoint["random_states"])
     run.epoch, run.best, run.val = (checkpoint[name] for name in ("epoch", "best", "val"))
-    if before["val"]["boxes"] != now["val"]["boxes"]:
-        print_rank0("the boxes of val have changed: the best epoch is selected among the next ones")
-        run.best = run.val = None
-    best = run.out / "best.pt"
+    best, known = run.out / "best.pt", checkpoint["config"]
+    if run.best and (not best.exists() or before["val"]["boxes"] != now["val"]["boxes"]):
+        reason = "the boxes of val have changed" if best.exists() else f"{best} is missing"
+        print_rank0(f"{reason}: the best epoch is selected among the next ones")
+        run.best = None
+    with suppress(InputError):  # a side file, written anew
+        edited = {name: x for name, x in read_config(run.out).items() if x != known.get(name)}
+        for name, value in edited.items():
+            problem = f"{name} is {value} in config.json and {known.get(name)} in last.pt"
+            print_rank0(f"{run.out}: {problem}, which counts; a flag changes it, where it may change")
     if before["values"] != now["values"] and best.exists() and rank() == 0:  # with more epochs, another run
         values = {key: run.identity[key] for key in ("config", "sources")}
         values["fingerprint"] = before | {"values": now["values"]}
         utils.save_checkpoint(best, evaluation.load_checkpoint(best) | values)
-    lines = (run.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    run.log = [entry for entry in map(json.loads, lines) if entry["epoch"] <= run.epoch]
+    run.log = read_log(run.out / "log.jsonl", run.epoch)
     print_rank0(f"resumed after epoch {run.epoch}")
+
+
+def read_log(path: Path, epoch: int) -> list[dict[str, Any]]:
+    """The entries of log.jsonl up to this epoch. A line that a crash has cut is left out, and said."""
+    log, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError):
+            log += [entry for entry in [json.loads(line)] if entry["epoch"] <= epoch and entry["seconds"] > 0]
+    if len(log) < epoch:
+        print_rank0(f"{path}: {epoch - len(log)} of {epoch} epochs are missing, which nothing needs")
+    return log
 
 
 def train_one_epoch(run: Run, loader: DataLoader) -> dict[str, float]:
@@ -223,7 +247,7 @@ def save(run: Run) -> None:
 def test(run: Run) -> None:
     """The best and the last checkpoint, read from their files, on test: tables, results, boxes_test.png."""
     c, split, done = run.config, run.splits["test"], {}
-    for which in ("best", "last"):
+    for which in ("best", "last") if (run.out / "best.pt").exists() else ("last",):
         how = dict(amp=c.amp, batch_size=c.batch_size, workers=c.workers)
         trained = evaluation.TrainedRun(run.out, which, run.device, **how)
         epoch, path = trained.checkpoint["epoch"], run.out / evaluation.results_name(which, "test")

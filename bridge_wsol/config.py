@@ -50,8 +50,8 @@ IMAGENET_RESNET50 = dict(
 )
 MAXIMUM, TARGET = dict(norm_class="max"), dict(norm_class="target")
 CUB_SCHEDULE = dict(epochs=70, warm_epochs=20, decay_at=[41, 61], decay_factor=0.2, warm_batch_size=32)
-CUB10_SCHEDULE = dict(epochs=12, warm_epochs=3, decay_at=[9], decay_factor=0.2, val_every=12)
-IMAGENETTE_SCHEDULE = dict(epochs=8, warm_epochs=2, decay_at=[6], decay_factor=0.2, val_every=8)
+CUB10_SCHEDULE = dict(epochs=12, warm_epochs=3, decay_at=[9], decay_factor=0.2, val_every=0)
+IMAGENETTE_SCHEDULE = dict(epochs=8, warm_epochs=2, decay_at=[6], decay_factor=0.2, val_every=0)
 BATCHES = dict(warm_batch_size=32, batch_size=32)
 
 # (data set, architecture) or (data set, architecture, method) -> preset. What the values mean: VALUES below.
@@ -128,7 +128,7 @@ PRESETS: dict[tuple[str, ...], Preset] = {
         OURS: BATCHES
         | dict(lr=8e-4, lr_new=8e-2, frozen_blocks=2, lambda_sim=1.0, lambda_norm=1.5, lambda_drop=0.3)
         | dict(tau_fg=0.3, tau_bg=0.2, gamma=0.9, p=0.25, norm_class="target")
-        | dict(epochs=10, warm_epochs=0, decay_at=[9], decay_factor=0.2, val_every=10, pictures=6)
+        | dict(epochs=10, warm_epochs=0, decay_at=[9], decay_factor=0.2, val_every=0, pictures=6)
         | dict(stride=8, width=0.25, resize_size=128, image_size=112)
         # Pretrained on drawn shapes (demo.py).
         | dict(weights=str(Path(__file__).with_name("demo_vgg16.pth"))),
@@ -162,7 +162,9 @@ VALUES = {  # of every run; those without a help text have no flag
         "workers": Value(
             int, None, "loading and sweeping processes (default: CPU 0, GPU the cores)", FROM_0, resume=True
         ),
-        "val_every": Value(int, 1, "evaluate on val every N epochs and after the last", COUNT, resume=True),
+        "val_every": Value(
+            int, 1, "evaluate on val every N epochs and after the last; 0: after it", FROM_0, resume=True
+        ),
         "val_per_class": Value(
             int, None, "val from train, per class (default: 0 if val has a list, else 2)", FROM_0
         ),

@@ -14,6 +14,7 @@ import re
 import secrets
 import signal
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -132,6 +133,61 @@ def flag(name: str) -> str:
 # -------------------------------------------------------------------------------------------------- files
 
 
+def user_path(text: str) -> Path:
+    """The type of a flag: a path. A shell does not expand ~ in --out=~/runs."""
+    return Path(text).expanduser()
+
+
+@contextmanager
+def own_folder(folder: Path, resume: bool) -> Iterator[None]:
+    """Around a run: its folder belongs to this process, and to those that torchrun started with it.
+
+    A new folder is made at once, and removed at the end if nothing was written into it. A lock, which the
+    system frees when the process dies, keeps a second process away. Parts of files that a kill has left are
+    removed. Raises InputError for a folder that exists (resume False), or that another process uses.
+    """
+    if environment_rank() > 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=resume)
+        lock = (folder / ".lock").open("a")
+    except FileExistsError:
+        fix = "pass --resume to continue it, pass another --out, or remove it"
+        raise InputError(f"{folder}: exists: {fix}") from None
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
+    with lock:
+        try:
+            import fcntl  # not on Windows
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = "another process trains in this folder: wait for it, or pass another --out"
+            raise InputError(f"{folder}: {problem}") from None
+        except (ImportError, OSError):  # some network disks have no locks
+            pass
+        for part in folder.glob(".*.part"):
+            part.unlink()
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
+            with suppress(OSError):  # it has files
+                folder.rmdir()
+
+
+def try_write(path: Path) -> None:
+    """Raises InputError if no file can be written at this path: before the work whose result it takes."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("not a regular file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it to `path` at the end, or removes it after an error.
@@ -147,6 +203,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield part
         os.replace(part, path)
     except OSError as error:
+        if error.filename and Path(error.filename).parent != path.parent and path.parent.is_dir():
+            raise  # of another file, which could not be read
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         with suppress(OSError):
@@ -341,6 +399,25 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes that torchrun started."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def environment_rank() -> int:
+    """Number of this process among those that a launcher started, by its environment variables; 0 without one.
+
+    Raises InputError for variables that are not numbers, or that contradict each other.
+    """
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    text = " ".join(f"{name}={value}" for name, value in given.items())
+    if not all(value.isdecimal() for value in given.values()):
+        raise InputError(f"environment variables {text}: must be whole numbers")
+    size, rank = int(given.get("WORLD_SIZE", 1)), int(given.get("RANK", 0))
+    if size < 2:  # a cluster may number its jobs by RANK
+        return 0
+    if "RANK" not in given or "MASTER_PORT" not in given or "MASTER_ADDR" not in os.environ or rank >= size:
+        problem = "several processes need RANK < WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        raise InputError(f"environment variables {text}: {problem}: use torchrun, or unset WORLD_SIZE")
+    return rank
 
 
 def join_processes(device: torch.device) -> None:
