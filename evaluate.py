@@ -22,7 +22,7 @@ import torch
 import bridge_wsol.reproduce.baselines  # noqa: F401  for --help: the compared systems
 from bridge_wsol import cam, config, evaluation, utils
 from bridge_wsol.bootstrap import hits_path
-from bridge_wsol.data import Split, decode, load_score_maps
+from bridge_wsol.data import Split, load_score_maps, open_rgb
 from bridge_wsol.datasets import image_files, load_split
 from bridge_wsol.methods import METHODS
 from bridge_wsol.models import ARCHS, read_weights
@@ -182,7 +182,7 @@ def foreign_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     flags = ["--dataset", args.dataset, "--arch", args.arch, "--method", "cam"]
     flags += ["--stride", str(stride or args.stride), "--val-per-class", "0"]
     values, sources = config.resolve_config(config.parse_args(flags, ""))
-    known = {"num_classes": len(fc), "classes": None, "digests": {}, "epoch": None, "val": None}
+    known = {"num_classes": len(fc), "classes": None, "lists": {}, "epoch": None, "val": None}
     return known | {"model": state, "config": vars(values), "sources": sources}
 
 
@@ -233,7 +233,7 @@ def localize_images(args: argparse.Namespace) -> None:
     try:
         for path in utils.progress(files, "images", len(files)):
             try:
-                image = decode(path, upright=True)
+                image = open_rgb(path, upright=True)
             except InputError as error:
                 failed += 1
                 sys.stderr.write(f"skipped: {error}\n")

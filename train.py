@@ -128,7 +128,7 @@ def build(out: Path, c: SimpleNamespace, sources: dict[str, str], device: torch.
 
 def resume(run: Run, checkpoint: dict[str, Any]) -> None:
     """Restores a run from last.pt and log.jsonl. Raises InputError where its lists have changed."""
-    if checkpoint["digests"] != run.record["digests"]:
+    if checkpoint["lists"] != run.record["lists"]:
         raise InputError(f"{run.out}: the lists have changed since the run began: train in another --out")
     load_weights(run.method.net, checkpoint["model"], run.out / "last.pt")
     run.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -232,7 +232,7 @@ def save(run: Run, name: str) -> None:
     checkpoint = {"model": run.method.net.state_dict(), "optimizer": run.optimizer.state_dict()}
     checkpoint |= {"random_states": utils.random_states(), "epoch": run.epoch, "best": run.best}
     checkpoint |= {"val": run.val, "config": vars(run.config), "sources": run.sources}
-    checkpoint |= {key: run.record[key] for key in ("num_classes", "classes", "digests")}
+    checkpoint |= {key: run.record[key] for key in ("num_classes", "classes", "lists")}
     utils.save_checkpoint(run.out / name, checkpoint)
 
 

@@ -27,7 +27,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 
 from . import bootstrap, cam, utils
 from .boxes import LEVELS, fixed_level, iou_matrix, level_boxes, scale_boxes
-from .data import Masks, Split, as_score_map, decode, eval_loader, load_masks, load_rgb, to_input, to_rgb
+from .data import Masks, Split, as_score_map, eval_loader, load_masks, open_rgb, to_input
 from .datasets import is_folder, load_splits
 from .losses import full_precision
 from .methods import CAM, METHODS, find
@@ -338,7 +338,7 @@ def read_results(
 # ---------------------------------------------------------------------------------------------- trained runs
 
 # What a checkpoint holds; with another type or without it, the file is of another program or version.
-CHECKPOINT = dict(model=dict, optimizer=dict, random_states=dict, config=dict, sources=dict, digests=dict)
+CHECKPOINT = dict(model=dict, optimizer=dict, random_states=dict, config=dict, sources=dict, lists=dict)
 CHECKPOINT |= dict(epoch=int, num_classes=int, classes=list | None, val=dict | None, best=dict | None)
 
 
@@ -413,7 +413,7 @@ class TrainedRun:
                 raise InputError(
                     f"{self.folder}: trained on other classes than {c.dataset} has now: check --lists"
                 )
-        if name == "val" and now["digests"]["val"] != then["digests"].get("val", now["digests"]["val"]):
+        if name == "val" and now["lists"]["val"] != then["lists"].get("val", now["lists"]["val"]):
             raise InputError(f"{self.folder}: the list of val has changed since the run: check --lists")
         return splits[name]
 
@@ -500,8 +500,7 @@ class Localizer:
     @torch.inference_mode()
     def _localize(self, image: str | Path | Image.Image | np.ndarray) -> Found:
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        of_file = not isinstance(image, Image.Image)
-        image = decode(Path(image), upright=True) if of_file else to_rgb(image, upright=True)
+        image = open_rgb(image, upright=True)
         run, size = self.run, self.run.config.image_size
         pixels = pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
         with utils.autocast(run.device, self.amp):
@@ -599,7 +598,8 @@ def draw_split(path: Path, split: Split, batches: Iterable[MapBatch], level: int
     ):
         box, zoom = level_boxes(score_map).largest[level], 1 + (len(score_map) < 224)
         truth = scale_boxes(split.boxes[index], tuple(split.sizes[index]), len(score_map))
-        photo = load_rgb(split.path(index), zoom * len(score_map), upright=split.upright)
+        photo = open_rgb(split.path(index), upright=split.upright)
+        photo = photo.resize((zoom * len(score_map),) * 2, Image.Resampling.BILINEAR)
         boxes = (zoom * corners + np.array([0, 0, zoom - 1, zoom - 1]) for corners in (box, truth))
         pictures.append(draw_boxes(photo, score_map, *boxes))
     if utils.rank() == 0:

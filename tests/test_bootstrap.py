@@ -161,7 +161,7 @@ def test_two_evaluations_draw_the_same_resamples_and_two_splits_others():
 
 @pytest.mark.parametrize("dataset, split, limit", [("CUB", "test", 1e6), ("ILSVRC", "test", 8e6)])
 def test_a_hits_file_is_small_and_read_as_it_was_written(dataset, split, limit, tmp_path):
-    split = load_split(dataset, split, lists_dir=REPOSITORY / "data_splits")
+    split = load_split(dataset, split, lists=REPOSITORY / "data_splits")
     n, rng = len(split), np.random.default_rng(0)
     # Random bits: what compresses worst.
     right = np.unpackbits(rng.integers(0, 256, (n, 4, 32), dtype=np.uint8), axis=-1, count=255).astype(bool)

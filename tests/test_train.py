@@ -37,7 +37,7 @@ def lines_of(folder):
 def content(path):
     """The parts of a checkpoint that do not depend on where and on how many workers it was made, as text."""
     parts = load(path)
-    names = ("model", "optimizer", "random_states", "epoch", "best", "val", "digests")
+    names = ("model", "optimizer", "random_states", "epoch", "best", "val", "lists")
     return {name: json.dumps(parts[name], default=torch.Tensor.tolist) for name in names}
 
 
@@ -89,7 +89,7 @@ def test_a_run_leaves_its_files(trained):
     assert config["config"]["weights"] == {"value": "none", "source": "flag"}
     assert config["config"]["seed"] == {"value": 0, "source": "default"}
     assert {"python", "torch", "torchvision", "device", "git_commit"} <= config["environment"].keys()
-    assert config["data"]["num_classes"] == 3 and config["data"]["digests"].keys() == {"train", "val", "test"}
+    assert config["data"]["num_classes"] == 3 and config["data"]["lists"].keys() == {"train", "val", "test"}
 
     warm, after = lines_of(folder)
     assert {"epoch", "loss", "l_ce", "l_drop", "lr", "lr_new", "top1", "val"} == warm.keys()
@@ -407,7 +407,7 @@ def test_bad_input_to_train(tiny, fails, tmp_path):
     (tmp_path / "file").write_text("")
     out = f"{tiny} --out {tmp_path}/run"
     for flags, *words in (
-        (f"--data-root {tmp_path}/nowhere", f"{tmp_path}/nowhere", "--data-root"),
+        (f"--data-root {tmp_path}/nowhere", f"{tmp_path}/nowhere"),
         (f"--out {tmp_path}/file/run", f"{tmp_path}/file"),
         ("--preset OpenImages --arch resnet50", "--arch resnet50", "no preset"),
         ("--device tpu9", "--device tpu9", "--device cpu"),
@@ -465,7 +465,7 @@ def test_bad_checkpoints(trained, fails, tmp_path, where):
         path.write_bytes(damaged)
         fails("evaluate", folder, path, "damaged")
     for change, word in (
-        (lambda checkpoint: checkpoint.pop("digests"), "digests"),
+        (lambda checkpoint: checkpoint.pop("lists"), "lists"),
         (lambda checkpoint: checkpoint.update(num_classes=5), "number of classes"),
         (lambda checkpoint: checkpoint["config"].update(arch="resnet50", width=1.0), "architecture"),
     ):
