@@ -6,8 +6,10 @@ import torch
 from conftest import REPOSITORY, results, run
 from PIL import Image
 
+from bridge_wsol.data import Masks, Split
 from bridge_wsol.datasets import load_split
 from bridge_wsol.evaluation import FALLBACK_THRESHOLD, Found, Localizer, evaluate_score_maps
+from bridge_wsol.metrics import Evaluator, measure
 from bridge_wsol.utils import InputError
 
 
@@ -131,7 +133,7 @@ def test_a_threshold_out_of_range(trained, split, threshold):
 
 def test_the_published_lists_are_enough_from_any_folder():
     """CUB's test list: no image, no other file of the data set, from an empty folder."""
-    split = load_split("CUB", "test", lists_dir=REPOSITORY / "data_splits")
+    split = load_split("CUB", "test", lists=REPOSITORY / "data_splits")
     assert len(split) == len(split.boxes) == 5794 and len({*split.labels.tolist()}) == 200
     first = split.ids.index("001.Black_footed_Albatross/Black_Footed_Albatross_0046_18.jpg")
     assert split.sizes[first].tolist() == [500, 335] and split.boxes[first].tolist() == [[60, 27, 385, 331]]
@@ -141,3 +143,21 @@ def test_the_published_lists_are_enough_from_any_folder():
         maps.append((image, np.zeros((224, 224))))
         maps[i][1][y0:y1, x0:x1] = 1  # the box of a component ends one pixel after it
     assert evaluate_score_maps(maps, few)["metrics"]["max_box_acc_v2"]["mean"] == 100
+
+
+def test_masks_and_ignore_regions_count_at_the_size_of_the_map(tmp_path):
+    size, rng, maps, masks, plain = 64, np.random.default_rng(0), {}, {}, Evaluator()
+    rows, columns = (np.array([int(y * n / size) for y in range(size)]) for n in (7, 9))
+    for i in range(4):
+        a, b, ignore = three = rng.random((3, 7, 9)) < 0.4
+        for name, mask in zip("abi", three):
+            Image.fromarray(mask).save(tmp_path / f"{i}{name}.png")
+        masks[i] = Masks([f"{i}a.png", f"{i}b.png"], [f"{i}i.png"])
+        maps[str(i)] = rng.random((size, size), dtype=np.float32)
+        maps[str(i)].flat[:2] = 0, 1  # what min-max leaves as it is
+        map_options = [mask[rows][:, columns] for mask in (a | b, ignore & ~(a | b))]
+        plain.add(i, measure(maps[str(i)], masks=map_options))
+    split = Split("masks", tmp_path, [*maps], np.zeros(4, dtype=int), masks=masks)
+    for workers in (0, 2):
+        found = evaluate_score_maps(maps.items(), split, image_size=size, workers=workers)
+        assert found["metrics"]["pxap"] == plain.hits().result()["metrics"]["pxap"] > 0
