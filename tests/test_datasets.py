@@ -260,6 +260,7 @@ def test_ilsvrc_val_and_imagenet_v2_are_the_same_images_under_either_names(tmp_p
         maps = [(image, np.full((8, 8), 0.5)) for image in val]
         evaluation.evaluate_score_maps(maps, found["test"], save_maps=tmp_path / place / "maps")
         listed = load_split("ILSVRC", "test", *places)
+        assert listed.path(1) == listed.root / files[1][1]
         assert [image for image, _ in data.load_score_maps(tmp_path / place / "maps", listed)] == val
         (tmp_path / place / "ILSVRC" / files[1][1]).unlink()
         with pytest.raises(InputError, match=f"{files[1][1]}: .*1 of the 2"):
