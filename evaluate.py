@@ -19,7 +19,7 @@ from typing import Any
 
 import bridge_wsol.reproduce.baselines  # noqa: F401  for --help: the compared systems
 from bridge_wsol import cam, config, evaluation, localize, utils
-from bridge_wsol.data import Split, decode, load_score_maps
+from bridge_wsol.data import Split, load_score_maps, open_rgb
 from bridge_wsol.datasets import image_files, load_split
 from bridge_wsol.evaluation import MapBatch
 from bridge_wsol.methods import METHODS
@@ -214,7 +214,7 @@ def localize_images(args: argparse.Namespace) -> None:
     try:
         for path in utils.progress(files, "images", len(files)):
             try:
-                image = decode(path, upright=True)
+                image = open_rgb(path, upright=True)
             except InputError as error:
                 failed += 1
                 sys.stderr.write(f"skipped: {error}\n")

@@ -1,4 +1,4 @@
-"""Images and their lists: the list format, decoding, `Split`, score-map files, loaders.
+"""Images and their lists: `Split`, the list format, opening images, score-map files, loaders.
 
 A split is a folder `<DATASET>/<train|val|test>/` of text files; data_splits/README.md describes them. Choe et
 al. call train train-weaksup, and val train-fullsup: the images on which epochs and thresholds are chosen.
@@ -12,8 +12,10 @@ import hashlib
 import os
 import re
 import signal
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -42,22 +44,24 @@ class Split:
     """One split in memory. The lists are parallel: image i has ids[i], labels[i], sizes[i], boxes[i]."""
 
     name: str
-    root: Path  # ids are relative to it
-    ids: list[str]
+    root: Path  # ids, files and paths of masks are relative to it
+    ids: list[str]  # names of the images, those of the list wherever the files are
     labels: np.ndarray  # N int64, from 0
     sizes: np.ndarray | None = None  # N x 2 int64, width and height in pixels; needed with boxes only
     boxes: dict[int, np.ndarray] = field(default_factory=dict)  # index -> G x 4 int64, pixels of the image
     masks: dict[int, Masks] = field(default_factory=dict)
+    files: list[str] | None = None  # where the images are; None: ids
     # Rotate images as EXIF says. Not so in published data sets: their boxes lie on the stored pixels.
     upright: bool = False
     smaller: bool = False  # the files may be smaller copies of the images that sizes and boxes belong to
+    from_disk: bool = False  # the ids are what the folders hold: no file can be missing
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def path(self, index: int) -> Path:
         """The file of image `index`."""
-        return self.root / self.ids[index]
+        return self.root / (self.files or self.ids)[index]
 
     def file_size(self, index: int) -> np.ndarray | None:
         """Width and height that the file of image `index` must have for its boxes; None: any."""
@@ -70,6 +74,7 @@ class Split:
             self,
             name=name,
             ids=[self.ids[i] for i in indices],
+            files=self.files and [self.files[i] for i in indices],
             labels=self.labels[indices],
             sizes=None if self.sizes is None else self.sizes[indices],
             boxes={new: self.boxes[old] for new, old in enumerate(indices) if old in self.boxes},
@@ -77,27 +82,23 @@ class Split:
         )
 
     def digest(self) -> str:
-        """A hash of the images and their labels, in their order."""
+        """A hash of the images and their labels, in their order; it seeds resamples of the images."""
         content = repr((self.ids, self.labels.tolist())).encode("utf-8", "surrogateescape")
         return hashlib.sha256(content).hexdigest()[:16]
 
     def checksums(self) -> np.ndarray:
-        """N uint32: of each image's label, size, boxes and paths of masks."""
-        import zlib
-
+        """N uint32: the CRC-32 of each image's label, size, boxes and paths of masks."""
         sizes = np.zeros((len(self), 2), dtype=int) if self.sizes is None else self.sizes
         boxes = [self.boxes[i].tolist() if i in self.boxes else None for i in range(len(self))]
         masks = [self.masks.get(i) for i in range(len(self))]
         texts = map(repr, zip(self.labels.tolist(), sizes.tolist(), boxes, masks))
-        return np.array([zlib.crc32(t.encode("utf-8", "surrogateescape")) for t in texts], dtype=np.uint32)
+        checksums = [zlib.crc32(text.encode("utf-8", "surrogateescape")) for text in texts]
+        return np.array(checksums, dtype=np.uint32)
 
-    def fingerprint(self):
-        boxes = (
-            hashlib.sha256(self.checksums().astype("<u4").tobytes()).hexdigest()[:16]
-            if self.boxes or self.masks
-            else None
-        )
-        return {"images": self.digest(), "boxes": boxes}
+    def fingerprint(self) -> dict[str, str | None]:
+        """{"images": `digest`, "boxes": a hash of `checksums`, None without boxes and masks}."""
+        located = bool(self.boxes or self.masks)
+        return {"images": self.digest(), "boxes": hash_of(self.checksums()) if located else None}
 
     def require_images(self) -> None:
         """Raises InputError if image files are missing. The message names the first one and counts them.
@@ -110,19 +111,24 @@ class Split:
             return {*os.listdir(self.root / folder)} if (self.root / folder).is_dir() else set()
 
         # A file system may list a name in another spelling (accents, case): query the file then.
-        parts = map(os.path.split, self.ids)
+        parts = map(os.path.split, () if self.from_disk else self.files or self.ids)
         unlisted = [i for i, (folder, name) in enumerate(parts) if name not in names(folder)]
         missing = [i for i in unlisted if not self.path(i).is_file()]
         if missing:
             raise InputError(
                 f"{self.path(missing[0])}: no such image ({len(missing)} of the {len(self)} of {self.name} "
-                "are missing): check --data-root, or --lists if the list belongs to other data"
+                "are missing): is the data root another folder, or does the list belong to other data?"
             )
+
+
+def hash_of(checksums: np.ndarray) -> str:
+    """The hash of `Split.checksums` in a fingerprint."""
+    return hashlib.sha256(checksums.astype("<u4").tobytes()).hexdigest()[:16]
 
 
 # -------------------------------------------------------------------------------------------- the list format
 
-MAX_CLASSES = 10**6  # a larger label is a mistake
+MAX_NUMBER = 10**6  # a larger label, width or height is a mistake
 
 
 def write_lists(folder: Path, lists: dict[str, list[str]]) -> None:
@@ -139,27 +145,32 @@ def read_split(folder: Path, root: Path, name: str, num_classes: int | None = No
     for a box with x1 < x0 or outside its image.
     """
     path, index = folder / "image_ids.txt", {}
-    for n, image in _lines(path):
-        if image in index or leaves_root(image):
-            problem = "is listed twice" if image in index else "leaves the data root"
-            raise InputError(f"{path}:{n}: {image[:80]} {problem}")
+    for where, image, _ in rows(path):
+        if image in index or not is_below(image):
+            raise InputError(f"{where}: expected paths of images below the data root, each once")
         index[image] = len(index)
     if not index:
         raise InputError(f"{path}: empty")
-    ids = list(index)
-    labels = _one_per_image(folder / "class_labels.txt", index, "image,label", 1)[:, 0]
-    top = (num_classes or MAX_CLASSES) - 1
-    if not 0 <= labels.min() <= labels.max() <= top:
-        worst = int(labels.argmin() if labels.min() < 0 else labels.argmax())
-        rule = f"labels run from 0 to {top}{', the classes of train' if num_classes else ''}"
-        raise InputError(f"{folder / 'class_labels.txt'}: {ids[worst]} has label {labels[worst]}: {rule}")
+    top = (num_classes or MAX_NUMBER) - 1
+    labels = per_image(folder / "class_labels.txt", "image,label", index, range(top + 1))[:, 0]
     path, sizes = folder / "image_sizes.txt", None
     if path.exists() and path.stat().st_size:
-        sizes = _one_per_image(path, index, "image,width,height", 2)
-        if sizes.min() < 1:
-            raise InputError(f"{path}: {ids[sizes.min(1).argmin()]}: width and height must be positive")
+        sizes = per_image(path, "image,width,height", index, range(1, MAX_NUMBER + 1))
     boxes, masks = read_localization(folder / "localization.txt", index, sizes)
-    return Split(name, root, ids, labels, sizes, boxes, masks)
+    return Split(name, root, [*index], labels, sizes, boxes, masks)
+
+
+def per_image(path: Path, form: str, index: dict[str, int], valid: range) -> np.ndarray:
+    """N x k int64 from a file with one line of this form, k numbers after the image, for each of N images."""
+    values: dict[str, list[int]] = {}
+    rule = f"{form} once for each image of image_ids.txt, numbers from {valid[0]} to {valid[-1]}"
+    for where, image, numbers in rows(path, form.count(",")):
+        if image not in index or image in values or not numbers or not all(x in valid for x in numbers):
+            raise InputError(f"{where}: expected {rule}")
+        values[image] = numbers
+    if len(values) < len(index):
+        raise InputError(f"{path}: no line for {next(x for x in index if x not in values)}: expected {rule}")
+    return np.array([values[image] for image in index], dtype=np.int64)
 
 
 def read_localization(
@@ -171,118 +182,89 @@ def read_localization(
     Raises InputError as `read_split` does.
     """
     boxes, masks = defaultdict(list), defaultdict(lambda: Masks([], []))
-    for n, line in _lines(path) if path.exists() else ():
-        image, box = _numbers(line, 4)
-        fields = line.rsplit(",", 2)
-        if image in index and sizes is not None:
-            x0, y0, x1, y1 = box
-            width, height = sizes[index[image]]
+    for where, image, box in rows(path, 4) if path.exists() else ():
+        if box and image in index and sizes is not None:
+            i, (x0, y0, x1, y1) = index[image], box
+            width, height = sizes[i]
             if not (0 <= x0 <= x1 < width and 0 <= y0 <= y1 < height):
                 rule = f"0 <= x0 <= x1 < {width} and 0 <= y0 <= y1 < {height}, pixels of its image"
-                raise InputError(f"{path}:{n}: box {x0},{y0},{x1},{y1}: must have {rule}")
-            boxes[index[image]].append(box)
-        elif fields[0] in index and len(fields) == 3 and fields[1] and not any(map(leaves_root, fields[1:])):
-            instances, ignore = masks[index[fields[0]]]
-            instances.append(fields[1])
-            ignore += [fields[2]] if fields[2] else []
-        else:
-            raise InputError(
-                f"{path}:{n}: {line[:80]}: expected image,x0,y0,x1,y1 (whole pixels, with image_sizes.txt) "
-                "or image,mask,ignore (paths), of a listed image"
-            )
+                raise InputError(f"{where}: expected {rule}")
+            boxes[i].append(box)
+            continue
+        image, *paths = image.rsplit(",", 2)
+        if box or image not in index or len(paths) != 2 or not paths[0] or not all(map(is_below, paths)):
+            forms = "image,x0,y0,x1,y1 (whole pixels, with image_sizes.txt) or image,mask,ignore (paths)"
+            raise InputError(f"{where}: expected {forms}, of a listed image")
+        instances, ignore = masks[index[image]]
+        instances.append(paths[0])
+        ignore += paths[1:] if paths[1] else []
     return {i: np.array(b) for i, b in boxes.items()}, dict(masks)
 
 
-def _one_per_image(path: Path, index: dict[str, int], form: str, k: int) -> np.ndarray:
-    """N x k int64 from a file with one line per image, of this form."""
-    values: dict[str, list[int]] = {}
-    for n, line in _lines(path):
-        image, numbers = _numbers(line, k)
-        if image not in index or image in values:
-            again = image in values
-            problem = f"a second line for {image[:80]}" if again else f"expected {form} in whole numbers"
-            raise InputError(f"{path}:{n}: {line[:80]}: {problem}, of an image of image_ids.txt")
-        values[image] = numbers
-    for image in index:
-        if image not in values:
-            raise InputError(f"{path}: no line for {image}")
-    return np.array([values[image] for image in index], dtype=np.int64)
+def rows(path: Path, k: int = 0) -> Iterator[tuple[str, str, list[int]]]:
+    """("FILE:LINE: TEXT", image, its k numbers) of each line that is not empty.
 
-
-def _numbers(line: str, k: int) -> tuple[str | None, list[int]]:
-    """(image id, the k whole numbers after it) of a line; an id of None for a line of another form."""
-    image, *values = line.rsplit(",", k)
-    # int() alone would accept "1_0", digits of any script, and numbers that no array holds.
-    if len(values) != k or not all(re.fullmatch("-?[0-9]{1,10}", value) for value in values):
-        return None, []
-    return image, [int(value) for value in values]
-
-
-def leaves_root(path: str) -> bool:
-    """Whether a path of a list leaves the folder that it is relative to."""
-    return path.startswith("/") or ".." in path.split("/")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line) of each line that is not empty."""
+    Of a line that is not an image and k whole numbers, with commas between: (..., the line, []).
+    """
     try:
         with path.open(encoding="utf-8-sig") as file:  # some editors write a byte order mark
-            for n, line in enumerate(file, 1):
-                if line := line.strip():
-                    yield n, line
+            for n, line in enumerate(map(str.strip, file), 1):
+                image, *numbers = line.rsplit(",", k)
+                # int() alone would accept "1_0", digits of any script, and numbers that no array holds.
+                if len(numbers) != k or not all(re.fullmatch("-?[0-9]{1,10}", x) for x in numbers):
+                    image, numbers = line, []
+                if line:
+                    yield f"{path}:{n}: {line[:80]}", image, [int(x) for x in numbers]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         fix = "data_splits/README.md describes the format"
         raise InputError(f"{path}: cannot be read ({reason}): {fix}") from error
 
 
-# --------------------------------------------------------------------------------------------------- decoding
+def is_below(path: str) -> bool:
+    """Whether a path of a list stays below the folder that it is relative to."""
+    return not path.startswith("/") and ".." not in path.split("/")
 
 
-def decode(path: Path, listed: np.ndarray | None = None, upright: bool = False) -> Image.Image:
-    """An image file as RGB. upright: rotated as its EXIF orientation says.
+# --------------------------------------------------------------------------------------------- opening images
+
+
+def open_rgb(
+    source: str | Path | Image.Image, listed: np.ndarray | None = None, upright: bool = False
+) -> Image.Image:
+    """An image, from a file or of Pillow, as RGB. upright: rotated as its EXIF orientation says.
 
     listed: (width, height) for which its boxes were drawn. Raises InputError for an image that cannot be
-    read, or that has another size than listed.
+    read, of another size than listed, or with values of 32 bits that are not 0 ... 255.
     """
+    given = isinstance(source, Image.Image)
+    name = "image" if given else source
     try:
-        image = Image.open(path)
+        with nullcontext(source) if given else Image.open(source) as stored:
+            image = ImageOps.exif_transpose(stored) if upright else stored
+            if image.mode.startswith("I;16") or (image.mode == "I" and stored.format == "PNG"):
+                # 16 bits per pixel: Pillow would clip the values at 255.
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            low, high = image.getextrema() if image.mode in ("I", "F") else (0, 0)  # Pillow clips them, too
+            rgb = image.convert("RGB")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such image") from None
-    except Exception as error:  # Pillow's readers raise errors of many types for a damaged header
-        raise InputError(f"{path}: not an image that can be read ({first_line(error)})") from error
-    with image:
-        rgb = to_rgb(image, path, upright)
-    if listed is not None and rgb.size != tuple(listed):
-        sizes = f"{rgb.width} x {rgb.height} pixels where the list has {listed[0]} x {listed[1]}"
-        raise InputError(f"{path}: {sizes}: its boxes would not fit")
-    return rgb
-
-
-def to_rgb(image: Image.Image, name: Any = "image", upright: bool = False) -> Image.Image:
-    """An image of any mode as RGB. upright: rotated as its EXIF orientation says.
-
-    name: for the InputError about an image that is damaged, or whose values of 32 bits are not 0 ... 255.
-    """
-    try:
-        png = image.format == "PNG"
-        image = ImageOps.exif_transpose(image) if upright else image
-        if image.mode.startswith("I;16") or (image.mode == "I" and png):
-            # 16 bits per pixel: Pillow would clip the values at 255.
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        low, high = image.getextrema() if image.mode in ("I", "F") else (0, 0)  # Pillow clips them, too
-        rgb = image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise errors of many types for damaged data
-        raise InputError(f"{name}: truncated or damaged image ({first_line(error)})") from error
+        raise InputError(f"{name}: no such image") from None
+    except Exception as error:  # Pillow's readers raise errors of many types for damaged files
+        raise InputError(
+            f"{name}: not an image that can be read, or damaged ({first_line(error)})"
+        ) from error
     if not 0 <= low <= high <= 255 or (image.mode == "F" and 0 < high <= 1):
         raise InputError(f"{name}: values from {low:g} to {high:g} where 0 ... 255 are expected: convert it")
+    if listed is not None and rgb.size != tuple(listed):
+        sizes = f"{rgb.width} x {rgb.height} pixels where the list has {listed[0]} x {listed[1]}"
+        raise InputError(f"{name}: {sizes}: its boxes would not fit")
     rgb.info.pop("exif", None)  # the orientation is applied now, or not wanted
     return rgb
 
 
-def load_rgb(path: Path, size: int, listed: np.ndarray | None = None, upright: bool = False) -> Image.Image:
-    """`decode`, then resize to size x size: bilinear, antialiased like torchvision's resize of PIL images."""
-    return decode(path, listed, upright).resize((size, size), Image.Resampling.BILINEAR)
+def resized(image: Image.Image, size: int) -> np.ndarray:
+    """size x size x 3 uint8: bilinear, antialiased like torchvision's resize of PIL images."""
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def load_masks(root: Path, masks: Masks, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -332,11 +314,10 @@ def as_score_map(values: Any, name: Any) -> np.ndarray:
     form, or values that are NaN or outside [0, 1].
     """
     score_map = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values
-    if not isinstance(score_map, np.ndarray) or score_map.ndim != 2 or not score_map.size:
-        form = f"shape {score_map.shape}" if isinstance(score_map, np.ndarray) else type(values).__name__
+    is_array = isinstance(score_map, np.ndarray)
+    if not is_array or score_map.ndim != 2 or not score_map.size or score_map.dtype.kind not in "fiub":
+        form = f"{score_map.dtype} of shape {score_map.shape}" if is_array else type(values).__name__
         raise InputError(f"{name}: a score map must be one 2-D array of floats in [0, 1], got {form}")
-    if score_map.dtype.kind not in "fiub":
-        raise InputError(f"{name}: a score map must hold floats in [0, 1], got {score_map.dtype}")
     low, high = score_map.min(), score_map.max()
     if not -1e-6 <= low <= high <= 1 + 1e-6:  # false for NaN as well
         raise InputError(f"{name}: values in [{low:.9g}, {high:.9g}] where [0, 1] is expected")
@@ -369,7 +350,7 @@ class TrainImages(Dataset):
         """The resized image: resize_size x resize_size x 3 uint8."""
         if (image := self.kept.get(index)) is None:
             path = self.split.path(index)
-            image = np.asarray(load_rgb(path, self.resize_size, upright=self.split.upright))
+            image = resized(open_rgb(path, upright=self.split.upright), self.resize_size)
             if self.keep:
                 self.kept[index] = image
         return image
@@ -388,8 +369,6 @@ class EvalImages(Dataset):
     Items: uint8 3 x image_size x image_size, label, index.
     """
 
-    __test__ = False  # pytest would take a class of this name for a test case
-
     def __init__(self, split: Split, image_size: int):
         self.split, self.image_size = split, image_size
 
@@ -397,9 +376,8 @@ class EvalImages(Dataset):
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        listed, upright = self.split.file_size(index), self.split.upright
-        image = load_rgb(self.split.path(index), self.image_size, listed, upright)
-        return _to_tensor(np.asarray(image)), int(self.split.labels[index]), index
+        image = open_rgb(self.split.path(index), self.split.file_size(index), self.split.upright)
+        return _to_tensor(resized(image, self.image_size)), int(self.split.labels[index]), index
 
 
 def _to_tensor(pixels: np.ndarray) -> Tensor:
@@ -464,9 +442,6 @@ def eval_loader(split: Split, batch_size: int, image_size: int, workers: int) ->
     """
     share = range(rank(), len(split), world_size())
     return _loader(EvalImages(split, image_size), workers, batch_size=batch_size, sampler=share)
-
-
-eval_loader.__test__ = False  # not a test case
 
 
 def _loader(dataset: Dataset, workers: int, **kwargs: Any) -> DataLoader:

@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import fnmatch
 import hashlib
 import os
 import shutil
 from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
-from torchvision.datasets import Imagenette
-from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+from PIL import Image
 
 from . import utils
-from .data import Split, decode, load_masks, read_localization, read_split
+from .data import Split, load_masks, open_rgb, read_localization, read_split
 from .utils import InputError
 
 SPLITS = ("train", "val", "test")
@@ -39,8 +37,8 @@ class DataSet(NamedTuple):
     images: str  # folder below --data-root; image ids are relative to it
     val_images: str = ""  # the same for the ids of val; "": images
     val_folder: str = ""  # folder whose absence means that val is held out from train; "": val has its list
-    # Folders with smaller copies of the images, where `images` is absent. The sizes in the lists, of the
-    # boxes, are then not those of the files, and are not compared with them.
+    # Further folders for the images, tried in this order where `images` is absent. Where there are some, the
+    # files of any of them may be smaller copies: their sizes are not compared with those of the lists.
     copies: tuple[str, ...] = ()
 
 
@@ -76,20 +74,20 @@ def load_splits(
         has no list, or no folder with its images; else 0.
     images: whether image files are needed; a missing one is an InputError then. False: only the lists.
 
-    The record has "val_per_class" as resolved, "num_classes", "classes" (their names, or None), "digests"
-    ({name: `Split.digest`}) and "notes" (lines to print). Raises InputError as `read_split` does, and for
-    labels outside 0 ... K - 1, where K is the number of classes of train.
+    The record has "val_per_class" as resolved, "num_classes", "classes" (their names, or None), "lists"
+    ({name: `Split.fingerprint`}) and "notes" (lines to print). Raises InputError as `read_split` does, and
+    for labels outside 0 ... K - 1, where K is the number of classes of train.
     """
     data_root, lists, notes = Path(data_root), Path(lists), []
     if is_folder(dataset, lists):
         found, classes = read_folder(Path(dataset), join_val=bool(val_per_class))
         val_per_class = (0 if "val" in found else 2) if val_per_class is None else val_per_class
-        if not val_per_class and "val" not in found:
-            raise InputError(f"--val-per-class 0: {dataset} has no val/: pass another number")
+        if not val_per_class and "val" in names and "val" not in found:
+            raise InputError(f"{dataset}: no folder val/, and 0 images per class held out from train for val")
         num_classes = len(classes)
     else:
         kind = DATASETS.get(dataset, DataSet(dataset))
-        if dataset == "demo":
+        if dataset == "demo" and (images or not (lists / "demo").is_dir()):
             from .reproduce.demo import draw_demo  # upwards, for this data set alone
 
             draw_demo(data_root, lists)
@@ -102,31 +100,31 @@ def load_splits(
         notes += _other_lists(dataset, lists)
     if val_per_class and {"train", "val"} & {*names}:
         found["train"], found["val"] = hold_out(found["train"], val_per_class)
-    digests = {name: found[name].fingerprint() for name in names}
+    found = {name: found[name] for name in names}
     if "val" in names:
         origin = f", {val_per_class} per class held out from train" if val_per_class else ""
         notes.append(f"val: {len(found['val'])} images{origin}")
     if "train" in names and len(absent := np.setdiff1d(np.arange(num_classes), found["train"].labels)):
         notes.append(f"{len(absent)} of {num_classes} classes have no image in train: {absent[:5]}")
-    if dataset == "ILSVRC" and images:
+    if dataset == "ILSVRC":
         found = {name: _ilsvrc_files(split, lists) for name, split in found.items()}
     if images:
-        for name in names:
-            found[name].require_images()
-        if any(found[name].smaller for name in names):
+        for split in found.values():
+            split.require_images()
+        if any(split.smaller for split in found.values()):
             notes.append(f"{dataset}: sizes are not compared, images may be smaller copies")
     record = dict(notes=notes, classes=classes, val_per_class=val_per_class, num_classes=num_classes)
-    return {name: found[name] for name in names}, record | {"lists": digests}
+    return found, record | {"lists": {name: split.fingerprint() for name, split in found.items()}}
 
 
 def load_split(
-    dataset: str, name: str = "test", data_root: str | Path = "data", lists_dir: str | Path = "data_splits"
+    dataset: str, name: str = "test", data_root: str | Path = "data", lists: str | Path = "data_splits"
 ) -> Split:
     """One split ("train", "val" or "test") from its lists alone: what the evaluation of score maps needs.
 
     Masks are read later, from data_root. Raises InputError as `load_splits` does.
     """
-    return load_splits(dataset, data_root, lists_dir, (name,), images=False)[0][name]
+    return load_splits(dataset, data_root, lists, (name,), images=False)[0][name]
 
 
 # ---------------------------------------------------------------------------------------------- named sets
@@ -139,9 +137,8 @@ def _read_lists(
     folder, places = lists / dataset, [data_root / name for name in (kind.images, *kind.copies)]
     root = next((place for place in places if place.is_dir()), places[0])
     if not folder.is_dir():
-        problem = f"--dataset {dataset}: no lists in {folder}"
-        fix = f"pass --lists DIR, a folder that holds {dataset}/train, val and test"
-        raise InputError(f"{problem}: {fix}, or the path of a folder of images")
+        forms = "train, val and test there, or the path of a folder of images"
+        raise InputError(f"{dataset}: no lists in {folder}: expected {forms}")
     found, num_classes, classes = {}, None, None
     if (folder / "train" / "image_ids.txt").exists():  # also for the number of classes
         found["train"] = train = read_split(folder / "train", root, f"{dataset} train")
@@ -210,35 +207,33 @@ def _shipped(lists: Path, name: str) -> str:
 def ilsvrc_train(root: Path, wnids: list[str]) -> Split:
     """ILSVRC's train from its folders ILSVRC/train/<wnid>. Raises InputError for other folders."""
     train = root / "train"
-    folders = {path.name for path in train.glob("n????????") if path.is_dir()}
-    if folders != {*wnids}:
-        example = min(folders ^ {*wnids})
-        problem = (
-            f"{len(folders)} folders of classes where the 1,000 of ILSVRC 2012 are expected: {example} is"
-        )
-        raise InputError(f"{train}: {problem} {'extra' if example in folders else 'missing'}")
-    images = [_images(train / wnid) for wnid in wnids]
-    ids = [f"train/{path.parent.name}/{path.name}" for of_class in images for path in of_class]
+    folders = {*fnmatch.filter(_listing(train)[0] if train.is_dir() else [], "n????????")}
+    if differing := folders ^ {*wnids}:
+        problem = f"{len(folders)} folders of classes where the 1,000 of ILSVRC 2012 are expected"
+        example = f"{min(differing)} is {'extra' if min(differing) in folders else 'missing'}"
+        raise InputError(f"{train}: {problem}: {example}")
+    images = [_listing(train / wnid)[1] for wnid in wnids]
+    ids = [f"train/{wnid}/{image}" for wnid, of_class in zip(wnids, images) for image in of_class]
     labels = np.repeat(np.arange(len(wnids)), [len(of_class) for of_class in images])
     utils.print_rank0(f"ILSVRC train: {len(ids)} images in {train}")
-    return Split("ILSVRC train", root, ids, labels)
+    return Split("ILSVRC train", root, ids, labels, from_disk=True)
 
 
 def _ilsvrc_files(split: Split, lists: Path) -> Split:
-    """The split with the file names of this copy.
+    """The split with the files of this copy.
 
     val/ may be sorted into val/<wnid>/. ImageNetV2 in val2/ may have the names of its present release: lines
     `class/n.jpeg,<hash>.jpeg` of imagenet_v2_names.csv map the names of the published list to them.
     """
     first, wnids = split.ids[0], _shipped(lists, "wnids.txt").split()
     if first.startswith("val/") and (split.root / "val" / wnids[split.labels[0]]).is_dir():
-        ids = [image.replace("val/", f"val/{wnids[k]}/", 1) for image, k in zip(split.ids, split.labels)]
-        return replace(split, ids=ids)
-    if first.startswith("val2/") and not split.path(0).exists():
+        files = [image.replace("val/", f"val/{wnids[k]}/", 1) for image, k in zip(split.ids, split.labels)]
+        return replace(split, files=files)
+    if first.startswith("val2/") and (split.root / "val2").is_dir() and not split.path(0).exists():
         pairs = (line.split(",") for line in _shipped(lists, "val/imagenet_v2_names.csv").split())
         hashed = {f"val2/{old}": f"val2/{old.rpartition('/')[0]}/{new}" for old, new in pairs}
         if (split.root / hashed.get(first, "")).is_file():
-            return replace(split, ids=[hashed[image] for image in split.ids])
+            return replace(split, files=[hashed.get(image, image) for image in split.ids])
     return split
 
 
@@ -249,45 +244,37 @@ CUB_MD5 = "97eceeb196236b17998738112f37df78"
 
 
 def download(dataset: str, data_root: Path) -> None:
-    """--download of train.py: CUB-200-2011 or Imagenette (320 pixels), unless its folder is there.
+    """--download of train.py: CUB-200-2011 or Imagenette (320 pixels), unless a folder of it is there.
 
     Uses data_root/CUB_200_2011.tgz if it is there; the MD5 is checked. Raises InputError if a step fails, and
     for a data set that this program does not download.
     """
-    if dataset == "Imagenette":
-        return download_imagenette(data_root)
-    if dataset not in ("CUB", "CUB10"):
+    if dataset not in ("CUB", "CUB10", "Imagenette"):
         problem = f"only CUB, CUB10 and Imagenette can be downloaded, not {dataset}"
         raise InputError(f"--download: {problem}: see docs/data.md")
-    target, archive = data_root / "CUB_200_2011", data_root / "CUB_200_2011.tgz"
-    if target.is_dir():
+    places = [place.split("/")[0] for place in (DATASETS[dataset].images, *DATASETS[dataset].copies)]
+    if any((data_root / place).is_dir() for place in places):
         return
-    if archive.exists() and not check_integrity(str(archive), CUB_MD5):
+    from torchvision.datasets import Imagenette  # torchvision takes long to import
+    from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+
+    archive, part = data_root / "CUB_200_2011.tgz", data_root / ".download.part"
+    of_cub = dataset != "Imagenette"
+    if of_cub and archive.exists() and not check_integrity(str(archive), CUB_MD5):
         raise InputError(f"{archive}: MD5 is not {CUB_MD5}: damaged, or another file: remove it")
-    try:
-        part = data_root / ".CUB_200_2011.part"
-        download_and_extract_archive(CUB_URL, str(data_root), str(part), archive.name, CUB_MD5)
-        (part / target.name).rename(target)
-        shutil.rmtree(part)  # the archive has a file beside the folder
-    except Exception as error:  # errors of the network, the archive and the disk
-        problem = f"download failed ({utils.first_line(error)})"
-        raise InputError(f"{CUB_URL}: {problem}: see docs/data.md") from error
-
-
-def download_imagenette(data_root: Path) -> None:
-    """Imagenette, by torchvision. Raises InputError if that fails."""
-    kind, part = DATASETS["Imagenette"], data_root / ".imagenette2-320.part"
-    if any((data_root / name).is_dir() for name in (kind.images, *kind.copies)):
-        return
     try:
         shutil.rmtree(part, ignore_errors=True)  # torchvision takes a half-unpacked folder for a whole one
         part.mkdir(parents=True)
-        Imagenette(part, size="320px", download=True)
-        (part / "imagenette2-320").rename(data_root / "imagenette2-320")
+        if of_cub:
+            download_and_extract_archive(CUB_URL, str(data_root), str(part), archive.name, CUB_MD5)
+        else:
+            Imagenette(part, size="320px", download=True)
+        name = "CUB_200_2011" if of_cub else "imagenette2-320"
+        (part / name).rename(data_root / name)
         shutil.rmtree(part)
     except Exception as error:  # errors of the network, the archive and the disk
-        problem = f"download failed ({utils.first_line(error)})"
-        raise InputError(f"Imagenette: {problem}: see docs/data.md") from error
+        problem = f"the download failed ({utils.first_line(error)})"
+        raise InputError(f"{dataset}: {problem}: see docs/data.md") from error
 
 
 # -------------------------------------------------------------------------------- a folder of your own images
@@ -312,31 +299,32 @@ def read_folder(folder: Path, join_val: bool = False) -> tuple[dict[str, Split],
     applied). Raises InputError for other layouts, for a class with too few images, and as `read_split` does.
     """
     if not folder.is_dir():
-        raise InputError(f"--dataset {folder}: neither the name of a data set nor a folder")
+        raise InputError(f"{folder}: neither the name of a data set nor a folder")
     layout = [name for name in SPLITS if (folder / name).is_dir()]
-    by_split = all(name in layout and _folders(folder / name) for name in ("train", "test"))
-    classes = _folders(folder / "train" if by_split else folder)
+    by_split = all(name in layout and _listing(folder / name)[0] for name in ("train", "test"))
+    classes = _listing(folder / "train" if by_split else folder)[0]
     if len(classes) < 2:
         problem = f"{len(classes)} sub-folders where one per class is expected, two at least"
-        raise InputError(f"--dataset {folder}: {problem}")
+        raise InputError(f"{folder}: {problem}")
     ids, unread = defaultdict(list), []
     for split in layout if by_split else [""]:
-        for name in _folders(folder / split):
-            where = folder / split / name
-            if name not in classes or _folders(where):
+        for name in _listing(folder / split)[0]:
+            where = Path(split, name)
+            inside, files, others = _listing(folder / where)
+            if name not in classes or inside:
                 problem = "holds folders" if name in classes else "no class of train"
-                raise InputError(f"{where}: {problem}: --dataset {folder} has one sub-folder per class")
-            images = [str(path.relative_to(folder)) for path in _images(where)]
-            unread += [path for path in _visible(where) if path.suffix.lower() not in READABLE]
-            for part, chosen in ({split: images} if by_split else _by_hash(images, where)).items():
+                raise InputError(f"{folder / where}: {problem}: expected one sub-folder per class")
+            images = [str(where / file) for file in files]
+            unread += [folder / where / file for file in others]
+            for part, chosen in ({split: images} if by_split else _by_hash(images, folder / where)).items():
                 ids[part] += chosen
     everything = [image for chosen in ids.values() for image in chosen]
     index = {image: i for i, image in enumerate(everything)}
     label_of = {name: label for label, name in enumerate(classes)}
     labels = np.array([label_of[Path(image).parent.name] for image in everything], dtype=np.int64)
-    whole = Split(str(folder), folder, everything, labels, upright=True)
+    whole = Split(str(folder), folder, everything, labels, upright=True, from_disk=True)
     if (path := folder / "localization.txt").exists():
-        read = utils.imap(partial(upright_size, folder), everything, utils.cores())
+        read = utils.imap(_upright_size, [folder / image for image in everything], utils.cores())
         read = utils.progress(read, f"reading the sizes of {folder}", len(everything))
         sizes = np.array([size for _, size in read])
         boxes, masks = read_localization(path, index, sizes)
@@ -358,17 +346,15 @@ def read_folder(folder: Path, join_val: bool = False) -> tuple[dict[str, Split],
     return splits, classes
 
 
-def _folders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in _visible(folder) if path.suffix.lower() in READABLE)
-
-
-def _visible(folder: Path) -> list[Path]:
-    # Some systems write hidden files such as "._photo.jpg" beside the images.
-    return [path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir()]
+def _listing(folder: str | Path) -> tuple[list[str], list[str], list[str]]:
+    """The names in a folder, sorted: (folders, images, other files); without a query for each of them."""
+    names: tuple[list[str], list[str], list[str]] = [], [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith("."):  # some systems write "._photo.jpg" beside the images
+                readable = os.path.splitext(entry.name)[1].lower() in READABLE
+                names[0 if entry.is_dir() else 1 if readable else 2].append(entry.name)
+    return sorted(names[0]), sorted(names[1]), sorted(names[2])
 
 
 def image_files(paths: list[Path]) -> list[Path]:
@@ -377,8 +363,8 @@ def image_files(paths: list[Path]) -> list[Path]:
     for path in paths:
         inside = [path]
         if path.is_dir():
-            folders = (Path(folder) for folder, _, _ in os.walk(path, followlinks=True))
-            inside = sorted(image for folder in folders for image in _images(folder))
+            folders = [folder for folder, _, _ in os.walk(path, followlinks=True)]
+            inside = sorted(Path(folder, name) for folder in folders for name in _listing(folder)[1])
         if not inside:
             raise InputError(f"--images {path}: no images in this folder")
         files += inside
@@ -402,14 +388,8 @@ def _by_hash(images: list[str], where: Path) -> dict[str, list[str]]:
     return {"train": sorted(order[:val]), "val": sorted(order[val:test]), "test": sorted(order[test:])}
 
 
-def upright_size(root: Path, image: str) -> tuple[int, int]:
-    """(width, height) in pixels, with the EXIF orientation applied."""
-    try:
-        with Image.open(root / image) as opened:
-            return ImageOps.exif_transpose(opened).size
-    except Exception as error:  # Pillow raises errors of many types
-        problem = f"not an image that can be read ({utils.first_line(error)})"
-        raise InputError(f"{root / image}: {problem}") from error
+def _upright_size(path: Path) -> tuple[int, int]:
+    return open_rgb(path, upright=True).size
 
 
 # ------------------------------------------------------------------------------------------------------ check
@@ -424,7 +404,9 @@ def check(dataset: str, data_root: Path, lists: Path, workers: int) -> int:
     print("\n".join(record["notes"]))
     problems = 0
     for split in splits.values():
-        inspected = utils.imap(partial(_problem_of, split), range(len(split)), workers)
+        # Splits of one image: a worker is sent no more than it needs.
+        images = (split.take([i], split.name) for i in range(len(split)))
+        inspected = utils.imap(_problem_of, images, workers)
         found = [problem for _, problem in utils.progress(inspected, split.name, len(split)) if problem]
         found.append(f"{split.name}: {len(split)} images, {len(found)} with a problem")
         print("\n".join(found), flush=True)
@@ -432,12 +414,12 @@ def check(dataset: str, data_root: Path, lists: Path, workers: int) -> int:
     return problems
 
 
-def _problem_of(split: Split, index: int) -> str | None:
-    """What is wrong with an image or its masks."""
+def _problem_of(image: Split) -> str | None:
+    """What is wrong with the first image of a split, or with its masks."""
     try:
-        decode(split.path(index), split.file_size(index), split.upright)
-        if index in split.masks:
-            load_masks(split.root, split.masks[index], 224)
+        open_rgb(image.path(0), image.file_size(0), image.upright)
+        if 0 in image.masks:
+            load_masks(image.root, image.masks[0], 224)
     except InputError as error:
         return str(error)
     return None

@@ -9,7 +9,6 @@ per image; `boxes` and `metrics` do the rest. For one's own maps, from Python:
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import os
 from collections.abc import Iterable, Iterator
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from . import cam, config, metrics, utils
 from .boxes import LEVELS, scale_boxes
-from .data import Split, as_score_map, eval_loader, load_masks, to_input
+from .data import Split, as_score_map, eval_loader, hash_of, load_masks, to_input
 from .datasets import is_folder, load_splits
 from .losses import full_precision
 from .methods import CAM, find
@@ -358,9 +357,8 @@ class Stored(NamedTuple):
 
     def fingerprint(self) -> dict[str, str | None]:
         """`Split.fingerprint` of the images."""
-        boxes = hashlib.sha256(self.truth.astype("<u4").tobytes()).hexdigest()[:16]
-        known = self.per_image.boxed.any() or self.per_image.masked.any()
-        return {"images": self.digest, "boxes": boxes if known else None}
+        located = self.per_image.boxed.any() or self.per_image.masked.any()
+        return {"images": self.digest, "boxes": hash_of(self.truth) if located else None}
 
 
 def per_image_path(results: Path) -> Path:
@@ -437,10 +435,11 @@ CHECKPOINT |= dict(epoch=int, num_classes=int, classes=list | None, val=dict | N
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of train.py, on the CPU. Raises InputError for another file."""
     checkpoint = utils.load_tensors(path)
-    for name, kind in CHECKPOINT.items():
-        if not isinstance(checkpoint.get(name, ...), kind):
-            problem = f"({name} is missing or has the wrong type)"
-            raise InputError(f"{path}: not a checkpoint of this version of train.py {problem}")
+    wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(name, ...), kind)]
+    wrong = wrong or [name for name in config.RUN_VALUES if name not in checkpoint["config"]]
+    if wrong:
+        problem = f"({wrong[0]} is missing or has the wrong type)"
+        raise InputError(f"{path}: not a checkpoint of this version of train.py {problem}")
     return checkpoint
 
 

@@ -18,7 +18,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 
 from . import cam, utils
 from .boxes import LEVELS, fixed_level, iou_matrix, level_boxes, scale_boxes
-from .data import Split, decode, load_rgb, to_input, to_rgb
+from .data import Split, open_rgb, to_input
 from .evaluation import MapBatch, TrainedRun, require_threshold
 from .losses import full_precision
 
@@ -93,8 +93,7 @@ class Localizer:
     @torch.inference_mode()
     def _localize(self, image: str | Path | Image.Image | np.ndarray) -> Found:
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        of_file = not isinstance(image, Image.Image)
-        image = decode(Path(image), upright=True) if of_file else to_rgb(image, upright=True)
+        image = open_rgb(image, upright=True)
         run, size = self.run, self.run.config.image_size
         pixels = pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
         with utils.autocast(run.device, run.amp):
@@ -172,7 +171,8 @@ def draw_split(path: Path, split: Split, batches: Iterable[MapBatch], level: int
     ):
         box, zoom = level_boxes(score_map).largest[level], 1 + (len(score_map) < 224)
         truth = scale_boxes(split.boxes[index], tuple(split.sizes[index]), len(score_map))
-        photo = load_rgb(split.path(index), zoom * len(score_map), upright=split.upright)
+        photo = open_rgb(split.path(index), upright=split.upright)
+        photo = photo.resize((zoom * len(score_map),) * 2, Image.Resampling.BILINEAR)
         boxes = (zoom * corners + np.array([0, 0, zoom - 1, zoom - 1]) for corners in (box, truth))
         pictures.append(draw_boxes(photo, score_map, *boxes))
     if utils.rank() == 0:

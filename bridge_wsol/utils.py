@@ -402,7 +402,7 @@ def world_size() -> int:
 
 
 def environment_rank() -> int:
-    """Number of this process among those that a launcher started, by its environment variables; 0 without one.
+    """Number of this process among those of a launcher, by its environment variables; 0 without one.
 
     Raises InputError for variables that are not numbers, or that contradict each other.
     """

@@ -78,6 +78,18 @@ def make_tiny(root: Path) -> None:
         write_split(root / "lists" / "tiny" / split, **files)
 
 
+def make_folder(root: Path, images: int = 12, places: tuple[str, ...] = ("",)) -> Path:
+    """A folder of three classes in each of the places: a bright patch of channel k on noise for class k."""
+    rng = np.random.default_rng(0)
+    for folder, k in ((root / place / f"class {k}", k) for place in places for k in range(3)):
+        folder.mkdir(parents=True)
+        for i in range(images):
+            pixels = rng.integers(0, 90, (40, 60, 3), dtype=np.uint8)
+            pixels[5:30, 5:30, k] = 255
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
 @pytest.fixture
 def tiny(tmp_path) -> str:
     """The flags of train.py for the small data set in tmp_path/data and tmp_path/lists."""

@@ -20,7 +20,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest
 
-from bridge_wsol.data import Masks, Split, decode, load_masks, load_score_maps
+from bridge_wsol.data import Masks, Split, load_masks, load_score_maps, open_rgb
 from bridge_wsol.datasets import load_splits
 from bridge_wsol.evaluation import TrainedRun
 from bridge_wsol.utils import InputError
@@ -86,7 +86,7 @@ def damage_image(root: Path, rng: np.random.Generator) -> Iterator[Path]:
     image.save(file, suffix, **({"exif": exif} if suffix in ("jpeg", "png", "webp") else {}))
     path.write_bytes(damage(file.getvalue(), rng))
     yield path
-    decoded, upright = decode(path), decode(path, upright=True)
+    decoded, upright = open_rgb(path), open_rgb(path, upright=True)
     with Image.open(path) as plain:
         assert plain.mode[0] == "I" or np.array_equal(np.asarray(plain.convert("RGB")), np.asarray(decoded))
     assert sorted(upright.size) == sorted(decoded.size)
@@ -119,7 +119,7 @@ def damage_checkpoint(root: Path, rng: np.random.Generator) -> Iterator[Path]:
         for key, value in run.method.net.state_dict().items():
             assert torch.equal(value, whole["model"].pop(key))
         assert not whole["model"] and vars(run.config) == whole["config"]
-        assert run.val_levels in (None, whole["val"]["levels"])
+        assert run.choose().levels in (None, whole["val"]["levels"])
     finally:
         path.write_bytes(good)
 

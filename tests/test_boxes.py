@@ -5,7 +5,7 @@ import plain_boxes
 import pytest
 from plain_boxes import quantize
 
-from bridge_wsol.boxes import fixed_level, iou_matrix, level_boxes
+from bridge_wsol.boxes import fixed_level, iou_matrix, level_boxes, scale_boxes
 
 
 def drawn(*rows: str) -> np.ndarray:
@@ -207,3 +207,12 @@ def test_a_fixed_threshold_is_a_fraction_of_the_largest_value():
     for threshold in (-0.1, 1, 1.5):
         with pytest.raises(ValueError, match="in \\[0, 1\\)"):
             fixed_level(score_map, threshold)
+
+
+def test_boxes_are_scaled_as_the_field_scales_them():
+    for width in (*range(1, 1200), 4000, 5003):
+        xs = range(width)
+        boxes = np.array([xs, [0] * width, xs, xs]).T
+        x0, y0, x1, y1 = scale_boxes(boxes, (width, 2 * width), 224).T.tolist()
+        assert x0 == x1 == [int(x * 224 / width) for x in xs], width
+        assert y0 == [0] * width and y1 == [int(y * 224 / (2 * width)) for y in xs], width

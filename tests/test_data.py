@@ -1,25 +1,25 @@
 """Good and bad lists, images and masks of every kind, score-map files, batches for any number of workers."""
 
 import math
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny, write_split
+from conftest import REPOSITORY, make_tiny, write_split
 from PIL import Image
 from torchvision.transforms.functional import InterpolationMode, resize
 
 from bridge_wsol import data, datasets
-from bridge_wsol.boxes import scale_boxes
-from bridge_wsol.data import Masks, Split, TrainImages, load_masks, read_split, train_loader
+from bridge_wsol.data import EvalImages, Masks, Split, TrainImages, load_masks, read_split, train_loader
 from bridge_wsol.evaluation import evaluate_score_maps
 from bridge_wsol.utils import InputError
 
-BOXES = ["a/1.jpg,0,0,49,39", "b/2.jpg,1,2,3,4", "b/2.jpg,5,6,7,8"]
+BOXES = ["a/1.jpg,0,0,49,39", "b, 1/2.jpg,1,2,3,4", "b, 1/2.jpg,5,6,7,8"]
 GOOD = {
-    "image_ids": ["a/1.jpg", "b/2.jpg"],
-    "class_labels": ["b/2.jpg,1", "a/1.jpg,0"],
-    "image_sizes": ["a/1.jpg,50,40", "b/2.jpg,60,30"],
+    "image_ids": ["a/1.jpg", "b, 1/2.jpg"],
+    "class_labels": ["b, 1/2.jpg,1", "a/1.jpg,0"],
+    "image_sizes": ["a/1.jpg,50,40", "b, 1/2.jpg,60,30"],
     "localization": [*BOXES, "a/1.jpg,m/1.png,m/i.png", "a/1.jpg,m/2.png,"],
 }
 
@@ -37,13 +37,13 @@ def test_reads_boxes_and_masks_of_each_image(tmp_path):
     ids = tmp_path / "image_ids.txt"  # as an editor on Windows saves it
     ids.write_bytes(b"\xef\xbb\xbf" + ids.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
     split = read_split(tmp_path, tmp_path, "good")
-    assert split.ids == ["a/1.jpg", "b/2.jpg"] and split.labels.tolist() == [0, 1]
+    assert split.ids == ["a/1.jpg", "b, 1/2.jpg"] and split.labels.tolist() == [0, 1]
     assert split.sizes.tolist() == [[50, 40], [60, 30]]
     of_b = [[1, 2, 3, 4], [5, 6, 7, 8]]
     assert {i: boxes.tolist() for i, boxes in split.boxes.items()} == {0: [[0, 0, 49, 39]], 1: of_b}
     assert split.masks == {0: (["m/1.png", "m/2.png"], ["m/i.png"])}
     second = split.take([1], "second")
-    assert second.ids == ["b/2.jpg"] and second.boxes[0].tolist() == of_b and not second.masks
+    assert second.ids == ["b, 1/2.jpg"] and second.boxes[0].tolist() == of_b and not second.masks
     assert second.labels.tolist() == [1] and second.sizes.tolist() == [[60, 30]]
 
 
@@ -51,11 +51,19 @@ def test_reads_boxes_and_masks_of_each_image(tmp_path):
     "file, line, broken",
     [
         ("image_ids", 2, ["a/1.jpg", "../2.jpg", "/etc/passwd"]),
-        ("class_labels", 1, ["b/2.jpg", "b/2.jpg,one", "b/2.jpg,0_1", "b/2.jpg,\u0661", f"b/2.jpg,{10**30}"]),
-        ("class_labels", 2, ["c/3.jpg,0", "b/2.jpg,1"]),
-        ("image_sizes", 2, ["a/1.jpg,50,40", "b/2.jpg,60"]),
+        (
+            "class_labels",
+            1,
+            ["b, 1/2.jpg", "b, 1/2.jpg,one", "b, 1/2.jpg,0_1", "b, 1/2.jpg,\u0661", f"b, 1/2.jpg,{10**30}"],
+        ),
+        ("class_labels", 2, ["c/3.jpg,0", "b, 1/2.jpg,1"]),
+        ("image_sizes", 2, ["a/1.jpg,50,40", "b, 1/2.jpg,60"]),
         ("localization", 1, ["a/1.jpg,0,0,50,39", "a/1.jpg,0,0,49,40", "a/1.jpg,-1,2,3,4"]),
-        ("localization", 2, ["b/2.jpg,3,2,1,4", "b/2.jpg,1,5,3,4", "b/2.jpg,1,2,3,4.5", "c/3.jpg,1,2,3,4"]),
+        (
+            "localization",
+            2,
+            ["b, 1/2.jpg,3,2,1,4", "b, 1/2.jpg,1,5,3,4", "b, 1/2.jpg,1,2,3,4.5", "c/3.jpg,1,2,3,4"],
+        ),
         ("localization", 4, ["a/1.jpg,../m/1.png,", "a/1.jpg,,m/i.png", "a/1.jpg"]),
     ],
 )
@@ -69,14 +77,15 @@ def test_a_bad_line_is_named(tmp_path, file, line, broken):
 
 def test_a_bad_value_or_a_missing_part_is_named(tmp_path):
     for file, lines in (
-        ("class_labels", ["a/1.jpg,0", "b/2.jpg,2"]),  # num_classes is 2
-        ("class_labels", ["a/1.jpg,0", "b/2.jpg,-1"]),
+        ("class_labels", ["a/1.jpg,0", "b, 1/2.jpg,2"]),  # num_classes is 2
+        ("class_labels", ["a/1.jpg,0", "b, 1/2.jpg,-1"]),
         ("class_labels", ["a/1.jpg,0"]),
-        ("image_sizes", ["a/1.jpg,50,40", "b/2.jpg,0,30"]),
+        ("image_ids", ["a/1.jpg", "b, 1/2.jpg", "a/1.jpg"]),
+        ("image_sizes", ["a/1.jpg,50,40", "b, 1/2.jpg,0,30"]),
         ("image_ids", []),
     ):
         write_split(tmp_path, **GOOD | {file: lines})
-        with pytest.raises(InputError, match=f"{file}.txt: "):
+        with pytest.raises(InputError, match=f"{file}.txt:"):
             read_split(tmp_path, tmp_path, "bad", num_classes=2)
     write_split(tmp_path, **GOOD | {"image_sizes": []})
     with pytest.raises(InputError, match="localization.txt:1: .*image_sizes.txt"):
@@ -86,6 +95,32 @@ def test_a_bad_value_or_a_missing_part_is_named(tmp_path):
         read_split(tmp_path, tmp_path, "bad")
 
 
+def test_a_fingerprint_tells_images_and_boxes_apart(tmp_path):
+    def read(**changed):
+        write_split(tmp_path / "lists", **GOOD | changed)
+        return read_split(tmp_path / "lists", tmp_path, "any").fingerprint()
+
+    known = read()
+    for what, changed in (
+        ("boxes", {"localization": [*BOXES[:2], "b, 1/2.jpg,5,6,7,9", *GOOD["localization"][3:]]}),
+        ("boxes", {"localization": [*GOOD["localization"][:-1], "a/1.jpg,m/3.png,"]}),
+        ("boxes", {"image_sizes": ["a/1.jpg,50,41", "b, 1/2.jpg,60,30"]}),
+        ("images boxes", {"class_labels": ["b, 1/2.jpg,2", "a/1.jpg,0"]}),
+    ):
+        other = read(**changed)
+        assert [name for name in known if other[name] != known[name]] == what.split(), changed
+    plain, other = (Split("plain", tmp_path, [image], np.array([1])) for image in "ab")
+    assert plain.fingerprint() == {"images": plain.digest(), "boxes": None} != other.fingerprint()
+    masked = Split("masked", tmp_path / "c", ["a"], np.array([1]), masks={0: Masks(["m"], [])})
+    assert masked.digest() == plain.digest() and masked.take([0, 0], "part").masks[1] == masked.masks[0]
+    of_mask = b"(1, [0, 0], None, Masks(instances=['m'], ignore=[]))"
+    assert masked.checksums().tolist() == [zlib.crc32(of_mask)]
+    cub10 = read_split(REPOSITORY / "data_splits" / "CUB10" / "test", tmp_path, "test")
+    with np.load(REPOSITORY / "docs" / "results" / "CUB10" / "cam_seed0.npz") as committed:
+        np.testing.assert_array_equal(cub10.checksums(), committed["truth"])
+        assert cub10.checksums().dtype == committed["truth"].dtype and cub10.digest() == committed["digest"]
+
+
 # ----------------------------------------------------------------------------------------------------- images
 
 
@@ -93,14 +128,10 @@ def test_images_of_every_mode_become_rgb(tmp_path):
     grey = np.arange(40 * 30, dtype=np.uint8).reshape(40, 30)
     for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "I", "F", "LA"):
         Image.fromarray(grey).convert(mode).save(tmp_path / f"{mode}.tif")
-        assert np.asarray(data.load_rgb(tmp_path / f"{mode}.tif", 16)).shape == (16, 16, 3)
+        assert data.open_rgb(tmp_path / f"{mode}.tif").mode == "RGB"
     for suffix in ("png", "tif"):  # 16 bits per pixel: the upper byte
         Image.fromarray(grey.astype(np.uint16) * 256 + 3).save(tmp_path / f"16.{suffix}")
-        assert (np.asarray(data.decode(tmp_path / f"16.{suffix}")) == grey[..., None]).all()
-    for top, kind in ((70000, np.int32), (1.0, np.float32), (-1.0, np.float32)):  # Pillow would clip these
-        Image.fromarray(np.full((4, 4), top, dtype=kind)).save(tmp_path / "x.tif")
-        with pytest.raises(InputError, match=f"x.tif: values from .* to {top:g} "):
-            data.decode(tmp_path / "x.tif")
+        assert (np.asarray(data.open_rgb(tmp_path / f"16.{suffix}")) == grey[..., None]).all()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
@@ -114,15 +145,27 @@ def test_every_format_is_turned_once_and_only_if_asked(tmp_path, suffix, orienta
     Image.fromarray(bright).save(path, exif=exif, **({"compression": "tiff_lzw"} if suffix == ".tif" else {}))
     # Where the stored top left corner belongs, by the EXIF standard: (row, column) of the quarter.
     row, column = [(0, 0), (0, 1), (1, 1), (1, 0), (0, 0), (0, 1), (1, 1), (1, 0)][orientation - 1]
-    image = np.asarray(data.decode(path, upright=True).convert("L")).astype(int)
+    image = np.asarray(data.open_rgb(path, upright=True).convert("L")).astype(int)
     assert image.shape == ((24, 40) if orientation < 5 else (40, 24))
-    assert image.shape[::-1] == datasets.upright_size(tmp_path, path.name)
+    assert image.shape[::-1] == datasets._upright_size(path)
     (height, width), expected = (n // 2 for n in image.shape), np.zeros_like(image)
     expected[row * height : (row + 1) * height, column * width : (column + 1) * width] = 255
     assert np.abs(image - expected).mean() < 12  # JPEG blurs the edges
-    assert np.array_equal(np.asarray(data.to_rgb(Image.open(path), upright=True).convert("L")), image)
+    assert np.array_equal(np.asarray(data.open_rgb(Image.open(path), upright=True).convert("L")), image)
     if suffix != ".tif":  # published data sets: as stored
-        assert np.abs(np.asarray(data.decode(path).convert("L")).astype(int) - bright).mean() < 12
+        assert np.abs(np.asarray(data.open_rgb(path).convert("L")).astype(int) - bright).mean() < 12
+
+
+def test_train_and_test_images_are_turned_where_the_split_says_so(tmp_path):
+    stored, exif = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8), Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    Image.fromarray(stored).save(tmp_path / "turned.png", exif=exif)
+    for upright, shown in ((True, np.rot90(stored, -1)), (False, stored)):
+        Image.fromarray(shown).save(tmp_path / "plain.png")
+        turned = Split("turned", tmp_path, ["turned.png"], np.array([0]), upright=upright)
+        plain = Split("plain", tmp_path, ["plain.png"], np.array([0]))
+        crops = [TrainImages(split, 40, 32, seed=0)[1, 0][0] for split in (turned, plain)]
+        assert torch.equal(*crops) and torch.equal(*(EvalImages(x, 32)[0][0] for x in (turned, plain)))
 
 
 def test_images_that_are_missing_damaged_or_of_another_size_than_listed_are_named(tmp_path):
@@ -139,15 +182,6 @@ def test_images_that_are_missing_damaged_or_of_another_size_than_listed_are_name
             list(data.eval_loader(split.take([0, index], "test"), 4, image_size=32, workers=0))
     with pytest.raises(InputError, match="test/05.png: .*2 of the 9 of test"):
         split.require_images()
-
-
-def test_boxes_are_scaled_as_the_field_scales_them():
-    for width in (*range(1, 1200), 4000, 5003):
-        xs = range(width)
-        boxes = np.array([xs, [0] * width, xs, xs]).T
-        x0, y0, x1, y1 = scale_boxes(boxes, (width, 2 * width), 224).T.tolist()
-        assert x0 == x1 == [int(x * 224 / width) for x in xs], width
-        assert y0 == [0] * width and y1 == [int(y * 224 / (2 * width)) for y in xs], width
 
 
 def test_masks_are_the_union_of_instances_and_ignore_is_what_remains(tmp_path):
@@ -269,7 +303,7 @@ def test_batches_depend_on_seed_and_epoch_alone(tmp_path, monkeypatch, small):
 
 def test_crops_are_windows_of_the_resized_image_each_as_often_as_the_others(tmp_path):
     split = tiny_split(tmp_path).take([3] * 100, "one")
-    whole = np.asarray(data.load_rgb(split.path(0), 12)).transpose(2, 0, 1)
+    whole = data.resized(data.open_rgb(split.path(0)), 12).transpose(2, 0, 1)
     names = [(flip, x, y) for flip in (1, -1) for x in range(3) for y in range(3)]
     name_of = {whole[:, y : y + 10, x : x + 10][:, :, ::flip].tobytes(): (flip, x, y) for flip, x, y in names}
 
@@ -306,16 +340,7 @@ def test_images_are_resized_as_torchvision_resizes_them(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     for size in (32, 128):  # antialiased where it shrinks
         expected = resize(Image.fromarray(pixels), [size, size], InterpolationMode.BILINEAR)
-        np.testing.assert_array_equal(data.load_rgb(tmp_path / "a.png", size), expected)
-
-
-def test_a_digest_knows_ids_and_labels_and_a_part_keeps_what_its_images_have():
-    split = Split("a", tmp := datasets.SHIPPED, ["x", "y"], np.array([0, 1]), masks={1: Masks(["m"], [])})
-    others = [Split("a", tmp, ["x", "z"], np.array([0, 1])), Split("a", tmp, ["x", "y"], np.array([1, 1]))]
-    assert len({split.digest(), *(other.digest() for other in others)}) == 3
-    assert split.digest() == Split("b", tmp / "c", ["x", "y"], np.array([0, 1])).digest()
-    part = split.take([1], "part")
-    assert (part.name, part.ids, part.sizes, part.masks) == ("part", ["y"], None, {0: Masks(["m"], [])})
+        np.testing.assert_array_equal(data.resized(data.open_rgb(tmp_path / "a.png"), size), expected)
 
 
 def test_values_of_32_bits_are_those_of_8_or_refused():
@@ -330,10 +355,10 @@ def test_values_of_32_bits_are_those_of_8_or_refused():
         image = Image.fromarray(np.array([values], dtype=kind))
         assert image.mode == mode
         if fits:
-            assert data.to_rgb(image).getpixel((1, 0)) == (int(values[1]),) * 3
+            assert data.open_rgb(image).getpixel((1, 0)) == (int(values[1]),) * 3
         else:
             with pytest.raises(InputError, match="where 0 ... 255 are expected"):
-                data.to_rgb(image)
+                data.open_rgb(image)
 
 
 def test_boxes_of_one_pixel_and_sizes_of_batches(tmp_path):

@@ -1,8 +1,11 @@
-"""The shipped lists, each data set on small files, folders of images, `check`, `evaluate.py --images`."""
+"""The shipped lists, each data set on small files, folders of images, `check`."""
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -10,10 +13,10 @@ import fuzz_inputs
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, make_tiny, results, run, write_split
+from conftest import REPOSITORY, TINY, make_folder, make_tiny, results, run, write_split
 from PIL import Image
 
-from bridge_wsol import config, data, datasets, evaluation, metrics
+from bridge_wsol import config, data, datasets, evaluation
 from bridge_wsol.data import eval_loader
 from bridge_wsol.datasets import load_split, load_splits, read_folder
 from bridge_wsol.utils import InputError
@@ -34,6 +37,13 @@ def test_the_shipped_lists_are_the_published_ones():
             digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
             shipped[str(path.relative_to(SHIPPED).with_suffix(""))] = [len(lines), digest]
     assert shipped == json.loads(Path(__file__).with_name("published_lists.json").read_text())
+
+
+def test_data_sets_load_no_network():
+    code = "import bridge_wsol.datasets, sys; print({'bridge_wsol.models', 'torchvision'} & {*sys.modules})"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_the_shipped_lists_have_the_known_classes():
@@ -188,29 +198,30 @@ def test_val_is_its_list_if_its_images_are_there_and_else_held_out_once_per_run(
     assert counts(load_splits("CUB", *places, val_per_class=1)[0]) == [15, 3, 9]
 
 
-def test_ilsvrc_train_is_its_folders_and_val_may_be_sorted(tmp_path):
-    def touch(image):
+def touch(root, *images):
+    for image in images:
         (root / image).parent.mkdir(parents=True, exist_ok=True)
         (root / image).touch()
 
-    root, places, names = tmp_path / "ILSVRC", (tmp_path, tmp_path / "lists"), ("image_ids", "class_labels")
-    for image in (f"train/{wnid}/{wnid}_{i}.JPEG" for wnid in WNIDS for i in range(3)):
-        touch(image)
-    for split, ids in (("val", ["val2/970/0.jpeg"]), ("test", ["val/a.JPEG", "val/b.JPEG"])):
-        lists = ids, [f"{image},{k}" for image, k in zip(ids, (970, 65))]
-        write_split(places[1] / "ILSVRC" / split, **dict(zip(names, lists)))
-    for ids in (["val/a.JPEG", "val/b.JPEG"], [f"val/{WNIDS[970]}/a.JPEG", f"val/{WNIDS[65]}/b.JPEG"]):
-        shutil.rmtree(root / "val", ignore_errors=True)
-        for image in ids:
-            touch(image)
+
+def test_ilsvrc_train_is_its_folders_and_each_is_listed_once(tmp_path, monkeypatch):
+    root, places = tmp_path / "ILSVRC", (tmp_path, tmp_path / "lists")
+    touch(root, *(f"train/{wnid}/{wnid}_{i}.JPEG" for wnid in WNIDS for i in range(3)), "val/a.JPEG")
+    for split, image, label in (("val", "val2/970/0.jpeg", 970), ("test", "val/a.JPEG", 65)):
+        write_split(places[1] / "ILSVRC" / split, image_ids=[image], class_labels=[f"{image},{label}"])
+    calls = []
+    with monkeypatch.context() as patch:  # a query of each of 1.28 million images takes long
+        for name in ("stat", "listdir", "scandir"):
+            real = getattr(os, name)
+            patch.setattr(os, name, lambda x, f=real, **k: calls.append((f.__name__, str(x))) or f(x, **k))
         found, record = load_splits("ILSVRC", *places)
-        assert found["test"].ids == ids and found["test"].labels.tolist() == [970, 65]
-        assert record["digests"]["test"] == load_split("ILSVRC", "test", *places).digest()
-    assert record["classes"] == WNIDS and counts(found) == [1000, 2000, 2]
+    assert max(calls.count((name, str(root / "train" / WNIDS[0]))) for name in ("scandir", "listdir")) == 1
+    assert len(calls) < 1100
+    assert record["classes"] == WNIDS and counts(found) == [1000, 2000, 1]
     for split in (found["train"], found["val"]):
         assert [WNIDS[k] for k in split.labels] == [image.split("/")[1] for image in split.ids]
-    touch("val2/970/0.jpeg")
-    assert counts(load_splits("ILSVRC", *places)[0]) == [3000, 1, 2]
+    touch(root, "val2/970/0.jpeg")
+    assert counts(load_splits("ILSVRC", *places)[0]) == [3000, 1, 1]
     extra, missing = root / "train" / "n00000001", root / "train" / WNIDS[5]
     extra.mkdir()
     with pytest.raises(InputError, match=f"{root / 'train'}: .*{extra.name}"):
@@ -221,29 +232,48 @@ def test_ilsvrc_train_is_its_folders_and_val_may_be_sorted(tmp_path):
         load_splits("ILSVRC", *places)
 
 
-def test_masks_and_ignore_regions_count_at_the_size_of_the_map(tmp_path):
-    size, rng, maps, masks, plain = 64, np.random.default_rng(0), {}, {}, metrics.Evaluator()
-    rows, columns = (np.array([int(y * n / size) for y in range(size)]) for n in (7, 9))
-    for i in range(4):
-        a, b, ignore = three = rng.random((3, 7, 9)) < 0.4
-        for name, mask in zip("abi", three):
-            Image.fromarray(mask).save(tmp_path / f"{i}{name}.png")
-        masks[i] = data.Masks([f"{i}a.png", f"{i}b.png"], [f"{i}i.png"])
-        maps[str(i)] = rng.random((size, size), dtype=np.float32)
-        maps[str(i)].flat[:2] = 0, 1  # what min-max leaves as it is
-        map_options = [mask[rows][:, columns] for mask in (a | b, ignore & ~(a | b))]
-        plain.add(i, metrics.measure(maps[str(i)], masks=map_options))
-    split = data.Split("masks", tmp_path, [*maps], np.zeros(4, dtype=int), masks=masks)
-    for workers in (0, 2):
-        found = evaluation.evaluate_score_maps(maps.items(), split, image_size=size, workers=workers)
-        assert found["metrics"]["pxap"] == plain.hits().result()["metrics"]["pxap"] > 0
+def test_ilsvrc_val_and_imagenet_v2_are_the_same_images_under_either_names(tmp_path):
+    source = SHIPPED / "ILSVRC" / "val"
+    lines = (source / "imagenet_v2_names.csv").read_text().split()
+    old, new = zip(*(line.split(",") for line in lines))
+    v2 = (source / "image_ids.txt").read_text().split()
+    assert sorted(f"val2/{name}" for name in old) == sorted(v2) and len({*new}) == 10_000
+    hashed = {f"val2/{o}": f"val2/{o.split('/')[0]}/{n}" for o, n in zip(old, new)}
+    v2, val = v2[:20], ["val/a.JPEG", "val/b.JPEG"]
+    sorted_val = [f"val/{WNIDS[970]}/a.JPEG", f"val/{WNIDS[65]}/b.JPEG"]
+    of_val = {"class_labels": [f"{val[0]},970", f"{val[1]},65"], "image_sizes": [f"{x},9,9" for x in val]}
+    of_val["localization"] = [f"{x},1,1,5,5" for x in val]
+    write_split(tmp_path / "lists" / "ILSVRC" / "test", image_ids=val, **of_val)
+    labels = [f"{image},{image.split('/')[1]}" for image in v2]
+    write_split(tmp_path / "lists" / "ILSVRC" / "val", image_ids=v2, class_labels=labels)
+    prints = []
+    for place, files in (("plain", [v2, val]), ("renamed", [[hashed[x] for x in v2], sorted_val])):
+        places = tmp_path / place, tmp_path / "lists"
+        touch(tmp_path / place / "ILSVRC", *files[0], *files[1])
+        found, record = load_splits("ILSVRC", *places, ("val", "test"), 0)
+        prints.append(record["lists"])
+        for split, ids, of_split in zip(found.values(), (v2, val), files):
+            part = split.take([1, 0], "part")
+            assert split.ids == ids and part.ids == ids[1::-1]
+            assert [split.path(i) for i in range(len(split))] == [split.root / file for file in of_split]
+            assert [part.path(0), part.path(1)] == [split.path(1), split.path(0)]
+        maps = [(image, np.full((8, 8), 0.5)) for image in val]
+        batches = evaluation.pair_maps(maps, found["test"], image_size=8)
+        assert len([*evaluation.save_maps(batches, found["test"], tmp_path / place / "maps")]) == 2
+        listed = load_split("ILSVRC", "test", *places)
+        assert listed.path(1) == listed.root / files[1][1]
+        assert [image for image, _ in data.load_score_maps(tmp_path / place / "maps", listed)] == val
+        (tmp_path / place / "ILSVRC" / files[1][1]).unlink()
+        with pytest.raises(InputError, match=f"{files[1][1]}: .*1 of the 2"):
+            load_splits("ILSVRC", *places, ("test",))
+    assert prints[0] == prints[1]
 
 
 def test_download_checks_and_unpacks_the_archive(tmp_path, fails, monkeypatch):
     archive, flags = tmp_path / "CUB_200_2011.tgz", f"--download --data-root {tmp_path} --out {tmp_path}/run"
     monkeypatch.setattr(datasets, "CUB_URL", "http://127.0.0.1:1/CUB_200_2011.tgz")
     fails("train", f"{flags} --dataset ILSVRC", "--download")
-    fails("train", f"{flags} --dataset CUB", datasets.CUB_URL)
+    fails("train", f"{flags} --dataset CUB", "CUB: the download failed")
     archive.write_bytes(b"a file of the user's")
     fails("train", f"{flags} --dataset CUB", archive, "MD5")
     assert archive.read_bytes() == b"a file of the user's"
@@ -252,26 +282,17 @@ def test_download_checks_and_unpacks_the_archive(tmp_path, fails, monkeypatch):
             tar.addfile(tarfile.TarInfo(name))
     monkeypatch.setattr(datasets, "CUB_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
     datasets.download("CUB10", tmp_path)
-    monkeypatch.setattr(datasets, "Imagenette", lambda root, **_: (root / "imagenette2-320").mkdir())
+    monkeypatch.setattr(
+        "torchvision.datasets.Imagenette", lambda root, **_: (root / "imagenette2-320").mkdir()
+    )
     assert {path.name for path in tmp_path.rglob("*")} == {archive.name, archive.stem, "images.txt", "cwd"}
-    (tmp_path / ".imagenette2-320.part" / "imagenette2-320").mkdir(parents=True)  # of an interrupted download
+    (tmp_path / ".download.part" / "imagenette2-320").mkdir(parents=True)  # of an interrupted download
     for _ in range(2):  # the second time it is there
         datasets.download("Imagenette", tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*image*")) == ["imagenette2-320"]
 
 
 # ------------------------------------------------------------------------------------ a folder of own images
-
-
-def make_folder(root, images=12, places=("",)):  # class k: a bright patch of channel k on noise
-    rng = np.random.default_rng(0)
-    for folder, k in ((root / place / f"class {k}", k) for place in places for k in range(3)):
-        folder.mkdir(parents=True)
-        for i in range(images):
-            pixels = rng.integers(0, 90, (40, 60, 3), dtype=np.uint8)
-            pixels[5:30, 5:30, k] = 255
-            Image.fromarray(pixels).save(folder / f"{i}.png")
-    return root
 
 
 def test_every_image_of_a_folder_is_in_one_split_and_stays_there(tmp_path):
@@ -320,28 +341,15 @@ def test_folders_in_the_layout_of_image_folder_keep_their_splits(tmp_path):
 def test_folders_that_are_no_data_set_are_named(tmp_path, fails):
     folder, by_split = make_folder(tmp_path / "own", 2), make_folder(tmp_path / "other", 3, ("train", "test"))
     flags = f"--weights none --out {tmp_path}/run --dataset"
-    fails("train", f"{flags} unheard-of", "--dataset unheard-of")
+    fails("train", f"{flags} unheard-of", "unheard-of: ")
     fails("train", f"{flags} {tmp_path}/nothing", tmp_path / "nothing")
     fails("train", f"{flags} '{folder}/class 0'", folder / "class 0")  # no classes
     fails("train", f"{flags} {folder}", folder / "class 0")  # at least 3 images per class
-    fails("train", f"{flags} {by_split} --val-per-class 0", "--val-per-class 0")
+    fails("train", f"{flags} {by_split} --val-per-class 0", by_split)  # no val
+    for names, n in ((("test",), 0), (datasets.SPLITS, 1)):
+        assert [*load_splits(str(by_split), tmp_path, tmp_path, names, n)[0]] == [*names]
     (by_split / "test" / "class 3").mkdir()
     fails("train", f"{flags} {by_split}", by_split / "test" / "class 3")  # no class of train
-
-
-def test_a_folder_without_boxes_trains_and_chooses_by_classification(tmp_path, capsys, fails):
-    folder, out = make_folder(tmp_path / "cwd" / "own"), tmp_path / "run"
-    run("train", f"{TINY} --dataset own --workers 0 --out {out}")
-    assert "val has no boxes" in capsys.readouterr().out
-    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    best, result = max(entries, key=lambda x: (x["val"]["top1_cls"], -x["epoch"])), results(out)
-    assert result["epoch"] == best["epoch"] and result["metrics"]["max_box_acc_v2"] is None
-    (fallback,) = localize(out, "'own/class 0/3.png'")  # no threshold from val: 0.2 of the map's maximum
-    assert capsys.readouterr().out.count("no threshold was chosen on val") == 1
-    assert [fallback] == localize(out, "'own/class 0/3.png' --threshold 0.2")
-    assert {k["name"]: k["class"] for k in fallback["top5"]} == {f"class {k}": k for k in range(3)}
-    (folder / "class 1").rename(folder / "other class")
-    fails("evaluate", f"{out} --device cpu --workers 0", "other classes")
 
 
 def test_boxes_of_a_turned_photo_are_in_pixels_as_it_is_shown(tmp_path):
@@ -352,7 +360,7 @@ def test_boxes_of_a_turned_photo_are_in_pixels_as_it_is_shown(tmp_path):
     Image.fromarray(stored).save(folder / name, exif=exif)
     (folder / "localization.txt").write_text(f"{name},14,3,17,8\n")
     ((split, i),) = ((s, s.ids.index(name)) for s in read_folder(folder)[0].values() if name in s.ids)
-    pixels = np.asarray(data.decode(split.path(i), split.sizes[i], split.upright))
+    pixels = np.asarray(data.open_rgb(split.path(i), split.sizes[i], split.upright))
     ((x0, y0, x1, y1),), inside = split.boxes[i], np.zeros((50, 20), dtype=bool)
     inside[y0 : y1 + 1, x0 : x1 + 1] = True
     np.testing.assert_array_equal(pixels[..., 0] > 0, inside)
@@ -361,55 +369,26 @@ def test_boxes_of_a_turned_photo_are_in_pixels_as_it_is_shown(tmp_path):
         read_folder(folder)
 
 
-# --------------------------------------------------------------------------------------- evaluate.py --images
+def test_a_folder_of_images_may_move(tmp_path, capsys):
+    flags = f"{TINY} --warm-epochs 0 --method cam --workers 0 --out run --dataset".replace(
+        "--dataset tiny ", ""
+    )
+    make_folder(Path("birds"), images=4)
+    Path("birds", "class 1", "IMG.HEIC").write_bytes(b"x")
+    run("train", f"{flags} birds --epochs 1")
+    assert "left out: 1 files" in (printed := capsys.readouterr().out) and "IMG.HEIC" in printed
+    before = results(Path("run"))["metrics"]
+    run("train", f"{flags} birds/ --epochs 1 --resume")  # the shell completes a folder so
+    Path("disk").mkdir()
+    shutil.move("birds", "disk/birds")
+    for place in ("disk", "disk/birds"):
+        run("evaluate", f"run --data-root {place} --device cpu --quiet")
+        assert results(Path("run"))["metrics"] == before
+    run("train", f"{flags} disk/birds --epochs 2 --resume")
+    assert results(Path("run"), "results_last_test.json")["epoch"] == 2
 
 
-def localize(folder, arguments):
-    run("evaluate", f"{folder} --device cpu --images {arguments}")
-    return json.loads((folder / "images" / "boxes.json").read_text())
-
-
-def test_photos_of_every_kind_and_one_that_cannot_be_read(trained, tmp_path, capsys):
-    photos, images = tmp_path / "photos", trained[1] / "images"
-    photos.mkdir()
-    noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    for mode in ("L", "CMYK", "P", "RGBA"):
-        Image.fromarray(noise).convert(mode).save(photos / f"{mode}.tif")
-    for name, size in (("one.png", (1, 1)), ("thin.png", (3, 500)), ("large.jpg", (4000, 3000))):
-        Image.fromarray(noise).resize(size).save(photos / name)
-    (photos / "half.jpg").write_bytes((photos / "large.jpg").read_bytes()[:700])
-    with pytest.raises(SystemExit) as end:
-        localize(trained[1], f"{photos} nothing.jpg")
-    error = capsys.readouterr().err
-    assert end.value.code == 1 and f"{photos}/half.jpg: " in error and "nothing.jpg: " in error
-    found = {Path(x["image"]).name: x for x in json.loads((images / "boxes.json").read_text())}
-    assert len(found) == 7 and (found["large.jpg"]["width"], found["large.jpg"]["height"]) == (4000, 3000)
-    for entry in found.values():
-        x0, y0, x1, y1 = entry["box"] or [0, 0, 0, 0]
-        assert 0 <= x0 <= x1 < entry["width"] and 0 <= y0 <= y1 < entry["height"]
-    pictures = {path.name[6:]: Image.open(path).size for path in images.glob("*.png")}
-    assert len(pictures) == 7 and pictures["large.png"] == (448, 2 * 336)
-
-
-def test_the_box_covers_in_the_photo_what_it_covers_in_the_map():
-    rng = np.random.default_rng(0)
-    for size, high in ((224, 900), (64, 60), (64, 3)) * 20:
-        shown, corners = rng.integers(1, high, 2), np.sort(rng.integers(0, size, (2, 2)), axis=0)
-        found = evaluation.original_box(corners.ravel(), size, tuple(shown))
-        for n, (a, b), ends in zip(shown, corners.T, np.reshape(found, (2, 2)).T):
-            touched = [p for p in range(n) if p * size < (b + 1) * n and (p + 1) * size > a * n]
-            assert ends.tolist() == [touched[0], touched[-1]]
-    assert evaluation.original_box(np.zeros(4, dtype=int), 224, (50, 50)) is None
-
-
-def test_each_normalization_has_its_own_threshold_from_val(trained, tmp_path, fails, capsys):
-    folder, photo = trained[1], tmp_path / "data" / "tiny" / "test" / "03.png"
-    for how in ("minmax", "ivr"):
-        run("evaluate", f"{folder} --device cpu --split val --normalize {how} --out {folder}/val.json")
-        level, chosen = results(folder, "val.json")["levels"]["largest"], f"{photo} --normalize {how}"
-        assert localize(folder, chosen) == localize(folder, f"{chosen} --threshold {(level + 0.5) / 255}")
-    fails("evaluate", f"{folder} --images {photo} --threshold 1", "threshold")
-    fails("evaluate", f"{folder} --device cpu --images {tmp_path}/lists", tmp_path / "lists")
+# ------------------------------------------------------------------------------------------------------ check
 
 
 def test_check_names_what_is_missing_damaged_or_of_another_size(tiny, tmp_path, capsys):

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, results, run
+from PIL import Image
 
-from bridge_wsol.data import Split, load_score_maps
+from bridge_wsol.data import Masks, Split, load_score_maps
 from bridge_wsol.datasets import load_split
 from bridge_wsol.evaluation import TrainedRun, evaluate_score_maps, load_per_image, save_per_image
-from bridge_wsol.metrics import PerImage, intervals
+from bridge_wsol.metrics import PerImage, intervals, measure
 from bridge_wsol.utils import InputError
 
 VAL = {"30": 40, "50": 90, "70": 120, "largest": 60}
@@ -92,7 +93,7 @@ def test_a_threshold_out_of_range(split, threshold):
 
 def test_the_published_lists_are_enough_from_any_folder():
     """CUB's test list: no image, no other file of the data set, from an empty folder."""
-    split = load_split("CUB", "test", lists_dir=REPOSITORY / "data_splits")
+    split = load_split("CUB", "test", lists=REPOSITORY / "data_splits")
     assert len(split) == len(split.boxes) == 5794 and len({*split.labels.tolist()}) == 200
     first = split.ids.index("001.Black_footed_Albatross/Black_Footed_Albatross_0046_18.jpg")
     assert split.sizes[first].tolist() == [500, 335] and split.boxes[first].tolist() == [[60, 27, 385, 331]]
@@ -123,7 +124,7 @@ def test_score_maps_of_any_float_type_and_blank_ones(tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize("dataset, split, limit", [("CUB", "test", 1e6), ("ILSVRC", "test", 8e6)])
 def test_a_file_per_image_is_small_and_read_as_it_was_written(dataset, split, limit, tmp_path):
-    split = load_split(dataset, split, lists_dir=REPOSITORY / "data_splits")
+    split = load_split(dataset, split, lists=REPOSITORY / "data_splits")
     n, rng = len(split), np.random.default_rng(0)
     # Random bits: what compresses worst.
     correct = np.unpackbits(rng.integers(0, 256, (n, 4, 32), dtype=np.uint8), axis=-1, count=255).astype(bool)
@@ -198,3 +199,21 @@ def test_whose_thresholds_of_val_hold(trained, tmp_path):
     fewer = TrainedRun(folder, **where)
     assert fewer.choose().levels == of_val["levels"]
     assert fewer.choose("max").levels is None and "list of val" in fewer.choose("max").reason
+
+
+def test_masks_and_ignore_regions_count_at_the_size_of_the_map(tmp_path):
+    size, rng, maps, masks, plain = 64, np.random.default_rng(0), {}, {}, []
+    rows, columns = (np.array([int(y * n / size) for y in range(size)]) for n in (7, 9))
+    for i in range(4):
+        a, b, ignore = three = rng.random((3, 7, 9)) < 0.4
+        for name, mask in zip("abi", three):
+            Image.fromarray(mask).save(tmp_path / f"{i}{name}.png")
+        masks[i] = Masks([f"{i}a.png", f"{i}b.png"], [f"{i}i.png"])
+        maps[str(i)] = rng.random((size, size), dtype=np.float32)
+        maps[str(i)].flat[:2] = 0, 1  # what min-max leaves as it is
+        expected = [mask[rows][:, columns] for mask in (a | b, ignore & ~(a | b))]
+        plain.append(measure(maps[str(i)], masks=expected))
+    split = Split("masks", tmp_path, [*maps], np.zeros(4, dtype=int), masks=masks)
+    for workers in (0, 2):
+        found = evaluate_score_maps(maps.items(), split, image_size=size, workers=workers)
+        assert found["metrics"]["pxap"] == PerImage.stack(plain).result()["metrics"]["pxap"] > 0

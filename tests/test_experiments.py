@@ -155,7 +155,7 @@ def test_runs_with_other_lists_are_refused(compared, fails, tmp_path):
     flags, runs, source = compared
     other = changed(source, runs / "bridge_seed1", seed=1)
     config = results(other, "config.json")
-    config["data"]["digests"]["val"] = "another"
+    config["data"]["lists"]["val"] = "another"
     (other / "config.json").write_text(json.dumps(config))
     without = flags.replace(f"--lists {tmp_path}/lists", "").replace("--seeds 0", "--seeds 0 1")
     fails("experiments", without, other, "val list", "bridge_seed0")

@@ -457,7 +457,7 @@ def test_bad_input_to_train(tiny, fails, tmp_path):
     (tmp_path / "file").write_text("")
     out = f"{tiny} --out {tmp_path}/run"
     for flags, *words in (
-        (f"--data-root {tmp_path}/nowhere", f"{tmp_path}/nowhere", "--data-root"),
+        (f"--data-root {tmp_path}/nowhere", f"{tmp_path}/nowhere"),
         (f"--out {tmp_path}/file/run", f"{tmp_path}/file"),
         ("--preset OpenImages --arch resnet50", "--arch resnet50", "no preset"),
         ("--device tpu9", "--device tpu9", "--device cpu"),

@@ -213,10 +213,10 @@ def check_lists(finished: list[Path], waiting: bool, args: argparse.Namespace) -
     if waiting or "lists" in args.given:
         names, where = SPLITS if waiting else ("test",), (c.dataset, c.data_root, c.lists)
         record = load_splits(*where, names, c.val_per_class, images=waiting)[1]
-        lists[f"--lists {c.lists}"] = record["digests"]
+        lists[f"--lists {c.lists}"] = record["lists"]
     for folder in finished:
         record = read_json(folder / "config.json", "train.py").get("data", {})
-        lists[str(folder)] = record.get("digests", {})
+        lists[str(folder)] = record.get("lists", {})
     for other, digests in lists.items():
         first = next(iter(lists))
         for name in lists[first].keys() & digests.keys():

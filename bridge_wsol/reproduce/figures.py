@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from .. import cam, utils
 from ..boxes import LEVELS, iou_matrix, level_boxes, scale_boxes
-from ..data import Masks, Split, decode, eval_loader, load_masks, to_input
+from ..data import Masks, Split, eval_loader, load_masks, open_rgb, to_input
 from ..evaluation import (
     MapBatch,
     TrainedRun,
@@ -368,7 +368,7 @@ def maps(args: Flags) -> None:
     with figure(args, args.width * rows / columns + 0.9, rows, columns, aspect=1) as (drawn, panels):
         panels[0, 0].set_title("image")
         for panel, path in zip(panels[::step, 0], map(runs[0].take(images).path, range(len(images)))):
-            panel.imshow(decode(path, upright=runs[0].split.upright), aspect="auto")
+            panel.imshow(open_rgb(path, upright=runs[0].split.upright), aspect="auto")
         for r, run in enumerate(runs):
             block = panels[r::step, 1:] if below else panels[:, 1 + 3 * r : 4 + 3 * r]
             shown = draw_maps(block, run, args, run.take(images))
@@ -412,7 +412,7 @@ def boxes(args: Flags) -> dict[str, Any]:
             for found in of_runs[r]:
                 row, column = divmod(found.index, columns)
                 panel = panels[row * len(runs) + r, column]
-                handles = draw_boxes(panel, decode(split.path(found.index), upright=split.upright), found)
+                handles = draw_boxes(panel, open_rgb(split.path(found.index), upright=split.upright), found)
                 panel.set_ylabel("" if column else run.name)
                 of_image = {"box": found.box.tolist(), "truth": found.truth.tolist(), "iou": found.iou}
                 numbers.append({"run": run.name, "image": images[found.index], **of_image})
