@@ -12,6 +12,7 @@ A file of the same name with .npz has what is correct image by image, for `repro
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,20 +35,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("what to evaluate")
     add = group.add_mutually_exclusive_group(required=True).add_argument
     text = "run folder of train.py, or a file of the authors' or Choe et al.'s code (needs --dataset, --arch)"
-    add("run", nargs="?", type=Path, metavar="RUN", help=text)
+    add("run", nargs="?", type=utils.user_path, metavar="RUN", help=text)
     text = "folder of score maps, instead of RUN; needs --dataset"
-    add("--score-maps", type=Path, metavar="DIR", help=text)
+    add("--score-maps", type=utils.user_path, metavar="DIR", help=text)
     add = group.add_argument
     add("--checkpoint", choices=("best", "last"), default="best", help="default best")
     add("--split", choices=("test", "val"), default="test", help="default test")
-    add("--dataset", metavar="D", help="with --score-maps or a file: the data set")
+    add("--dataset", type=os.path.expanduser, metavar="D", help="with --score-maps or a file: the data set")
     add("--arch", choices=ARCHS, help="with a file: its network")
     text = "with a file: image pixels per location of the map (default: what the file tells, if it does)"
     add("--stride", type=int, choices=(8, 16), help=text)
     text = "with --score-maps: pixels of a side that maps are resized to (default: the data set's, 224)"
     add("--image-size", type=int, metavar="N", help=text)
     text = "images, or folders of them, to localize with RUN"
-    add("--images", type=Path, nargs="+", metavar="PATH", help=text)
+    add("--images", type=utils.user_path, nargs="+", metavar="PATH", help=text)
 
     add = parser.add_argument_group("maps and thresholds").add_argument
     text = "normalization of the score maps (default minmax, the protocol's)"
@@ -72,12 +73,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def add_places(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that change no number: where things are, and how it runs."""
     add = parser.add_argument_group("where things are").add_argument
-    add("--data-root", type=Path, metavar="DIR", help="default: the run's, or data")
-    add("--lists", type=Path, metavar="DIR", help="folder of the lists (default: the run's, or data_splits)")
+    add("--data-root", type=utils.user_path, metavar="DIR", help="default: the run's, or data")
+    add(
+        "--lists",
+        type=utils.user_path,
+        metavar="DIR",
+        help="folder of the lists (default: the run's, or data_splits)",
+    )
     text = "results file; with --images: folder for boxes.json and pictures"
-    add("--out", type=Path, metavar="PATH", help=text)
-    add("--save-maps", type=Path, metavar="DIR", help="writes each score map to DIR/<image id>.npy")
-    add("--per-image", type=Path, metavar="FILE.csv", help="writes class, IoU and box of every image")
+    add("--out", type=utils.user_path, metavar="PATH", help=text)
+    add(
+        "--save-maps", type=utils.user_path, metavar="DIR", help="writes each score map to DIR/<image id>.npy"
+    )
+    add(
+        "--per-image",
+        type=utils.user_path,
+        metavar="FILE.csv",
+        help="writes class, IoU and box of every image",
+    )
     add("--no-intervals", action="store_true", help="without the 95 %% intervals over images")
     text = "draws N images of the split with boxes and map"
     add("--pictures", type=int, default=0, metavar="N", help=text)
@@ -188,6 +201,12 @@ def finish(
     workers: int,
 ) -> None:
     """Evaluates the maps of the split: table, results file, and what else the flags ask for."""
+    for path in filter(None, (args.out, args.per_image, args.save_maps and args.save_maps / "map.npy")):
+        utils.try_write(path)
+    if args.score_maps and args.out.exists():
+        before = evaluation.read_results(args.out, "", args.split)[1].get("score_maps")
+        if before is None or Path(before).resolve() != args.score_maps.resolve():
+            raise InputError(f"{args.out}: has the results of {before or 'a run'}: pass another --out")
     maps = maps_of(split)
     if args.save_maps:
         maps = evaluation.save_maps(maps, split, args.save_maps)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torchvision
 
+from . import utils
 from .datasets import DATASETS, is_folder
 from .methods import METHODS, find
 from .models import ARCHS
@@ -144,17 +145,26 @@ PRESETS: dict[tuple[str, ...], Preset] = {
 RATE, COUNT, FROM_0 = "(0, inf)", "[1, inf)", "[0, inf)"
 VALUES = {  # of every run; those without a help text have no flag
     "what to train": {
-        "dataset": Value(str, "demo", f"{', '.join(DATASETS)}, a data set of --lists, or a folder of images"),
+        "dataset": Value(
+            os.path.expanduser, "demo", f"{', '.join(DATASETS)}, a data set of --lists, or a folder of images"
+        ),
         "arch": Value(str, "vgg16", "backbone", ARCHS),
         "method": Value(str, "bridge", "bridge: the paper's; cam: the CAM baseline", METHODS),
         "preset": Value(str, None, "data set whose values are the defaults (default: its own, else CUB)"),
-        "weights": Value(str, "imagenet", "imagenet (torchvision's), none, or a file"),
+        "weights": Value(os.path.expanduser, "imagenet", "imagenet (torchvision's), none, or a file"),
         "frozen_blocks": Value(int, 0, "keep the weights of the first N blocks as pretrained", FROM_0),
         "seed": Value(int, 0, "random seed", "[0, 9223372036854775808)"),
     },
     "where things are": {
-        "data_root": Value(str, "data", "folder with the data set as distributed", resume=True),
-        "lists": Value(str, "data_splits", "folder with the lists of images, labels and boxes", resume=True),
+        "data_root": Value(
+            os.path.expanduser, "data", "folder with the data set as distributed", resume=True
+        ),
+        "lists": Value(
+            os.path.expanduser,
+            "data_splits",
+            "folder with the lists of images, labels and boxes",
+            resume=True,
+        ),
     },
     "how it runs": {
         "device": Value(str, "auto", "auto, cpu, cuda, cuda:1, ...", resume=True),
@@ -263,7 +273,7 @@ def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
     for title, group in groups.items():
         add_flags(group, VALUES[title])
     add = groups["where things are"].add_argument
-    add("--out", type=Path, default=None, metavar="DIR", help="default runs/DATASET_ARCH_METHOD")
+    add("--out", type=utils.user_path, default=None, metavar="DIR", help="default runs/DATASET_ARCH_METHOD")
     add("--download", action="store_true", default=False, help="download CUB or Imagenette if it is missing")
     add = groups["how it runs"].add_argument
     add("--resume", action="store_true", default=False, help="continue the run in --out, with its values")
@@ -351,11 +361,12 @@ def write_config(
 
     record: of the data, and the run's "fingerprint".
     """
-    commit = None
-    with suppress(OSError, subprocess.TimeoutExpired):
-        command, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
-        git = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
-        commit = git.stdout.strip() or None
+    commit, root = None, Path(__file__).parents[1]
+    if (root / ".git").exists():  # not of a repository that this code lies in
+        with suppress(OSError, subprocess.TimeoutExpired):
+            command = "git describe --always --abbrev=40 --exclude=* --dirty".split()
+            git = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
+            commit = git.stdout.strip() or None
     environment = {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -434,9 +434,21 @@ def main(argv: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("command", choices=("check",))
-    add("--dataset", required=True, help="a name, or a folder of your own images")
-    add("--data-root", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets")
-    add("--lists", type=Path, default=Path("data_splits"), metavar="DIR", help="folder of the lists")
+    add("--dataset", type=os.path.expanduser, required=True, help="a name, or a folder of your own images")
+    add(
+        "--data-root",
+        type=utils.user_path,
+        default=Path("data"),
+        metavar="DIR",
+        help="folder of the data sets",
+    )
+    add(
+        "--lists",
+        type=utils.user_path,
+        default=Path("data_splits"),
+        metavar="DIR",
+        help="folder of the lists",
+    )
     add("--workers", type=int, default=utils.cores(), metavar="N", help="processes that open images")
     add("--quiet", action="store_true", help="no progress line on stderr")
     args = parser.parse_args(argv)

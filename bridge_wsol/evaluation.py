@@ -268,11 +268,13 @@ def report(path: Path, evaluated: Evaluated, split: Split, head: dict[str, Any],
 
     Percent; thresholds as fractions of the 255 levels. The first process writes and prints.
     """
-    if utils.rank() == 0:
-        utils.write_json(path, head | evaluated.result)
-        save_per_image(per_image_path(path), evaluated.per_image, split)
-    if table:
-        print_table(evaluated.result, head)
+    try:
+        if utils.rank() == 0:
+            utils.write_json(path, head | evaluated.result)
+            save_per_image(per_image_path(path), evaluated.per_image, split)
+    finally:  # also where the files cannot be written
+        if table:
+            print_table(evaluated.result, head)
 
 
 def print_table(result: dict[str, Any], head: dict[str, Any]) -> None:

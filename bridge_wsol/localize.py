@@ -21,6 +21,7 @@ from .boxes import LEVELS, fixed_level, iou_matrix, level_boxes, scale_boxes
 from .data import Split, open_rgb, to_input
 from .evaluation import MapBatch, TrainedRun, require_threshold
 from .losses import full_precision
+from .utils import InputError
 
 # A fraction of the map's maximum, where val chose no threshold: the value of CAM (CVPR 2016).
 FALLBACK_THRESHOLD = 0.2
@@ -80,19 +81,24 @@ class Localizer:
             self.threshold = FALLBACK_THRESHOLD if self.level is None else self.level / LEVELS
 
     def __call__(self, images: Any) -> Found | list[Found]:
-        """A path, PIL image or array H x W x 3 uint8 (RGB) -> Found; a list of them -> a list.
+        """A path, PIL image, or array or tensor H x W x 3 uint8 (RGB) -> Found; a list of them -> a list.
 
-        The EXIF orientation of a path or PIL image is applied.
-
-        Raises InputError for an image that cannot be read.
+        The EXIF orientation of a path or PIL image is applied. Raises InputError for an image that cannot be
+        read, and for anything else.
         """
-        if isinstance(images, (str, Path, Image.Image, np.ndarray)):
-            return self._localize(images)
-        return [self._localize(image) for image in images]
+        if isinstance(images, (list, tuple)):
+            return [self._localize(image) for image in images]
+        return self._localize(images)
 
     @torch.inference_mode()
-    def _localize(self, image: str | Path | Image.Image | np.ndarray) -> Found:
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    def _localize(self, image: str | Path | Image.Image | np.ndarray | Tensor) -> Found:
+        pixels = image.cpu().numpy() if isinstance(image, Tensor) else image
+        if isinstance(pixels, np.ndarray) and pixels.ndim == 3 and pixels.shape[2] == 3:
+            image = Image.fromarray(pixels) if pixels.dtype == np.uint8 and pixels.size else pixels
+        if not isinstance(image, (str, Path, Image.Image)):
+            form = f"{image.dtype} of shape {tuple(image.shape)}" if hasattr(image, "shape") else type(image)
+            expected = "a path, a PIL image, or an array or tensor H x W x 3 of uint8"
+            raise InputError(f"images: expected {expected}, or a list of these, got {form}")
         image = open_rgb(image, upright=True)
         run, size = self.run, self.run.config.image_size
         pixels = pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))

@@ -217,3 +217,17 @@ def test_masks_and_ignore_regions_count_at_the_size_of_the_map(tmp_path):
     for workers in (0, 2):
         found = evaluate_score_maps(maps.items(), split, image_size=size, workers=workers)
         assert found["metrics"]["pxap"] == PerImage.stack(plain).result()["metrics"]["pxap"] > 0
+
+
+def test_results_are_not_replaced_by_those_of_other_maps_nor_lost(trained, split, tmp_path, fails, capsys):
+    places = f"--dataset tiny --data-root {tmp_path}/data --lists {tmp_path}/lists --image-size 64"
+    for method in ("ours", "theirs"):
+        run("evaluate", f"{trained[1]} --device cpu --save-maps {tmp_path}/{method}/maps")
+    run("evaluate", f"--score-maps {tmp_path}/ours/maps {places}")
+    run("evaluate", f"--score-maps {tmp_path}/ours/maps {places}")
+    fails("evaluate", f"--score-maps {tmp_path}/theirs/maps {places}", "results_maps_test.json", "--out")
+    before = (tmp_path / "cwd" / "results_maps_test.json").read_bytes()
+    (tmp_path / "file").touch()
+    fails("evaluate", f"--score-maps {tmp_path}/ours/none {places} --out {tmp_path}/file/r.json", "none")
+    fails("evaluate", f"--score-maps {tmp_path}/ours {places} --out {tmp_path}/file/r.json", "file/r.json")
+    assert (tmp_path / "cwd" / "results_maps_test.json").read_bytes() == before

@@ -180,3 +180,13 @@ def test_a_photo_whose_name_has_commas_and_many_bytes(trained, tmp_path):
     Image.new("RGB", (40, 50)).save(photo)
     assert len(localize(trained[1], f"'{photo}'")) == 1
     assert len([*(trained[1] / "images").glob("*.png")]) == 1
+
+
+def test_what_is_not_an_image_is_told_what_is_expected(trained):
+    localizer = Localizer(trained[1], device="cpu")
+    pixels = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
+    assert localizer(torch.from_numpy(pixels)).box == localizer(pixels).box
+    wrong = [pixels.transpose(2, 0, 1), pixels / 255, pixels[None], pixels.astype(np.uint16), b"photo", None]
+    for image in (*wrong, torch.from_numpy(pixels).permute(2, 0, 1), [pixels, pixels[..., 0]]):
+        with pytest.raises(InputError, match="expected a path, a PIL image, or an array or tensor H x W x 3"):
+            localizer(image)

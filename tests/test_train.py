@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train
-from bridge_wsol import cam, evaluation
+from bridge_wsol import cam, evaluation, utils
 from bridge_wsol.boxes import iou_matrix, scale_boxes
 from bridge_wsol.config import resolve_config
 from bridge_wsol.data import TrainImages, eval_loader, to_input, train_loader
@@ -570,3 +570,53 @@ def test_contradicting_flags_of_evaluate(fails):
         ("run --threshold 1", "threshold 1"),
     ):
         fails("evaluate", flags, *words)
+
+
+# ---- a run folder
+def test_a_run_folder_belongs_to_one_process(trained, tmp_path, fails):
+    flags, folder = trained
+    with utils.own_folder(folder, resume=True):  # as another process would hold it
+        fails("train", f"{flags} --out {folder} --resume", folder, "another process")
+    (folder / ".log.jsonl.0123.part").write_text("left by a kill")
+    run("train", f"{flags} --out {folder} --resume")
+    assert not [*folder.glob(".*")]
+    fails("train", f"{flags} --out {tmp_path}/new --data-root {tmp_path}/nowhere", "nowhere")
+    assert not (tmp_path / "new").exists()  # nothing keeps the next try from its folder
+
+
+@pytest.mark.parametrize("damage, missing", [("cut", 1), ("blank lines", 0), ("no file", 2)])
+def test_a_run_resumes_with_a_damaged_log(trained, damage, missing, capsys):
+    flags, folder = trained
+    path, lines = folder / "log.jsonl", lines_of(folder)
+    text = path.read_text()
+    path.write_text(text[:-40] if damage == "cut" else f"\n{text}\n[]\n")
+    if damage == "no file":
+        path.unlink()
+    run("train", f"{flags} --out {folder} --epochs 3 --resume")
+    assert ("epochs are missing" in capsys.readouterr().out) == bool(missing)
+    assert lines_of(folder)[:-1] == lines[: 2 - missing] and lines_of(folder)[-1]["epoch"] == 3
+
+
+def test_what_is_missing_or_was_edited_is_said_at_the_start(trained, tmp_path, capsys):
+    flags, folder = trained
+    (folder / "best.pt").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["config"]["lr"]["value"] = 7.0
+    (folder / "config.json").write_text(json.dumps(config))
+    run("train", f"{flags} --out {folder} --epochs 3 --resume")
+    said = capsys.readouterr().out.partition("epoch 3/3")[0]
+    assert "best.pt is missing" in said and "lr is 7.0 in config.json" in said
+    assert load(folder / "best.pt")["epoch"] == 3 and load(folder / "best.pt")["config"]["lr"] == 4e-3
+    run("train", f"{flags} --out {tmp_path}/other --resume --epochs 1")
+    assert "a new run begins" in capsys.readouterr().out
+
+
+def test_variables_of_a_launcher(monkeypatch, fails, tmp_path, trained):
+    """A cluster numbers its jobs by RANK: the run is one process, and its messages are printed."""
+    monkeypatch.setenv("RANK", "1")
+    fails("evaluate", tmp_path / "nowhere", "nowhere/best.pt")
+    fails("train", f"--dataset {tmp_path}/nowhere/", "nowhere")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fails("train", f"--dataset {tmp_path}/nowhere/", "RANK=1", "MASTER_ADDR")
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    fails("train", f"--dataset {tmp_path}/nowhere/", "WORLD_SIZE=many", "whole numbers")
