@@ -128,7 +128,7 @@ PRESETS: dict[tuple[str, ...], Preset] = {
         | dict(tau_fg=0.3, tau_bg=0.2, gamma=0.9, p=0.25, norm_class="target")
         | dict(epochs=10, warm_epochs=0, decay_at=[9], decay_factor=0.2, val_every=10, pictures=6)
         | dict(stride=8, width=0.25, resize_size=128, image_size=112)
-        # Pretrained on drawn shapes (demo.py).
+        # Pretrained on drawn shapes (tests/pretrain_demo.py).
         | dict(weights=str(Path(__file__).with_name("demo_vgg16.pth"))),
     },
     # As above: some seeds of each fall to chance.
