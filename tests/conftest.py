@@ -31,9 +31,8 @@ TINY += " --resize-size 72 --image-size 64 --epochs 2 --warm-epochs 1 --batch-si
 
 def run(script: str, flags: str) -> None:
     """The main of a script or of a command of the package, with flags as in a shell."""
-    folder = "bridge_wsol.reproduce" if script in ("experiments", "figures") else "bridge_wsol"
-    name = script if script in ("train", "evaluate") else f"{folder}.{script}"
-    importlib.import_module(name).main(shlex.split(str(flags)))
+    of_package = {"reproduce": "bridge_wsol.reproduce.__main__", "datasets": "bridge_wsol.datasets"}
+    importlib.import_module(of_package.get(script, script)).main(shlex.split(str(flags)))
 
 
 def results(folder: Path, name: str = "results_best_test.json") -> dict:

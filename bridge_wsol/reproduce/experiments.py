@@ -1,15 +1,15 @@
-"""Many runs of train.py: the comparison of methods, the sweep over a hyperparameter (Fig. A5), and tables.
+"""Many runs of train.py: comparison of methods, sweep over a hyperparameter; tables and differences of runs.
 
-    python -m bridge_wsol.reproduce.experiments compare --seeds 0 1 2                         every method on the demo
-    python -m bridge_wsol.reproduce.experiments compare --methods cam cam+ivr bridge:lambda_norm=0 --dataset CUB
-    python -m bridge_wsol.reproduce.experiments sweep --param lambda_sim --values 0 0.5 1     one run per value and seed
-    python -m bridge_wsol.reproduce.experiments table RUN [RUN ...]                           tables of existing runs
-    python -m bridge_wsol.reproduce.experiments difference RUN RUN                            B - A with its interval
+    python -m bridge_wsol.reproduce compare --seeds 0 1 2                          every method on the demo
+    python -m bridge_wsol.reproduce compare --methods cam cam+ivr bridge:lambda_norm=0 --dataset CUB
+    python -m bridge_wsol.reproduce sweep --param lambda_sim --values 0 0.5 1      one run per value and seed
+    python -m bridge_wsol.reproduce table RUN [RUN ...]                            tables of existing runs
+    python -m bridge_wsol.reproduce difference RUN RUN                             B - A with its interval
 
 A row of a table is METHOD[:NAME=VALUE,...][+NORMALIZATION]: a method, values of its run, a normalization of
 its maps. Each row and seed has one run, in RUNS/<row>_seed<N>. Rows that differ only in the normalization or
 in a value of the map (calm_map, pas_nwc) share the run. Finished runs are skipped, interrupted runs are
-resumed. Flags that this program does not have are passed to train.py.
+resumed. Flags that these commands do not have are passed to train.py.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ from ..config import MACHINE, RUN_VALUES, parse_args, read_config, resolve_confi
 from ..datasets import SPLITS, download, load_splits
 from ..evaluation import read_results, results_name
 from ..methods import METHODS
-from ..utils import InputError, Parser, flag, one_line_errors, read_json, set_quiet, write_json, write_text
+from ..utils import InputError, flag, read_json, set_quiet, write_json, write_text
 from . import baselines  # noqa: F401  registers the compared systems
+
+SCRIPTS = Path(__file__).parents[2]  # the clone, with train.py and evaluate.py
 
 # The comparison's default rows: the paper's systems and the field's, some with their own normalization.
 ROWS = (
@@ -66,8 +68,8 @@ HEADINGS = METRICS | {"images_per_second": "images/s"}
 # What a sweep measures, the first that the data set has: PxAP without boxes, Top-1 cls without masks, too.
 SWEPT = {"gt_known_loc": "GT-known Loc", "pxap": "PxAP", "top1_cls": "Top-1 cls"}
 COMPARED = (
-    *("v2_mean", "v2_30", "v2_50", "v2_70", "gt_known_loc_largest", "top1_loc", "v2_at_val"),
-    *("pxap", "top1_cls", "images_per_second"),
+    *("v2_mean", "v2_30", "v2_50", "v2_70", "gt_known_loc", "gt_known_loc_largest", "top1_loc"),
+    *("v2_at_val", "pxap", "top1_cls", "images_per_second"),
 )
 FORMS = (
     ("Localization, %", ("top1_loc", "top5_loc", "gt_known_loc", "gt_known_loc_largest", "top1_cls")),
@@ -100,6 +102,11 @@ class Row:
         found = [(result | flat(result["metrics"])).get(key) for result in self.results]
         return [value for value in found if value is not None]
 
+    @property
+    def has_hits(self) -> bool:
+        """Whether each seed has a hits file."""
+        return all(hits_path(result["path"]).exists() for result in self.results)
+
     @cached_property
     def stored(self) -> dict[Path, Stored]:
         """The hits files of the seeds, which must be of the same images. Raises InputError."""
@@ -110,7 +117,7 @@ class Row:
     @cached_property
     def intervals(self) -> dict[str, Any]:
         """The interval over images of the seeds' mean by the keys of METRICS; empty without hits files."""
-        if all(hits_path(result["path"]).exists() for result in self.results):
+        if self.has_hits:
             files = [*self.stored.values()]
             return flat(bootstrap.intervals([file.hits for file in files], files[0].digest))
         return flat(self.results[0].get("intervals", {})) if len(self.results) == 1 else {}
@@ -244,10 +251,7 @@ def finish(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 def run_script(script: str, arguments: list[str], folder: Path) -> None:
     """Runs train.py or evaluate.py for the run in `folder`, as a process. Raises InputError if it fails."""
     print(f"{folder}: {script}", flush=True)
-    path = Path(__file__).parents[2] / script
-    if not path.exists():
-        raise InputError(f"{path}: no such file: work in a clone of the repository (pip install -e .)")
-    code = subprocess.run([sys.executable, str(path), *arguments], check=False).returncode
+    code = subprocess.run([sys.executable, str(SCRIPTS / script), *arguments], check=False).returncode
     if code:
         problem = "was interrupted" if code == 130 else f"ended with exit code {code}, its message is above"
         fix = f"run the same command again to resume ({script} {' '.join(arguments)})"
@@ -410,18 +414,18 @@ def compare(args: argparse.Namespace) -> None:
     write_tables(args.runs / "table", table_of(title, rows, COMPARED, 1, "method"), rows, COMPARED)
 
 
-def sweep(args: argparse.Namespace) -> None:
-    """Trains and evaluates one method at several values of a hyperparameter (Fig. A5).
+def sweep(args: argparse.Namespace) -> Path:
+    """Trains and evaluates one method at several values of a hyperparameter; returns the file for Fig. A5.
 
     Writes RUNS/sweep_<param>.json, .md and .csv. The preset's value has the run folder of `compare`, which
     the sweeps over several parameters share. Raises InputError for a parameter without a number to sweep.
     """
-    param, (c, sources) = args.param.replace("-", "_"), resolve_config(parse_args(args.flags, ""))
-    values = RUN_VALUES | METHODS[c.method].all_values()
-    numbers = [name for name, x in vars(c).items() if type(x) in (int, float) and values[name].help]
-    swept = [name for name in numbers if sources[name] not in ("default", "flag")]
+    param, parsed = args.param.replace("-", "_"), parse_args(args.flags, "")
+    c = resolve_config(parsed)[0]
+    values, fixed = RUN_VALUES | METHODS[c.method].all_values(), {"seed", *MACHINE, *parsed.given}
+    swept = [x for x, of in vars(c).items() if type(of) in (int, float) and values[x].help and x not in fixed]
     if param not in swept:
-        problem = f"not a number of the preset of {c.dataset} {c.arch} {c.method}, or given as a flag"
+        problem = f"not a number of {c.dataset} {c.arch} {c.method}, or given as a flag"
         raise InputError(f"--param {args.param}: {problem}: choose one of {', '.join(swept)}")
     preset, rows, args.seeds = getattr(c, param), {}, args.seeds or [c.seed]
     for x in sorted(args.values):
@@ -433,13 +437,14 @@ def sweep(args: argparse.Namespace) -> None:
     localization = [key for key in ("gt_known_loc", "pxap") if made[0].numbers(key)]
     keys = (*localization[:1], "top1_cls")  # none without boxes and masks
     head = {"dataset": c.dataset, "arch": c.arch, "method": c.method, "param": param, "preset": preset}
-    found = [(x, {key: row.numbers(key) for key in keys}) for x, row in rows.items()]
-    found = [{"value": x, "seeds": args.seeds, **numbers} for x, numbers in found]
+    numbers = [{key: row.numbers(key) for key in keys} for row in made]
+    found = [{"value": x, "seeds": args.seeds, **of} for x, of in zip(rows, numbers)]
     path = args.runs / f"sweep_{param}.json"
     write_json(path, head | {"checkpoint": args.checkpoint, "values": found})
     title = f"{made[0].pair} {c.method}, test, {args.checkpoint} checkpoint, %"
-    write_tables(args.runs / f"sweep_{param}", table_of(title, made, keys, 2, param), made, keys)
-    print(f"written to {path}\nto draw it: python -m bridge_wsol.reproduce.figures sweep {path}")
+    write_tables(path.with_suffix(""), table_of(title, made, keys, 2, param), made, keys)
+    print(f"written to {path}")
+    return path
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
@@ -447,7 +452,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
 
     Raises InputError for any other file.
     """
-    made_by = "python -m bridge_wsol.reproduce.experiments sweep"
+    made_by = "python -m bridge_wsol.reproduce sweep --param NAME --values X ..."
     content = read_json(path, made_by)
     try:
         rows = sorted(content["values"], key=lambda row: row["value"])
@@ -515,7 +520,11 @@ def difference(args: argparse.Namespace) -> None:
         text += f"Right at IoU 50 by {names[0]} alone: {alone[0]}, by {names[1]} alone: {alone[1]} "
         text += f"of {int(sides[0][0].boxed.sum())} images.\n\n"
     leading = next(key for key in (*LEADING, *keys) if key in keys)
-    text += in_words(names, METRICS[leading], found[leading], bounds[leading])
+    low, high = bounds[leading]
+    text += (
+        f"{names[1]} − {names[0]} is {found[leading]:.1f} {bracket((low, high), 1)} in {METRICS[leading]}: "
+    )
+    text += f"the 95 % interval {'contains' if low <= 0 <= high else 'excludes'} 0."
     counts = [len(side) for side in sides]
     text += f" Means over {counts[0]} and {counts[1]} seeds." if max(counts) > 1 else ""
     print(text := text + " The intervals do not contain the choice of the seed.\n")
@@ -524,74 +533,46 @@ def difference(args: argparse.Namespace) -> None:
     print(f"written to {args.out}.md and .json")
 
 
-def in_words(names: Sequence[str], metric: str, value: float, bounds: Sequence[float]) -> str:
-    """A difference as a sentence. names: A, B; value, bounds: of B - A."""
-    low, high = bounds
-    if low <= 0 <= high:
-        gap = f"{names[1]} − {names[0]} is {value:.1f} {bracket(bounds, 1)}"
-        return f"{gap} in {metric}: the choice of test images may explain it."
-    better, worse = names[::-1] if value > 0 else names
-    gap = f"{abs(value):.1f} {bracket((low, high) if value > 0 else (-high, -low), 1)}"
-    verdict = "more than the choice of test images explains"
-    return f"{better} is better than {worse} by {gap} in {metric}: {verdict}."
-
+# ----------------------------------------------------------------------------------------------- command line
 
 COMMANDS = {"compare": compare, "sweep": sweep, "table": table, "difference": difference}
 
 
-def parse_command(argv: list[str] | None) -> argparse.Namespace:
-    """The parsed command line; args.flags are the flags of train.py. Raises InputError."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(
-        prog="python -m bridge_wsol.reproduce.experiments", description=__doc__, formatter_class=form
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, command in COMMANDS.items():
-        # No abbreviations: --p is a flag of train.py, and not short for --param.
-        what = command.__doc__.splitlines()[0]
-        sub = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
-        default = "last" if name == "compare" else "best"
-        sub.add_argument("--checkpoint", choices=("best", "last"), default=default, help=f"default {default}")
-        if name in ("compare", "sweep"):
-            sub.epilog = "Flags not listed here are passed to train.py."
-            seeds, runs = ([0, 1, 2], "comparison") if name == "compare" else (None, "sweep")
-            text = "default 0 1 2" if seeds else "default: the value of --seed, or 0"
-            sub.add_argument("--seeds", nargs="+", type=int, default=seeds, metavar="N", help=text)
-            text = f"folder of the runs and tables (default runs/{runs})"
-            sub.add_argument("--runs", type=Path, default=Path("runs", runs), metavar="DIR", help=text)
-    text = f"METHOD[:NAME=VALUE,...][+NORMALIZATION] (default: {' '.join(ROWS)})"
-    commands.choices["compare"].add_argument("--methods", nargs="+", default=ROWS, metavar="ROW", help=text)
-    add = commands.choices["sweep"].add_argument
-    add("--param", required=True, help="a number of the preset, for example lambda_sim")
-    add("--values", nargs="+", required=True, type=float, metavar="X", help="values of --param")
-    for name in ("table", "difference"):
-        add = commands.choices[name].add_argument
+def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
+    """The flags of one command."""
+    add, trains = sub.add_argument, command in ("compare", "sweep")
+    default = "last" if command == "compare" else "best"
+    add("--checkpoint", choices=("best", "last"), default=default, help=f"default {default}")
+    if trains:
+        sub.epilog = "Flags not listed here are passed to train.py."
+        seeds, runs = ([0, 1, 2], "comparison") if command == "compare" else (None, "sweep")
+        text = "default 0 1 2" if seeds else "default: the value of --seed, or 0"
+        add("--seeds", nargs="+", type=int, default=seeds, metavar="N", help=text)
+        text = f"folder of the runs and tables (default runs/{runs})"
+        add("--runs", type=Path, default=Path("runs", runs), metavar="DIR", help=text)
+    if command == "compare":
+        text = f"METHOD[:NAME=VALUE,...][+NORMALIZATION] (default: {' '.join(ROWS)})"
+        add("--methods", nargs="+", default=ROWS, metavar="ROW", help=text)
+    elif command == "sweep":
+        add("--param", help="a number of the run's configuration, for example lambda_sim")
+        add("--values", nargs="+", type=float, metavar="X", help="values of --param")
+    else:
         add("runs", nargs="+", type=Path, metavar="RUN", help="folders of train.py, files of evaluate.py")
         add("--names", nargs="+", metavar="NAME", help="names of the runs, in their order (default: methods)")
         add("--split", choices=("test", "val"), default="test", help="split of the results (default test)")
         add("--normalize", choices=NORMALIZATIONS, default="minmax", help="of the maps (default minmax)")
         text = "decimals of the values (default 2)"
         add("--digits", type=int, default=2, choices=range(10), metavar="N", help=text)
-        text = f"files to write, without suffix (default figures/{name})"
-        add("--out", type=Path, default=Path("figures", name), metavar="PATH", help=text)
+        text = f"files to write, without suffix (default figures/{command})"
+        add("--out", type=Path, default=Path("figures", command), metavar="PATH", help=text)
 
-    args, args.flags = parser.parse_known_args(argv)
-    if args.flags and args.command in ("table", "difference"):
-        parser.error(f"unrecognized arguments: {' '.join(args.flags)}")
-    if args.command in ("table", "difference") and args.out.suffix in (".md", ".csv", ".json"):
-        args.out = args.out.with_suffix("")
+
+def check(args: argparse.Namespace) -> None:
+    """Before compare and sweep train. Raises InputError for flags that they set, and without train.py."""
+    if not (SCRIPTS / "train.py").exists():
+        raise InputError(f"{SCRIPTS}: no train.py here: work in a clone of the repository (pip install -e .)")
+    if args.command == "sweep" and None in (args.param, args.values):
+        raise InputError("sweep: needs --param and --values to train, or JSON files to draw")
     own = ["--out", "--resume", *(["--method", "--seed"] if args.command == "compare" else [])]
     if taken := [word for word in args.flags if word.split("=")[0] in own]:
-        parser.error(f"{taken[0]}: the command sets it: use --runs, --methods and --seeds")
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    args = parse_command(argv)
-    COMMANDS[args.command](args)
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()
+        raise InputError(f"{taken[0]}: the command sets it: use --runs, --methods and --seeds")
