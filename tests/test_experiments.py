@@ -112,11 +112,10 @@ def test_all_mistakes_are_reported_before_the_first_run(tiny, fails, tmp_path, m
         ("compare --methods cam bridge:seed=5", "seed is not a value of a row"),
         ("compare --methods cam cam:lambda_sim=5", "--lambda-sim", "--method cam"),
         ("compare --methods cam pas:pas_theta=7", "--pas-theta 7", "[-1, 1]"),
-        ("compare --methods cam calm:calm_map=7", "--calm-map 7", "joint"),
         ("compare --methods cam cam:decay_at=6,x", "--decay-at", "6,x"),
         ("compare --seed 3", "--seed", "--seeds"),
         ("compare --jobs 2", "--jobs"),
-        (f"compare --methods cam --lists {tmp_path}/nowhere", tmp_path / "nowhere"),
+        (f"compare --lists {tmp_path}/nowhere", tmp_path / "nowhere"),
         ("sweep --param lambda_sim --values much", "--values", "'much'"),
         ("sweep --param lambda_sim", "--values"),
         ("sweep --param lambda_sim --values 1 --lambda-sim 2", "lambda_sim", "flag"),
@@ -186,12 +185,9 @@ def test_a_sweep_has_means_and_deviations_over_seeds(trained, tmp_path, capsys):
     assert (runs / "sweep_lambda_sim.png").exists() == figures.has_matplotlib()
     table = [line[:2] for line in cells(runs / "sweep_lambda_sim.md")[1:]]
     assert table == [["0.5 (preset)", "15.00 ± 14.14"], ["1", "20.00 ± 14.14"]]  # deviation: 20 / sqrt(2)
-    rows = csv_rows(runs / "sweep_lambda_sim.csv")
-    assert float(rows["1"]["gt_known_loc_mean"]) == 20 and rows["1"]["seeds"] == "0 1"
     found = read_sweep(runs / "sweep_lambda_sim.json")
     assert [row["gt_known_loc"] for row in found["values"]] == [[5, 25], [10, 30]]
-    head = {"method": "bridge", "param": "lambda_sim", "preset": 0.5, "metric": "gt_known_loc"}
-    assert head.items() <= found.items() and found["values"][0]["seeds"] == [0, 1]
+    assert (found["preset"], found["metric"], found["values"][0]["seeds"]) == (0.5, "gt_known_loc", [0, 1])
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ python -m bridge_wsol.reproduce COMMAND --help      the flags of a command
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from . import experiments, figures
 
 
 def sweep(args: argparse.Namespace) -> None:
-    """Fig. A5: accuracy against a hyperparameter. With --param it trains the missing runs first."""
+    """Fig. A5: accuracy against a hyperparameter.
+
+    With --param it trains the missing runs first, and draws their file.
+    """
     if args.param:
         path = experiments.sweep(args)
         if not figures.has_matplotlib():
@@ -36,8 +40,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     trains = sweeps or argv[:1] == ["compare"]
     for name, command in COMMANDS.items():
         # No abbreviations: --p is a flag of train.py, and not short for --param.
-        what = command.__doc__.splitlines()[0]
-        sub = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
+        what, about = command.__doc__.splitlines()[0], inspect.getdoc(command)
+        sub = commands.add_parser(name, help=what, description=about, allow_abbrev=False)
         (experiments if name in experiments.COMMANDS else figures).add_flags(sub, name)
         if name == "sweep" and not trains:  # --width and the words after flags of train.py are train.py's
             sub.add_argument(

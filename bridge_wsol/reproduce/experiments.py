@@ -404,7 +404,7 @@ def grouped(args: argparse.Namespace) -> list[Row]:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Trains and evaluates methods over seeds, and tabulates their test results.
+    """Trains methods over seeds, tabulates their results.
 
     Writes RUNS/table.md and .csv.
     """
@@ -468,9 +468,9 @@ def read_sweep(path: Path) -> dict[str, Any]:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Tabulates existing runs: the paper's main form and the form of Table A1.
+    """Tables of existing runs, in the paper's forms.
 
-    Runs that differ in the seed only share a row.
+    The main form and that of Table A1. Runs that differ in the seed only share a row.
     """
     rows = grouped(args)
     pairs, splits = {row.pair for row in rows}, {row.results[0].get("split", "test") for row in rows}
@@ -481,10 +481,10 @@ def table(args: argparse.Namespace) -> None:
 
 
 def difference(args: argparse.Namespace) -> None:
-    """Compares two runs, or the seeds of two, on the same images: B - A with its interval.
+    """Two runs on the same images: B - A with its interval.
 
-    A and B are rows as in `table`, A the first. Writes --out as .md and .json. Raises InputError for another
-    number of rows, other images, and hits files that are missing.
+    A and B are rows as in `table` (seeds are one row), A the first. Writes --out as .md and .json. Raises
+    InputError for another number of rows, other images, and hits files that are missing.
     """
     rows = grouped(args)
     if len(rows) != 2:

@@ -250,9 +250,10 @@ def curves(args: Flags) -> dict[str, Any]:
 
 
 def histogram(args: Flags) -> dict[str, Any]:
-    """Fig. A2: density of the largest feature norm of an image, max_u F_u, over the split.
+    """Fig. A2: density of the largest feature norm.
 
-    Runs with the same name are pooled. Prints the mean, ± the sample deviation of the runs' means.
+    Of each image, max_u F_u. Runs with the same name are pooled. Prints the mean, ± the sample deviation of
+    the runs' means.
     """
     found: dict[str, list[np.ndarray]] = {}
     for run in open_runs(args):
@@ -320,7 +321,10 @@ def found_boxes(split: Split, level: int, batches: Iterable[MapBatch]) -> Iterat
 
 
 def maps(args: Flags) -> None:
-    """Fig. A3: image, CAM, F, S. CAM and F have a scale per map; S is on [-1, 1] in all maps."""
+    """Fig. A3: image, CAM, F, S.
+
+    CAM and F have a scale per map; S is on [-1, 1] in all maps.
+    """
     runs = open_runs(args)
     images = chosen_images(runs[0], args)
     below = len(runs) > 2  # one run below the other, else beside it
@@ -364,9 +368,10 @@ def draw_maps(panels: np.ndarray, run: OpenRun, args: Flags, split: Split) -> tu
 
 
 def boxes(args: Flags) -> dict[str, Any]:
-    """Fig. A4: ground truth, box of the largest contour at the threshold of the split, and CAM.
+    """Fig. A4: ground truth, predicted box and CAM.
 
-    One PNG per run, OUT.png, with several runs OUT_NAME.png.
+    The box is that of the largest contour, at the threshold of the split. One PNG per run: OUT.png, with
+    several runs OUT_NAME.png.
     """
     runs, numbers = open_runs(args), []
     if len({run.name for run in runs}) < len(runs):
@@ -483,16 +488,17 @@ def gap_of(run: OpenRun, args: Flags) -> dict[str, Any]:
 
 
 def gap(args: Flags) -> dict[str, Any]:
-    """The gap between classification and localization in numbers: prints a table, and writes JSON.
+    """F and S inside and outside of the object, in numbers.
 
-    Runs with the same name share a column: mean ± sample deviation.
+    And the metrics of CAM, F and S as score maps. Prints a table and writes JSON. Runs with the same name
+    share a column: mean ± sample deviation.
     """
     found = [gap_of(run, args) for run in open_runs(args)]
-    rows: dict[str, tuple[list[float | None], int]] = {}
-    for kind in REGIONS:
-        for key, label in GAP.items():
-            values = [(entry[kind] or {}).get(key) for entry in found]
-            rows[f"{label} ({kind})"] = values, 1 if "%" in label else 3
+    rows: dict[str, tuple[list[float | None], int]] = {
+        f"{label} ({kind})": ([(entry[kind] or {}).get(key) for entry in found], 1 if "%" in label else 3)
+        for kind in REGIONS
+        for key, label in GAP.items()
+    }
     for name in MAPS:
         v2 = [entry["localization"][name]["max_box_acc_v2"] for entry in found]
         rows[f"MaxBoxAccV2 by {name}"] = [of_run and of_run["mean"] for of_run in v2], 1
