@@ -131,7 +131,7 @@ PRESETS: dict[tuple[str, ...], Preset] = {
         | dict(tau_fg=0.3, tau_bg=0.2, gamma=0.9, p=0.25, norm_class="target")
         | dict(epochs=10, warm_epochs=0, decay_at=[9], decay_factor=0.2, val_every=0, pictures=6)
         | dict(stride=8, width=0.25, resize_size=128, image_size=112)
-        # Pretrained on drawn shapes (demo.py).
+        # Pretrained on drawn shapes (tests/pretrain_demo.py).
         | dict(weights=str(Path(__file__).with_name("demo_vgg16.pth"))),
     },
     # As above: some seeds of each fall to chance.
@@ -141,6 +141,12 @@ PRESETS: dict[tuple[str, ...], Preset] = {
     ("demo", "vgg16", "spg"): {OURS: dict(lr_new=2e-2)},
     ("demo", "vgg16", "has"): {f"{AUTHORS}, for 112 pixels": dict(has_cells=[0, 8, 16, 22, 28])},
 }
+
+
+def whole_numbers(text: str) -> list[int]:
+    """The kind of a value with several: whole numbers, comma-separated."""
+    return [int(number) for number in text.split(",")]
+
 
 RATE, COUNT, FROM_0 = "(0, inf)", "[1, inf)", "[0, inf)"
 VALUES = {  # of every run; those without a help text have no flag
@@ -187,7 +193,7 @@ VALUES = {  # of every run; those without a help text have no flag
         "warm_batch_size": Value(int, None, "global batch size of the warm epochs", COUNT),
         "lr": Value(float, None, "learning rate of the pretrained layers (appendix B)", RATE),
         "lr_new": Value(float, None, "learning rate of new layers; ResNet50: layer4 and fc", RATE),
-        "decay_at": Value(int, None, "epochs, from 1, at which the rates decay"),
+        "decay_at": Value(whole_numbers, None, "epochs, from 1, at which the rates decay"),
         "decay_factor": Value(float, None, "factor of the rates at each of them", RATE),
         "momentum": Value(float, 0.9, "of SGD", "[0, 1)", B),
         "nesterov": Value(bool, True, "", None, CODE),
@@ -287,6 +293,8 @@ def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
             add_flags(parser.add_argument_group(f"--method {method}", about), own)
     args = vars(parser.parse_args(argv))
     given = {name: args.pop(name) for name in list(args) if name in all_values()}
+    if "decay_at" in given:  # 6,9 and 6 9 are the same
+        given["decay_at"] = [epoch for part in given["decay_at"] for epoch in part]
     return argparse.Namespace(**args, given=given)
 
 

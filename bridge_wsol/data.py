@@ -98,7 +98,8 @@ class Split:
     def fingerprint(self) -> dict[str, str | None]:
         """{"images": `digest`, "boxes": a hash of `checksums`, None without boxes and masks}."""
         located = bool(self.boxes or self.masks)
-        return {"images": self.digest(), "boxes": hash_of(self.checksums()) if located else None}
+        boxes = hashlib.sha256(self.checksums().astype("<u4").tobytes()).hexdigest()[:16] if located else None
+        return {"images": self.digest(), "boxes": boxes}
 
     def require_images(self) -> None:
         """Raises InputError if image files are missing. The message names the first one and counts them.
@@ -119,11 +120,6 @@ class Split:
                 f"{self.path(missing[0])}: no such image ({len(missing)} of the {len(self)} of {self.name} "
                 "are missing): is the data root another folder, or does the list belong to other data?"
             )
-
-
-def hash_of(checksums: np.ndarray) -> str:
-    """The hash of `Split.checksums` in a fingerprint."""
-    return hashlib.sha256(checksums.astype("<u4").tobytes()).hexdigest()[:16]
 
 
 # -------------------------------------------------------------------------------------------- the list format

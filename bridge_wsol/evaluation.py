@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from . import cam, config, metrics, utils
 from .boxes import LEVELS, scale_boxes
-from .data import Split, as_score_map, eval_loader, hash_of, load_masks, to_input
+from .data import Split, as_score_map, eval_loader, load_masks, to_input
 from .datasets import is_folder, load_splits
 from .losses import full_precision
 from .methods import CAM, find
@@ -324,8 +324,8 @@ def read_results(
 ) -> tuple[Path, dict[str, Any]]:
     """(path, content) of a run's results file, or of `run` where that is a results file itself.
 
-    Its "fingerprint" is that of the run (config.fingerprint), with the part of the evaluated split. A file of
-    an earlier version has none: it gets what config.json and the file per image beside it tell.
+    Its "fingerprint" is that of the run, with the part of the evaluated split; a file of an earlier version
+    has what config.json tells.
     Raises InputError for a missing or damaged file, naming the command that makes it.
     """
     path, command = run, "python evaluate.py --score-maps DIR --dataset NAME --out FILE"
@@ -343,9 +343,6 @@ def read_results(
         result["fingerprint"] = {}
         if run.suffix != ".json":
             result["fingerprint"]["values"] = config.fingerprint(config.read_config(run))
-        if per_image_path(path).exists():
-            stored = load_per_image(path, result["metrics"])
-            result["fingerprint"][result.get("split", split)] = stored.fingerprint()
     return path, result
 
 
@@ -356,11 +353,6 @@ class Stored(NamedTuple):
     digest: str  # of the split
     ids: list[str]
     truth: np.ndarray  # N uint32, `Split.checksums`
-
-    def fingerprint(self) -> dict[str, str | None]:
-        """`Split.fingerprint` of the images."""
-        located = self.per_image.boxed.any() or self.per_image.masked.any()
-        return {"images": self.digest, "boxes": hash_of(self.truth) if located else None}
 
 
 def per_image_path(results: Path) -> Path:

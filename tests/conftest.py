@@ -18,6 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
+from bridge_wsol.data import Split
+from bridge_wsol.evaluation import save_per_image
+from bridge_wsol.metrics import PerImage, intervals
 from bridge_wsol.utils import one_line_errors
 
 REPOSITORY = Path(__file__).parents[1]
@@ -31,9 +34,8 @@ TINY += " --resize-size 72 --image-size 64 --epochs 2 --warm-epochs 1 --batch-si
 
 def run(script: str, flags: str) -> None:
     """The main of a script or of a command of the package, with flags as in a shell."""
-    folder = "bridge_wsol.reproduce" if script in ("experiments", "figures") else "bridge_wsol"
-    name = script if script in ("train", "evaluate") else f"{folder}.{script}"
-    importlib.import_module(name).main(shlex.split(str(flags)))
+    of_package = {"reproduce": "bridge_wsol.reproduce.__main__", "datasets": "bridge_wsol.datasets"}
+    importlib.import_module(of_package.get(script, script)).main(shlex.split(str(flags)))
 
 
 def results(folder: Path, name: str = "results_best_test.json") -> dict:
@@ -148,3 +150,26 @@ def real_data(tmp_path_factory) -> Path:
     with tarfile.open(Path(source) / "CUB_200_2011-10.tar") as archive:
         archive.extractall(root, filter="data")
     return root
+
+
+def write_results(path, per_image, split, **head):
+    """A results file and its file per image."""
+    head = {"dataset": "D", "arch": "vgg16", "method": "cam", "split": "test", **head}
+    found = per_image.result() | {"intervals": intervals([per_image], split.digest())}
+    path.write_text(json.dumps(head | found))
+    save_per_image(path.with_suffix(".npz"), per_image, split)
+
+
+def split_of(n, boxes=None, sizes=(32, 32)):
+    boxes = {i: np.array([[0, 0, 9, 9]]) for i in range(n)} if boxes is None else boxes
+    labels = np.zeros(n, dtype=np.int64)
+    return Split("D", Path(), [f"{i}.jpg" for i in range(n)], labels, np.array([sizes] * n), boxes)
+
+
+def correct_at(*rows, boxed=None):
+    """Images with a correct box at level 10 where the row says so, for all IoUs; not of the largest."""
+    found = np.array(rows, dtype=bool)
+    correct = np.zeros((len(found), 4, 255), dtype=bool)
+    correct[:, :3, 10] = found[:, None]
+    boxed = np.ones(len(found), dtype=bool) if boxed is None else np.array(boxed, dtype=bool)
+    return PerImage(boxed, ~boxed & False, correct)

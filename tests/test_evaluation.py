@@ -1,45 +1,20 @@
 """The evaluation from Python, files per image, and which thresholds val gives."""
 
-import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, results, run
+from conftest import REPOSITORY, correct_at, results, run, split_of, write_results
 from PIL import Image
 
 from bridge_wsol.data import Masks, Split, load_score_maps
 from bridge_wsol.datasets import load_split
 from bridge_wsol.evaluation import TrainedRun, evaluate_score_maps, load_per_image, save_per_image
-from bridge_wsol.metrics import PerImage, intervals, measure
+from bridge_wsol.metrics import PerImage, measure
 from bridge_wsol.utils import InputError
 
 VAL = {"30": 40, "50": 90, "70": 120, "largest": 60}
-
-
-def write(path, per_image, split, **head):
-    """A results file and its file per image."""
-    head = {"dataset": "D", "arch": "vgg16", "method": "cam", "split": "test", **head}
-    found = per_image.result() | {"intervals": intervals([per_image], split.digest())}
-    path.write_text(json.dumps(head | found))
-    save_per_image(path.with_suffix(".npz"), per_image, split)
-
-
-def split_of(n, boxes=None, sizes=(32, 32)):
-    boxes = {i: np.array([[0, 0, 9, 9]]) for i in range(n)} if boxes is None else boxes
-    labels = np.zeros(n, dtype=np.int64)
-    return Split("D", Path(), [f"{i}.jpg" for i in range(n)], labels, np.array([sizes] * n), boxes)
-
-
-def correct_at(*rows, boxed=None):
-    """Images with a correct box at level 10 where the row says so, for all IoUs; not of the largest."""
-    found = np.array(rows, dtype=bool)
-    correct = np.zeros((len(found), 4, 255), dtype=bool)
-    correct[:, :3, 10] = found[:, None]
-    boxed = np.ones(len(found), dtype=bool) if boxed is None else np.array(boxed, dtype=bool)
-    return PerImage(boxed, ~boxed & False, correct)
 
 
 @pytest.fixture
@@ -149,7 +124,7 @@ def test_a_file_per_image_is_small_and_read_as_it_was_written(dataset, split, li
 
 def test_files_per_image_belong_to_the_results_whose_metrics_they_give(tmp_path):
     per_image = correct_at(1, 0, 1)
-    write(tmp_path / "a.json", per_image, split_of(3))
+    write_results(tmp_path / "a.json", per_image, split_of(3))
     metrics = per_image.result()["metrics"]
     near, other = (metrics | {"max_box_acc": metrics["max_box_acc"] + x} for x in (1e-12, 1e-3))
     assert load_per_image(tmp_path / "a.json", near).ids == ["0.jpg", "1.jpg", "2.jpg"]

@@ -1,7 +1,7 @@
 """The systems that the paper's method is compared with, one class per system.
 
 All use the same backbones, data pipeline, evaluation and learning rates. The CAM baseline is in methods.py,
-which explains what a method is; the IVR normalization is in cam.py. Importing this file registers the methods. Sources of values in the docstrings:
+the IVR normalization in cam.py. Importing this file registers the methods. Sources in the docstrings:
 
     authors       the released code of the method's authors
     common code   the evaluation code of Choe et al. (CVPR 2020)

@@ -1,15 +1,15 @@
-"""Many runs of train.py: the comparison of methods, the sweep over a hyperparameter (Fig. A5), and tables.
+"""Many runs of train.py: comparison of methods, sweep over a hyperparameter; tables and differences of runs.
 
-    python -m bridge_wsol.reproduce.experiments compare --seeds 0 1 2                         every method on the demo
-    python -m bridge_wsol.reproduce.experiments compare --methods cam cam+ivr bridge:lambda_norm=0 --dataset CUB
-    python -m bridge_wsol.reproduce.experiments sweep --param lambda_sim --values 0 0.5 1     one run per value and seed
-    python -m bridge_wsol.reproduce.experiments table RUN [RUN ...]                           tables of existing runs
-    python -m bridge_wsol.reproduce.experiments difference RUN RUN                            B - A with its interval
+    python -m bridge_wsol.reproduce compare --seeds 0 1 2                          every method on the demo
+    python -m bridge_wsol.reproduce compare --methods cam cam+ivr bridge:lambda_norm=0 --dataset CUB
+    python -m bridge_wsol.reproduce sweep --param lambda_sim --values 0 0.5 1      one run per value and seed
+    python -m bridge_wsol.reproduce table RUN [RUN ...]                            tables of existing runs
+    python -m bridge_wsol.reproduce difference RUN RUN                             B - A with its interval
 
 A row of a table is METHOD[:NAME=VALUE,...][+NORMALIZATION]: a method, values of its run, a normalization of
 its maps. Each row and seed has one run, in RUNS/<row>_seed<N>. Rows that differ only in the normalization or
 in a value of the map (calm_map, pas_nwc) share the run. Finished runs are skipped, interrupted runs are
-resumed. Flags that this program does not have are passed to train.py.
+resumed. Flags that these commands do not have are passed to train.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import numpy as np
 
 from .. import metrics
 from ..cam import NORMALIZATIONS
-from ..config import MACHINE, RUN_VALUES, parse_args, read_config, resolve_config
+from ..config import MACHINE, RUN_VALUES, fingerprint, parse_args, read_config, resolve_config
 from ..datasets import SPLITS, download, load_splits
 from ..evaluation import (
     Stored,
@@ -43,8 +43,10 @@ from ..evaluation import (
     results_name,
 )
 from ..methods import METHODS
-from ..utils import InputError, Parser, flag, one_line_errors, read_json, set_quiet, write_json, write_text
+from ..utils import InputError, flag, read_json, set_quiet, write_json, write_text
 from . import baselines  # noqa: F401  registers the compared systems
+
+SCRIPTS = Path(__file__).parents[2]  # the clone, with train.py and evaluate.py
 
 # The comparison's default rows: the paper's systems and the field's, some with their own normalization.
 ROWS = (
@@ -72,8 +74,8 @@ HEADINGS = METRICS | {"images_per_second": "images/s"}
 # What a sweep measures, the first that the data set has: PxAP without boxes, Top-1 cls without masks, too.
 SWEPT = {"gt_known_loc": "GT-known Loc", "pxap": "PxAP", "top1_cls": "Top-1 cls"}
 COMPARED = (
-    *("v2_mean", "v2_30", "v2_50", "v2_70", "gt_known_loc_largest", "top1_loc", "v2_at_val"),
-    *("pxap", "top1_cls", "images_per_second"),
+    *("v2_mean", "v2_30", "v2_50", "v2_70", "gt_known_loc", "gt_known_loc_largest", "top1_loc"),
+    *("v2_at_val", "pxap", "top1_cls", "images_per_second"),
 )
 FORMS = (
     ("Localization, %", ("top1_loc", "top5_loc", "gt_known_loc", "gt_known_loc_largest", "top1_cls")),
@@ -106,6 +108,11 @@ class Row:
         found = [(result | flat(result["metrics"])).get(key) for result in self.results]
         return [value for value in found if value is not None]
 
+    @property
+    def has_files(self) -> bool:
+        """Whether each seed has a file per image."""
+        return all(per_image_path(result["path"]).exists() for result in self.results)
+
     @cached_property
     def stored(self) -> dict[Path, Stored]:
         """The files per image of the seeds, which must be of the same images. Raises InputError."""
@@ -115,8 +122,8 @@ class Row:
 
     @cached_property
     def intervals(self) -> dict[str, Any]:
-        """The interval over images of the seeds' mean by the keys of METRICS; empty without files per image."""
-        if all(per_image_path(result["path"]).exists() for result in self.results):
+        """The interval over images of the seeds' mean, by the keys of METRICS; {} without files per image."""
+        if self.has_files:
             files = [*self.stored.values()]
             return flat(metrics.intervals([file.per_image for file in files], files[0].digest))
         return flat(self.results[0].get("intervals", {})) if len(self.results) == 1 else {}
@@ -192,7 +199,9 @@ def is_finished(folder: Path, flags: list[str]) -> bool:
     there = read_config(folder)
     # A value that may change on --resume, such as amp, matters where it was asked for.
     free = {name for name, value in RUN_VALUES.items() if value.resume and name not in parsed.given}
-    free = {*free, *MACHINE} - {"epochs"} | ({"epochs"} if config.epochs > there.get("epochs", 0) else set())
+    free = {*free, *MACHINE} - {"epochs", *({"amp"} & parsed.given.keys())} | (
+        {"epochs"} if config.epochs > there.get("epochs", 0) else set()
+    )
     for name, value in vars(config).items():
         if name not in free and value not in (None, there.get(name)):  # None: decided at the start of a run
             problem = f"a run with {name} {there.get(name)} instead of {value}"
@@ -215,12 +224,11 @@ def check_lists(finished: list[Path], waiting: bool, args: argparse.Namespace) -
         record = load_splits(*where, names, c.val_per_class, images=waiting)[1]
         lists[f"--lists {c.lists}"] = record["lists"]
     for folder in finished:
-        record = read_json(folder / "config.json", "train.py").get("data", {})
-        lists[str(folder)] = record.get("lists", {})
-    for other, digests in lists.items():
+        lists[str(folder)] = read_json(folder / "config.json", "train.py").get("fingerprint", {})
+    for other, splits in lists.items():
         first = next(iter(lists))
-        for name in lists[first].keys() & digests.keys():
-            if digests[name] != lists[first][name]:
+        for name in {*SPLITS} & lists[first].keys() & splits.keys():
+            if splits[name] != lists[first][name]:
                 raise InputError(f"{other}: a run with another {name} list than {first} has")
 
 
@@ -250,10 +258,7 @@ def finish(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 def run_script(script: str, arguments: list[str], folder: Path) -> None:
     """Runs train.py or evaluate.py for the run in `folder`, as a process. Raises InputError if it fails."""
     print(f"{folder}: {script}", flush=True)
-    path = Path(__file__).parents[2] / script
-    if not path.exists():
-        raise InputError(f"{path}: no such file: work in a clone of the repository (pip install -e .)")
-    code = subprocess.run([sys.executable, str(path), *arguments], check=False).returncode
+    code = subprocess.run([sys.executable, str(SCRIPTS / script), *arguments], check=False).returncode
     if code:
         problem = "was interrupted" if code == 130 else f"ended with exit code {code}, its message is above"
         fix = f"run the same command again to resume ({script} {' '.join(arguments)})"
@@ -286,8 +291,8 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def table_of(title: str, rows: list[Row], keys: Sequence[str], digits: int, corner: str = "") -> str:
     """A Markdown table under its title: a line per label, a column per key and pair that any row has.
 
-    A column more has the interval over images of the first of LEADING, where files per image are there. corner:
-    heading of the labels. Returns "" for a table without numbers.
+    A column more has the interval over images of the first of LEADING, where there are files per image.
+    corner: heading of the labels. Returns "" for a table without numbers.
     """
     cells, counts = {}, set()
     leading = next((x for x in LEADING if x in keys and any(row.numbers(x) for row in rows)), None)
@@ -335,26 +340,40 @@ def names_of(args: argparse.Namespace) -> list[str]:
     return args.names or [run.stem if run.suffix == ".json" else run.resolve().name for run in args.runs]
 
 
-def settings(run: Path) -> dict[str, Any]:
-    """The values of a run folder, or of a results file, that can change the results; "seed" is among them.
+MEASURED = ("metrics", "levels", "thresholds", "curves", "intervals", "precision_at_recall")
 
-    Score maps of others have no seed: their path stands for it.
+
+def identity(run: Path, result: dict[str, Any] | None = None) -> tuple[dict[str, Any], Any]:
+    """(what the seeds of a row share, the seed) of a run folder or results file; result: its content.
+
+    What: the fingerprint of the run, and how its maps were made. Score maps of others have no seed: the path
+    of the results stands for it.
     """
-    if run.suffix != ".json":
-        return {name: value for name, value in read_config(run).items() if name not in MACHINE}
-    result = read_results(run, "", "")[1]
-    measured = {"metrics", "levels", "thresholds", "curves", "intervals", "precision_at_recall"}
+    if result is None and run.suffix != ".json":
+        values = read_config(run)
+        of_run = read_json(run / "config.json", "train.py").get("fingerprint")
+        return {"fingerprint": of_run or {"values": fingerprint(values)}}, values["seed"]
+    result = result or read_results(run, "", "")[1]
     # These differ between seeds where val chose them.
-    measured |= {"epoch"} if result.get("checkpoint") != "last" else set()
-    measured |= {"percentile"} if "chosen_on" in (result.get("percentile") or {}) else set()
-    kept = {name: value for name, value in result.items() if name not in measured}
-    return {"seed": str(run.resolve())} | kept
+    chosen = {"epoch"} if result.get("checkpoint") != "last" else set()
+    chosen |= {"percentile"} if "chosen_on" in (result.get("percentile") or {}) else set()
+    what = {name: value for name, value in result.items() if name not in (*MEASURED, *chosen, "path", "seed")}
+    return what, result.get("seed", str(run.resolve()))
 
 
-def differing(configs: list[dict[str, Any]]) -> list[str]:
-    """The names of the values in which any of these settings differ."""
-    names = sorted(set().union(*configs))
-    return [name for name in names if len({json.dumps(config.get(name)) for config in configs}) > 1]
+def differences(runs: Sequence[Path], whats: Sequence[dict[str, Any]]) -> list[str]:
+    """For each run the values in which any of them differ, as text: of config.json and of `identity`."""
+    folders = [run.parent if run.suffix == ".json" else run for run in runs]
+    values = [read_config(folder) if (folder / "config.json").exists() else {} for folder in folders]
+    described = [
+        {k: v for k, v in (of_run | what).items() if k not in (*MACHINE, "seed", "fingerprint")}
+        for of_run, what in zip(values, whats)
+    ]
+    names = sorted(set().union(*described))
+    names = [name for name in names if len({json.dumps(of.get(name)) for of in described}) > 1]
+    if not names:
+        return [f"the lists of {run.stem}" for run in runs]
+    return [", ".join(f"{name} {of.get(name)}" for name in names) for of in described]
 
 
 def check_pools(args: argparse.Namespace) -> None:
@@ -362,51 +381,70 @@ def check_pools(args: argparse.Namespace) -> None:
     first: dict[str, tuple[Path, dict[str, Any]]] = {}
     seeds: dict[tuple[str, Any], Path] = {}
     for run, name in zip(args.runs, names_of(args)):
-        config = settings(run)
-        other, known = first.setdefault(name, (run, config))
-        values = [
-            f"{k} {known.get(k)} and {config.get(k)}" for k in differing([known, config]) if k != "seed"
-        ]
-        twin = seeds.setdefault((name, config["seed"]), run)
-        if values or twin is not run:
-            problem = f"as {other}, and {', '.join(values)}" if values else f"as {twin}, and the same seed"
+        what, seed = identity(run)
+        other, known = first.setdefault(name, (run, what))
+        twin = seeds.setdefault((name, seed), run)
+        if what != known or twin is not run:
+            problem = f"as {twin}, and the same seed"
+            if what != known:
+                problem = f"as {other}, and {' and '.join(differences([other, run], [known, what]))}"
             fix = "runs with the same name must differ in the seed only: pass other --names"
-            raise InputError(f"{run}: has the name {name}, {problem}: {fix}")
+            raise InputError(f"{run}: has the name {name}, {problem.removesuffix(' and ')}: {fix}")
 
 
 def grouped(args: argparse.Namespace) -> list[Row]:
-    """The runs args.runs, a row per configuration. Raises InputError for a run that is given twice.
+    """The runs args.runs, a row per `identity`. Raises InputError for a run that is given twice.
 
     Runs with different --names are never in one row. The label is the name, the run's method, or the file's
     name without _seed<N>; where rows of one data set and backbone share it, the values in which they differ
     are added.
     """
-    found: dict[str, tuple[Row, dict[str, Any]]] = {}
+    found: dict[str, tuple[Row, Path, dict[str, Any], set[Any]]] = {}
     for run, name in zip(args.runs, names_of(args)):
         path, result = read_results(run, args.checkpoint, args.split, args.normalize)
-        config, result["path"] = settings(run), path
-        seed = config.pop("seed") if "seed" in result or args.names else config["seed"]
+        (what, seed), result["path"] = identity(run, result), path
         if args.names:
-            config.pop("score_maps", None)  # score maps of one name are seeds
+            what.pop("score_maps", None)  # score maps of one name are seeds
         else:
-            name = name.removesuffix(f"_seed{seed}") if run.suffix == ".json" else config["method"]
-        row, _ = found.setdefault(json.dumps([name, config], sort_keys=True), (Row(name), config))
-        if any(seed == other.get("seed", str(other["path"].resolve())) for other in row.results):
+            name = name.removesuffix(f"_seed{seed}") if run.suffix == ".json" else result["method"]
+            what |= {} if "seed" in result else {"file": str(path)}
+        key = json.dumps([name, what], sort_keys=True)
+        row, _, _, seeds = found.setdefault(key, (Row(name), run, what, set()))
+        if seed in seeds:
             raise InputError(f"{run}: the same run as another, seed {seed}: give one of the two")
+        seeds.add(seed)
         row.results.append(result)
-    labels = []
-    for row, config in found.values():
-        keys = differing([x for o, x in found.values() if (o.label, o.pair) == (row.label, row.pair)])
-        values = ", ".join(f"{key} {config.get(key)}" for key in keys)
-        labels.append(f"{row.label} ({values})" if values else row.label)
-    return [replace(row, label=label) for (row, _), label in zip(found.values(), labels)]
+    rows = []
+    for row, *_ in found.values():
+        same = [x for x in found.values() if (x[0].label, x[0].pair) == (row.label, row.pair)]
+        alike, runs, whats, _ = zip(*same)
+        values = differences(runs, whats)[[other is row for other in alike].index(True)]
+        rows.append(replace(row, label=f"{row.label} ({values})") if len(alike) > 1 else row)
+    return rows
+
+
+def require_same_split(rows: Sequence[Row]) -> None:
+    """Raises InputError where the rows of a data set are of other images, or of other boxes.
+
+    By the fingerprint of the split; by the number of images where a results file has none.
+    """
+    first: dict[str, dict[str, Any]] = {}
+    for result in (result for row in rows for result in row.results):
+        known = first.setdefault(result["dataset"], result)
+        split = result.get("split", "test")
+        a, b = (x["fingerprint"].get(split) for x in (known, result))
+        differ = a != b if a and b else known["images"] != result["images"]
+        if differ and known.get("split", "test") == split:
+            counts = f"{result['images']} {split} images, {known['path']} {known['images']}"
+            problem = "and they or their boxes are not the same: numbers of one table need the same images"
+            raise InputError(f"{result['path']}: has {counts}, {problem}")
 
 
 # --------------------------------------------------------------------------------------------------- commands
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Trains and evaluates methods over seeds, and tabulates their test results.
+    """Trains methods over seeds, tabulates their results.
 
     Writes RUNS/table.md and .csv.
     """
@@ -416,18 +454,18 @@ def compare(args: argparse.Namespace) -> None:
     write_tables(args.runs / "table", table_of(title, rows, COMPARED, 1, "method"), rows, COMPARED)
 
 
-def sweep(args: argparse.Namespace) -> None:
-    """Trains and evaluates one method at several values of a hyperparameter (Fig. A5).
+def sweep(args: argparse.Namespace) -> Path:
+    """Trains and evaluates one method at several values of a hyperparameter; returns the file for Fig. A5.
 
     Writes RUNS/sweep_<param>.json, .md and .csv. The preset's value has the run folder of `compare`, which
     the sweeps over several parameters share. Raises InputError for a parameter without a number to sweep.
     """
-    param, (c, sources) = args.param.replace("-", "_"), resolve_config(parse_args(args.flags, "").given)
-    values = RUN_VALUES | METHODS[c.method].all_values()
-    numbers = [name for name, x in vars(c).items() if type(x) in (int, float) and values[name].help]
-    swept = [name for name in numbers if sources[name] not in ("default", "flag")]
+    param, parsed = args.param.replace("-", "_"), parse_args(args.flags, "")
+    c = resolve_config(parsed.given)[0]
+    values, fixed = RUN_VALUES | METHODS[c.method].all_values(), {"seed", *MACHINE, *parsed.given}
+    swept = [x for x, of in vars(c).items() if type(of) in (int, float) and values[x].help and x not in fixed]
     if param not in swept:
-        problem = f"not a number of the preset of {c.dataset} {c.arch} {c.method}, or given as a flag"
+        problem = f"not a number of {c.dataset} {c.arch} {c.method}, or given as a flag"
         raise InputError(f"--param {args.param}: {problem}: choose one of {', '.join(swept)}")
     preset, rows, args.seeds = getattr(c, param), {}, args.seeds or [c.seed]
     for x in sorted(args.values):
@@ -439,13 +477,14 @@ def sweep(args: argparse.Namespace) -> None:
     localization = [key for key in ("gt_known_loc", "pxap") if made[0].numbers(key)]
     keys = (*localization[:1], "top1_cls")  # none without boxes and masks
     head = {"dataset": c.dataset, "arch": c.arch, "method": c.method, "param": param, "preset": preset}
-    found = [(x, {key: row.numbers(key) for key in keys}) for x, row in rows.items()]
-    found = [{"value": x, "seeds": args.seeds, **numbers} for x, numbers in found]
+    numbers = [{key: row.numbers(key) for key in keys} for row in made]
+    found = [{"value": x, "seeds": args.seeds, **of} for x, of in zip(rows, numbers)]
     path = args.runs / f"sweep_{param}.json"
     write_json(path, head | {"checkpoint": args.checkpoint, "values": found})
     title = f"{made[0].pair} {c.method}, test, {args.checkpoint} checkpoint, %"
-    write_tables(args.runs / f"sweep_{param}", table_of(title, made, keys, 2, param), made, keys)
-    print(f"written to {path}\nto draw it: python -m bridge_wsol.reproduce.figures sweep {path}")
+    write_tables(path.with_suffix(""), table_of(title, made, keys, 2, param), made, keys)
+    print(f"written to {path}")
+    return path
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
@@ -453,7 +492,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
 
     Raises InputError for any other file.
     """
-    made_by = "python -m bridge_wsol.reproduce.experiments sweep"
+    made_by = "python -m bridge_wsol.reproduce sweep --param NAME --values X ..."
     content = read_json(path, made_by)
     try:
         rows = sorted(content["values"], key=lambda row: row["value"])
@@ -469,11 +508,12 @@ def read_sweep(path: Path) -> dict[str, Any]:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Tabulates existing runs: the paper's main form and the form of Table A1.
+    """Tables of existing runs, in the paper's forms.
 
-    Runs that differ in the seed only share a row.
+    The main form and that of Table A1. Runs that differ in the seed only share a row.
     """
     rows = grouped(args)
+    require_same_split(rows)
     pairs, splits = {row.pair for row in rows}, {row.results[0].get("split", "test") for row in rows}
     head = ", ".join(name for names in (pairs, splits) for name in names if len(names) == 1)
     head += ". " if head else ""
@@ -482,10 +522,10 @@ def table(args: argparse.Namespace) -> None:
 
 
 def difference(args: argparse.Namespace) -> None:
-    """Compares two runs, or the seeds of two, on the same images: B - A with its interval.
+    """Two runs on the same images: B - A with its interval.
 
-    A and B are rows as in `table`, A the first. Writes --out as .md and .json. Raises InputError for another
-    number of rows, other images, and files per image that are missing.
+    A and B are rows as in `table` (seeds are one row), A the first. Writes --out as .md and .json. Raises
+    InputError for another number of rows, other images, and files per image that are missing.
     """
     rows = grouped(args)
     if len(rows) != 2:
@@ -521,7 +561,11 @@ def difference(args: argparse.Namespace) -> None:
         text += f"Right at IoU 50 by {names[0]} alone: {alone[0]}, by {names[1]} alone: {alone[1]} "
         text += f"of {int(sides[0][0].boxed.sum())} images.\n\n"
     leading = next(key for key in (*LEADING, *keys) if key in keys)
-    text += in_words(names, METRICS[leading], found[leading], bounds[leading])
+    low, high = bounds[leading]
+    text += (
+        f"{names[1]} − {names[0]} is {found[leading]:.1f} {bracket((low, high), 1)} in {METRICS[leading]}: "
+    )
+    text += f"the 95 % interval {'contains' if low <= 0 <= high else 'excludes'} 0."
     counts = [len(side) for side in sides]
     text += f" Means over {counts[0]} and {counts[1]} seeds." if max(counts) > 1 else ""
     print(text := text + " The intervals do not contain the choice of the seed.\n")
@@ -530,74 +574,46 @@ def difference(args: argparse.Namespace) -> None:
     print(f"written to {args.out}.md and .json")
 
 
-def in_words(names: Sequence[str], metric: str, value: float, bounds: Sequence[float]) -> str:
-    """A difference as a sentence. names: A, B; value, bounds: of B - A."""
-    low, high = bounds
-    if low <= 0 <= high:
-        gap = f"{names[1]} − {names[0]} is {value:.1f} {bracket(bounds, 1)}"
-        return f"{gap} in {metric}: the choice of test images may explain it."
-    better, worse = names[::-1] if value > 0 else names
-    gap = f"{abs(value):.1f} {bracket((low, high) if value > 0 else (-high, -low), 1)}"
-    verdict = "more than the choice of test images explains"
-    return f"{better} is better than {worse} by {gap} in {metric}: {verdict}."
-
+# ----------------------------------------------------------------------------------------------- command line
 
 COMMANDS = {"compare": compare, "sweep": sweep, "table": table, "difference": difference}
 
 
-def parse_command(argv: list[str] | None) -> argparse.Namespace:
-    """The parsed command line; args.flags are the flags of train.py. Raises InputError."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(
-        prog="python -m bridge_wsol.reproduce.experiments", description=__doc__, formatter_class=form
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, command in COMMANDS.items():
-        # No abbreviations: --p is a flag of train.py, and not short for --param.
-        what = command.__doc__.splitlines()[0]
-        sub = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
-        default = "last" if name == "compare" else "best"
-        sub.add_argument("--checkpoint", choices=("best", "last"), default=default, help=f"default {default}")
-        if name in ("compare", "sweep"):
-            sub.epilog = "Flags not listed here are passed to train.py."
-            seeds, runs = ([0, 1, 2], "comparison") if name == "compare" else (None, "sweep")
-            text = "default 0 1 2" if seeds else "default: the value of --seed, or 0"
-            sub.add_argument("--seeds", nargs="+", type=int, default=seeds, metavar="N", help=text)
-            text = f"folder of the runs and tables (default runs/{runs})"
-            sub.add_argument("--runs", type=Path, default=Path("runs", runs), metavar="DIR", help=text)
-    text = f"METHOD[:NAME=VALUE,...][+NORMALIZATION] (default: {' '.join(ROWS)})"
-    commands.choices["compare"].add_argument("--methods", nargs="+", default=ROWS, metavar="ROW", help=text)
-    add = commands.choices["sweep"].add_argument
-    add("--param", required=True, help="a number of the preset, for example lambda_sim")
-    add("--values", nargs="+", required=True, type=float, metavar="X", help="values of --param")
-    for name in ("table", "difference"):
-        add = commands.choices[name].add_argument
+def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
+    """The flags of one command."""
+    add, trains = sub.add_argument, command in ("compare", "sweep")
+    default = "last" if command == "compare" else "best"
+    add("--checkpoint", choices=("best", "last"), default=default, help=f"default {default}")
+    if trains:
+        sub.epilog = "Flags not listed here are passed to train.py."
+        seeds, runs = ([0, 1, 2], "comparison") if command == "compare" else (None, "sweep")
+        text = "default 0 1 2" if seeds else "default: the value of --seed, or 0"
+        add("--seeds", nargs="+", type=int, default=seeds, metavar="N", help=text)
+        text = f"folder of the runs and tables (default runs/{runs})"
+        add("--runs", type=Path, default=Path("runs", runs), metavar="DIR", help=text)
+    if command == "compare":
+        text = f"METHOD[:NAME=VALUE,...][+NORMALIZATION] (default: {' '.join(ROWS)})"
+        add("--methods", nargs="+", default=ROWS, metavar="ROW", help=text)
+    elif command == "sweep":
+        add("--param", help="a number of the run's configuration, for example lambda_sim")
+        add("--values", nargs="+", type=float, metavar="X", help="values of --param")
+    else:
         add("runs", nargs="+", type=Path, metavar="RUN", help="folders of train.py, files of evaluate.py")
         add("--names", nargs="+", metavar="NAME", help="names of the runs, in their order (default: methods)")
         add("--split", choices=("test", "val"), default="test", help="split of the results (default test)")
         add("--normalize", choices=NORMALIZATIONS, default="minmax", help="of the maps (default minmax)")
         text = "decimals of the values (default 2)"
         add("--digits", type=int, default=2, choices=range(10), metavar="N", help=text)
-        text = f"files to write, without suffix (default figures/{name})"
-        add("--out", type=Path, default=Path("figures", name), metavar="PATH", help=text)
+        text = f"files to write, without suffix (default figures/{command})"
+        add("--out", type=Path, default=Path("figures", command), metavar="PATH", help=text)
 
-    args, args.flags = parser.parse_known_args(argv)
-    if args.flags and args.command in ("table", "difference"):
-        parser.error(f"unrecognized arguments: {' '.join(args.flags)}")
-    if args.command in ("table", "difference") and args.out.suffix in (".md", ".csv", ".json"):
-        args.out = args.out.with_suffix("")
+
+def check(args: argparse.Namespace) -> None:
+    """Before compare and sweep train. Raises InputError for flags that they set, and without train.py."""
+    if not (SCRIPTS / "train.py").exists():
+        raise InputError(f"{SCRIPTS}: no train.py here: work in a clone of the repository (pip install -e .)")
+    if args.command == "sweep" and None in (args.param, args.values):
+        raise InputError("sweep: needs --param and --values to train, or JSON files to draw")
     own = ["--out", "--resume", *(["--method", "--seed"] if args.command == "compare" else [])]
     if taken := [word for word in args.flags if word.split("=")[0] in own]:
-        parser.error(f"{taken[0]}: the command sets it: use --runs, --methods and --seeds")
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    args = parse_command(argv)
-    COMMANDS[args.command](args)
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()
+        raise InputError(f"{taken[0]}: the command sets it: use --runs, --methods and --seeds")

@@ -1,24 +1,17 @@
-"""Draws the figures of the appendix from finished runs. Trains nothing.
+"""Draws the figures of the appendix from finished runs, and prints their numbers. Trains nothing.
 
-    python -m bridge_wsol.reproduce.figures curves RUN [RUN ...]       Fig. A1: accuracy against the threshold
-    python -m bridge_wsol.reproduce.figures histogram RUN [RUN ...]    Fig. A2: density of the largest feature norm
-    python -m bridge_wsol.reproduce.figures maps RUN [RUN ...]         Fig. A3: image, CAM, F, S
-    python -m bridge_wsol.reproduce.figures boxes RUN [RUN ...]        Fig. A4: boxes and CAM
-    python -m bridge_wsol.reproduce.figures sweep FILE [FILE ...]      Fig. A5: accuracy against a hyperparameter
-    python -m bridge_wsol.reproduce.figures gap RUN [RUN ...]          no figure: F and S inside and outside the object
-
-RUN is a folder that train.py wrote. curves also takes results files of evaluate.py (any method's score maps).
-FILE is a JSON file that `python -m bridge_wsol.reproduce.experiments sweep` wrote.
-curves, histogram and gap take runs with the same name in --names as one: seeds of the same configuration.
-A figure goes to figures/COMMAND.png and .pdf, or where --out says. curves, histogram, boxes and gap write
-their numbers as JSON, too. The same input gives the same bytes. All but gap need matplotlib: extra `figures`.
+A run is a folder that train.py wrote. `curves` also takes results files of evaluate.py (any method's score
+maps), `sweep` takes JSON files of `experiments.sweep`. `curves`, `histogram` and `gap` take runs with the
+same name in --names as one: seeds of the same configuration. A figure goes to figures/COMMAND.png and .pdf
+(`boxes`: .png), or where --out says. All but `maps` and `sweep` write their numbers as JSON, too. The same
+input gives the same bytes. matplotlib is the extra `figures`; `boxes` and `gap` do without.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,23 +24,15 @@ from torch import Tensor, nn
 from .. import cam, utils
 from ..boxes import LEVELS, iou_matrix, level_boxes, scale_boxes
 from ..data import Masks, Split, eval_loader, load_masks, open_rgb, to_input
-from ..evaluation import (
-    MapBatch,
-    TrainedRun,
-    evaluate_maps,
-    load_per_image,
-    per_image_path,
-    read_results,
-    require_same_images,
-)
-from ..localize import PREDICTION, TRUTH
+from ..evaluation import MapBatch, TrainedRun, evaluate_maps, read_results
+from ..localize import draw_split
 from ..losses import feature_norm, minmax
 from ..metrics import DELTAS, band, flatness
-from ..utils import InputError, Parser, Value, atomic_write, autocast, one_line_errors, progress, write_json
-from .experiments import SWEPT, check_pools, markdown, names_of, read_sweep, spread
+from ..utils import InputError, Value, atomic_write, autocast, progress
+from .experiments import SWEPT, Row, check_pools, markdown, names_of, read_sweep, spread
 
-Flags = argparse.Namespace  # of `parse_args`
-COLUMN, PAGE = 3.3, 6.9  # widths of a column and of the text of a two-column page, in inches
+Flags = argparse.Namespace  # of the command line
+COLUMN, PAGE, DPI = 3.3, 6.9, 300  # widths of a column and of the text of a page, in inches; resolution
 RANDOM = 4  # images that maps and boxes draw without a choice
 MAPS = ("CAM", "F", "S")
 Maps = tuple[list[int], dict[str, Tensor]]  # of `map_batches`
@@ -68,10 +53,13 @@ STYLE = {
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# Blue, grey, yellow for S = -1, 0, 1, in equal steps of lightness: a grey print shows the sign, too.
-SIGNED = ("#08204e", "#24528c", "#808080", "#deb252", "#ffeeaa")
 # The place of a legend above its panel: inside, the curves may pass through every place.
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+
+
+def has_matplotlib() -> bool:
+    """Whether the extra `figures` is installed."""
+    return find_spec("matplotlib") is not None
 
 
 def look(i: int) -> dict[str, Any]:
@@ -80,34 +68,24 @@ def look(i: int) -> dict[str, Any]:
 
 
 @contextmanager
-def figure(
-    args: Flags, height: float, rows: int = 1, columns: int = 1, aspect: int | None = None, **options: Any
-) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yields (matplotlib figure, rows x columns panels), then saves it as --out.png and .pdf.
+def figure(args: Flags, height: float, crop: bool = False) -> Iterator[Any]:
+    """Yields a matplotlib figure, --width x `height` inches, then saves it as --out.png and .pdf.
 
-    --width x `height` inches. aspect: of panels for images, height / width: they have no axes, and the figure
-    is cropped. options: of matplotlib's `subplots`. The files hold no dates, and the user's settings of
-    matplotlib have no effect.
+    The files hold no dates, and the user's settings of matplotlib have no effect.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
     undated = {"png": {"Software": None}, "pdf": dict.fromkeys(("CreationDate", "Creator", "Producer"))}
+    size = {"bbox_inches": "tight", "pad_inches": 0.02} if crop else {}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        drawn, crop = Figure(figsize=(args.width, height), dpi=args.dpi, layout="compressed"), {}
-        panels = drawn.subplots(rows, columns, squeeze=False, **options)
-        if aspect:
-            crop = {"bbox_inches": "tight", "pad_inches": 0.02}
-            drawn.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-            for panel in panels.flat:
-                panel.set(xticks=[], yticks=[], box_aspect=aspect)
-                panel.spines[:].set_visible(False)
-        yield drawn, panels
+        drawn = Figure(figsize=(args.width, height), dpi=args.dpi, layout="compressed")
+        yield drawn
         for kind, metadata in undated.items():
             with atomic_write(Path(f"{args.out}.{kind}")) as part:
-                drawn.savefig(part, format=kind, metadata=metadata, **crop)
+                drawn.savefig(part, format=kind, metadata=metadata, **size)
             print(f"written to {args.out}.{kind}")
 
 
@@ -124,7 +102,7 @@ def print_numbers(names: list[str], rows: dict[str, tuple[list[float | None], in
 # ------------------------------------------------------------------------------------------------------- runs
 
 
-class Run(NamedTuple):
+class OpenRun(NamedTuple):
     """A trained run and the images of a split."""
 
     name: str
@@ -141,7 +119,7 @@ class Run(NamedTuple):
         return self.split.take([self.ids[image] for image in images], self.split.name)
 
 
-def open_runs(args: Flags) -> list[Run]:
+def open_runs(args: Flags) -> list[OpenRun]:
     """The runs with the images of --split. Raises InputError for a folder that is no run."""
     runs, device = [], utils.resolve_device(args.device)
     args.workers = utils.default_workers(device) if args.workers is None else args.workers
@@ -159,12 +137,12 @@ def open_runs(args: Flags) -> list[Run]:
         split = trained.split(args.split)
         drawable = sorted(split.boxes) if args.command == "boxes" else range(len(split))
         ids = {split.ids[i]: i for i in drawable}
-        runs.append(Run(name, trained, split, trained.config.image_size, ids))
+        runs.append(OpenRun(name, trained, split, trained.config.image_size, ids))
     return runs
 
 
 @torch.inference_mode()
-def map_batches(run: Run, args: Flags, split: Split, names: Sequence[str] = MAPS) -> Iterator[Maps]:
+def map_batches(run: OpenRun, args: Flags, split: Split, names: Sequence[str] = MAPS) -> Iterator[Maps]:
     """(indices, {name: maps}) of each batch of a split, in order: N x h x w float32, unbounded, on the CPU.
 
     CAM is the method's map of the ground-truth class, F and S are the factors of w_y . f_u. Raises InputError
@@ -188,7 +166,7 @@ def map_batches(run: Run, args: Flags, split: Split, names: Sequence[str] = MAPS
         yield indices.tolist(), {name: maps.float().cpu() for name, maps in found.items()}
 
 
-def resized(run: Run, name: str, maps: Tensor) -> Tensor:
+def resized(run: OpenRun, name: str, maps: Tensor) -> Tensor:
     """One of MAPS at the image size: N x h x w -> N x size x size, unbounded."""
     return cam.resize(maps, run.size, run.trained.method.upsampling if name == "CAM" else "bicubic")
 
@@ -207,24 +185,20 @@ def read_curves(args: Flags) -> tuple[list[dict[str, Any]], list[Curves], list[C
     and the percent of the thresholds at which the curve is above or below the first name's. Raises InputError
     for results without boxes.
     """
-    found: dict[str, dict[Path, dict[str, Any]]] = {}
+    rows: dict[str, Row] = {}
     for run, name in zip(args.runs, names_of(args)):
         path, result = read_results(run, args.checkpoint, args.split, args.normalize)
         if result["curves"] is None:
             raise InputError(f"{path}: {result['dataset']} has no boxes, so no curves: use maps or gap")
-        found.setdefault(name, {})[path] = result
+        rows.setdefault(name, Row(name)).results.append(result | {"path": path})
     entries, all_curves, bands = [], [], []
-    for name, runs in found.items():
-        bands.append({})
-        if all(per_image_path(path).exists() for path in runs):
-            stored = {path: load_per_image(path, result["metrics"]) for path, result in runs.items()}
-            require_same_images(stored)
-            bands[-1] = band([x.per_image for x in stored.values()], next(iter(stored.values())).digest)
-        entry: dict[str, Any] = {"name": name, "results": [*map(str, runs)]}
+    for name, row in rows.items():
+        files = [*row.stored.values()] if row.has_files else []
+        bands.append(band([file.per_image for file in files], files[0].digest) if files else {})
+        entry: dict[str, Any] = {"name": name, "results": [str(of_seed["path"]) for of_seed in row.results]}
         entries.append(entry)
-        all_curves.append(
-            {iou: np.mean([x["curves"][iou] for x in runs.values()], axis=0) for iou in map(str, DELTAS)}
-        )
+        of_seeds = [of_seed["curves"] for of_seed in row.results]
+        all_curves.append({str(iou): np.mean([x[str(iou)] for x in of_seeds], axis=0) for iou in DELTAS})
         for iou, curve in all_curves[-1].items():
             (first, last, width), top = flatness(curve), int(np.argmax(curve))
             apart = np.round(curve - all_curves[0][iou], 9)  # the means of equal counts can differ by 1e-14
@@ -250,8 +224,8 @@ def curves(args: Flags) -> dict[str, Any]:
     names, thresholds = [entry["name"] for entry in entries], np.arange(LEVELS) / LEVELS
     rows, columns = (1, 3) if args.width > 5 else (3, 1)
     lines = 0.13 * len(names)  # height of a legend
-    height, share = rows * (1.6 + lines) + lines + 0.2, {"sharex": True, "sharey": True}
-    with figure(args, height, rows, columns, **share) as (drawn, panels):
+    with figure(args, rows * (1.6 + lines) + lines + 0.2) as drawn:
+        panels = drawn.subplots(rows, columns, sharex=True, sharey=True)
         for panel, delta in zip(panels.flat, DELTAS):
             handles = []
             for i, (entry, of_run, bounds) in enumerate(zip(entries, all_curves, bands)):
@@ -285,9 +259,10 @@ def curves(args: Flags) -> dict[str, Any]:
 
 
 def histogram(args: Flags) -> dict[str, Any]:
-    """Fig. A2: density of the largest feature norm of an image, max_u F_u, over the split.
+    """Fig. A2: density of the largest feature norm.
 
-    Runs with the same name are pooled. Prints the mean, ± the sample deviation of the runs' means.
+    Of each image, max_u F_u. Runs with the same name are pooled. Prints the mean, ± the sample deviation of
+    the runs' means.
     """
     found: dict[str, list[np.ndarray]] = {}
     for run in open_runs(args):
@@ -295,8 +270,8 @@ def histogram(args: Flags) -> dict[str, Any]:
         found.setdefault(run.name, []).append(torch.cat(largest).numpy().astype(float))
     edges = np.histogram_bin_edges(np.concatenate(sum(found.values(), [])), bins=args.bins)
     entries, names, means = [], [], []
-    with figure(args, 2 + 0.13 * len(found)) as (_, panels):
-        panel = panels[0, 0]
+    with figure(args, 2 + 0.13 * len(found)) as drawn:
+        panel = drawn.subplots()
         for i, (name, runs) in enumerate(found.items()):
             pooled, of_runs = np.concatenate(runs), [float(of_run.mean()) for of_run in runs]
             density = np.histogram(pooled, edges, density=True)[0]
@@ -316,11 +291,13 @@ def histogram(args: Flags) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------ Figs. A3 and A4, images
 
 
-def chosen_images(run: Run, args: Flags) -> list[str]:
+def chosen_images(run: OpenRun, args: Flags) -> list[str]:
     """The ids to draw, which are printed: --images, --random, or --worst or --best by the IoU of the box."""
     split, chosen = run.split, args.images
     if args.worst or args.best:
-        ious = {found.index: found.iou for found in found_boxes(run, args, split)}
+        maps = run.trained.maps(split)
+        batches = progress(maps, run.name, math.ceil(len(split) / args.batch_size), "batches")
+        ious = {i: entry["iou"] for i, entry in found_boxes(split, chosen_level(run, args), batches)}
         order = sorted(ious, key=lambda i: (ious[i] if args.worst else -ious[i], i))
         chosen = [split.ids[i] for i in order[: args.worst or args.best]]
     elif not chosen:
@@ -330,42 +307,44 @@ def chosen_images(run: Run, args: Flags) -> list[str]:
     return chosen
 
 
-class Found(NamedTuple):
-    """The box of the largest contour in an image; boxes are in pixels of the score map, corners inside."""
-
-    index: int
-    score_map: np.ndarray  # size x size in [0, 1]
-    box: np.ndarray  # 4
-    truth: np.ndarray  # G x 4
-    iou: float  # the best one
-
-
-def found_boxes(run: Run, args: Flags, split: Split) -> Iterator[Found]:
-    """The boxes of a split's images, in order, at the threshold that the results file has for --split.
-
-    Raises InputError where the data set has no boxes.
-    """
+def chosen_level(run: OpenRun, args: Flags) -> int:
+    """The level of the largest contour in the results file of --split. Raises InputError without boxes."""
     path, result = read_results(run.trained.folder, args.checkpoint, args.split)
     if result["curves"] is None:
         raise InputError(f"{path}: {result['dataset']} has no boxes to draw: use maps")
-    level = round(result["thresholds"]["largest"] * LEVELS)
-    batches = run.trained.maps(split)
-    for batch in progress(batches, run.name, math.ceil(len(split) / args.batch_size), "batches"):
+    return round(result["thresholds"]["largest"] * LEVELS)
+
+
+def found_boxes(split: Split, level: int, batches: Iterable[MapBatch]) -> Iterator[tuple[int, dict]]:
+    """(index, {"box", "truth", "iou"}) of each image with boxes: box of the largest contour, its best IoU.
+
+    Boxes are in pixels of the score map, both corners inside.
+    """
+    for batch in batches:
         for index, score_map in zip(batch.indices, batch.maps):
             if index in split.boxes:
                 box = level_boxes(score_map).largest[level]
-                truth = scale_boxes(split.boxes[index], tuple(split.sizes[index]), run.size)
-                yield Found(index, score_map, box, truth, float(iou_matrix(box, truth).max()))
+                truth = scale_boxes(split.boxes[index], tuple(split.sizes[index]), len(score_map))
+                iou = float(iou_matrix(box, truth).max())
+                yield index, {"box": box.tolist(), "truth": truth.tolist(), "iou": iou}
 
 
 def maps(args: Flags) -> None:
-    """Fig. A3: image, CAM, F, S. CAM and F have a scale per map; S is on [-1, 1] in all maps."""
+    """Fig. A3: image, CAM, F, S.
+
+    CAM and F have a scale per map; S is on [-1, 1] in all maps.
+    """
     runs = open_runs(args)
     images = chosen_images(runs[0], args)
-    below = args.below or len(runs) > 2
+    below = len(runs) > 2  # one run below the other, else beside it
     step = len(runs) if below else 1  # rows per image
     rows, columns = len(images) * step, 4 if below else 1 + 3 * len(runs)
-    with figure(args, args.width * rows / columns + 0.9, rows, columns, aspect=1) as (drawn, panels):
+    with figure(args, args.width * rows / columns + 0.9, crop=True) as drawn:
+        drawn.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+        panels = drawn.subplots(rows, columns, squeeze=False)
+        for panel in panels.flat:
+            panel.set(xticks=[], yticks=[], box_aspect=1)
+            panel.spines[:].set_visible(False)
         panels[0, 0].set_title("image")
         for panel, path in zip(panels[::step, 0], map(runs[0].take(images).path, range(len(images)))):
             panel.imshow(open_rgb(path, upright=runs[0].split.upright), aspect="auto")
@@ -382,66 +361,39 @@ def maps(args: Flags) -> None:
         drawn.colorbar(shown[1], ax=panels[:, middle:], label="S", ticks=[-1, 0, 1], **bar)
 
 
-def draw_maps(panels: np.ndarray, run: Run, args: Flags, split: Split) -> tuple[Any, Any]:
+def draw_maps(panels: np.ndarray, run: OpenRun, args: Flags, split: Split) -> tuple[Any, Any]:
     """CAM, F and S of each image of a split in a row of panels. Returns the pictures of an F and an S."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    signed = LinearSegmentedColormap.from_list("signed", SIGNED)
     for indices, found in map_batches(run, args, split):
         M, F, S = (resized(run, name, found[name]) for name in MAPS)
         shown = (values.numpy() for values in (cam.normalize(M), cam.normalize(F), S.clamp(-1, 1)))
         for index, *scaled, S_u in zip(indices, *shown):
             for panel, values in zip(panels[index], scaled):
                 own = panel.imshow(values, cmap="plasma", vmin=0, vmax=1)
-            shared = panels[index, 2].imshow(S_u, cmap=signed, vmin=-1, vmax=1)
+            # Blue, grey, yellow for S = -1, 0, 1: the lightness grows, a grey print shows the sign, too.
+            shared = panels[index, 2].imshow(S_u, cmap="cividis", vmin=-1, vmax=1)
             if S_u.min() < 0 < S_u.max():
                 panels[index, 2].contour(S_u, [0], colors="black", linewidths=0.8)
     return own, shared
 
 
 def boxes(args: Flags) -> dict[str, Any]:
-    """Fig. A4: ground truth, box of the largest contour at the threshold of the split, and CAM."""
-    runs, numbers = open_runs(args), []
-    images = chosen_images(runs[0], args)
-    splits = [run.take(images) for run in runs]
-    of_runs = [[*found_boxes(run, args, split)] for run, split in zip(runs, splits)]
-    columns = min(args.columns, len(images))
-    rows = len(runs) * math.ceil(len(images) / columns)
-    with figure(args, 2 * args.width * rows / columns + 0.3, rows, columns, aspect=2) as (drawn, panels):
-        for r, (run, split) in enumerate(zip(runs, splits)):
-            for found in of_runs[r]:
-                row, column = divmod(found.index, columns)
-                panel = panels[row * len(runs) + r, column]
-                handles = draw_boxes(panel, open_rgb(split.path(found.index), upright=split.upright), found)
-                panel.set_ylabel("" if column else run.name)
-                of_image = {"box": found.box.tolist(), "truth": found.truth.tolist(), "iou": found.iou}
-                numbers.append({"run": run.name, "image": images[found.index], **of_image})
-        drawn.legend(handles, ["ground truth", "prediction"], loc="outside lower center", ncols=2)
-    return {"boxes": numbers}
+    """Fig. A4: ground truth, predicted box and CAM.
 
-
-def draw_boxes(panel: Any, image: Any, found: Found) -> list[Any]:
-    """The image with its boxes; below it the same under its score map, with the IoU.
-
-    Returns the outlines of a true box and of the predicted box.
+    The box is that of the largest contour, at the threshold of the split. One PNG per run: OUT.png, with
+    several runs OUT_NAME.png.
     """
-    from matplotlib.patches import Rectangle
-
-    size = len(found.score_map)
-    below = (0, size, 2 * size, size)
-    panel.imshow(image, extent=(0, size, size, 0))
-    panel.imshow(image, extent=below)
-    panel.imshow(found.score_map, cmap="plasma", vmin=0, vmax=1, alpha=0.6, extent=below)
-    panel.set(xlim=(0, size), ylim=(2 * size, 0))
-    outlines = []
-    drawn = [*((box, TRUTH, "-") for box in found.truth), (found.box, PREDICTION, "--")]
-    for (x0, y0, x1, y1), colour, line in drawn:
-        style = {"edgecolor": np.divide(colour, 255), "linestyle": line, "linewidth": 1.2}
-        outline = Rectangle((x0, y0), x1 - x0 + 1, y1 - y0 + 1, fill=False, clip_on=False, **style)
-        outlines.append(panel.add_patch(outline))
-    text = {"color": "white", "fontsize": 7, "va": "top", "bbox": {"color": "black", "pad": 1}}
-    panel.text(0.04 * size, 1.04 * size, f"IoU {found.iou:.2f}", **text)
-    return outlines[-2:]
+    runs, numbers = open_runs(args), []
+    if len({run.name for run in runs}) < len(runs):
+        raise InputError("--names: each run has its own picture: pass a name of its own for each")
+    images = chosen_images(runs[0], args)
+    for run in runs:
+        split, level = run.take(images), chosen_level(run, args)
+        batches = [*run.trained.maps(split)]
+        path = Path(f"{args.out}_{run.name}.png" if len(runs) > 1 else f"{args.out}.png")
+        draw_split(path, split, batches, level, args.columns)
+        for index, entry in found_boxes(split, level, batches):
+            numbers.append({"run": run.name, "image": images[index], **entry})
+    return {"boxes": numbers}
 
 
 # --------------------------------------------------------------------------------------------- Fig. A5, sweep
@@ -453,7 +405,8 @@ def sweep(args: Flags) -> None:
     columns = min(len(files), max(1, int(args.width // 2.2)))
     rows = math.ceil(len(files) / columns)
     titled = len({file["title"] for file in files}) > 1
-    with figure(args, 2.3 * rows, rows, columns, sharey=not titled) as (_, panels):
+    with figure(args, 2.3 * rows) as drawn:
+        panels = drawn.subplots(rows, columns, sharey=not titled, squeeze=False)
         for panel, file in zip(panels.flat, files):
             draw_sweep(panel, file)
             panel.legend(title=file["title"] if titled else None, alignment="left", **ABOVE)
@@ -517,7 +470,7 @@ def regions(split: Split, index: int, size: int, shape: tuple[int, int]) -> Regi
     return found
 
 
-def gap_of(run: Run, args: Flags) -> dict[str, Any]:
+def gap_of(run: OpenRun, args: Flags) -> dict[str, Any]:
     """The numbers of one run: means over images of the means over locations; metrics of CAM, F and S."""
     kept = list(map_batches(run, args, run.split))  # h x w: the maps of a split fit in memory
     of_images: dict[str, list[list[float]]] = {kind: [] for kind in REGIONS}
@@ -544,16 +497,17 @@ def gap_of(run: Run, args: Flags) -> dict[str, Any]:
 
 
 def gap(args: Flags) -> dict[str, Any]:
-    """The gap between classification and localization in numbers: prints a table, and writes JSON.
+    """F and S inside and outside of the object, in numbers.
 
-    Runs with the same name share a column: mean ± sample deviation.
+    And the metrics of CAM, F and S as score maps. Prints a table and writes JSON. Runs with the same name
+    share a column: mean ± sample deviation.
     """
     found = [gap_of(run, args) for run in open_runs(args)]
-    rows: dict[str, tuple[list[float | None], int]] = {}
-    for kind in REGIONS:
-        for key, label in GAP.items():
-            values = [(entry[kind] or {}).get(key) for entry in found]
-            rows[f"{label} ({kind})"] = values, 1 if "%" in label else 3
+    rows: dict[str, tuple[list[float | None], int]] = {
+        f"{label} ({kind})": ([(entry[kind] or {}).get(key) for entry in found], 1 if "%" in label else 3)
+        for kind in REGIONS
+        for key, label in GAP.items()
+    }
     for name in MAPS:
         v2 = [entry["localization"][name]["max_box_acc_v2"] for entry in found]
         rows[f"MaxBoxAccV2 by {name}"] = [of_run and of_run["mean"] for of_run in v2], 1
@@ -565,7 +519,8 @@ def gap(args: Flags) -> dict[str, Any]:
 
 # ----------------------------------------------------------------------------------------------- command line
 
-COMMANDS = {command.__name__: command for command in (curves, histogram, maps, boxes, sweep, gap)}
+COMMANDS = {command.__name__: command for command in (curves, histogram, maps, boxes, gap)}
+DRAWN = ("curves", "histogram", "maps", "sweep")  # with matplotlib
 RANGES = {"width": "[1, 100)", "dpi": "[10, 10000)", "workers": "[0, inf)", "seed": "[0, inf)"}
 RANGES |= dict.fromkeys(("bins", "columns", "batch_size", "random", "worst", "best"), "[1, 1000000)")
 
@@ -573,15 +528,15 @@ RANGES |= dict.fromkeys(("bins", "columns", "batch_size", "random", "worst", "be
 def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
     """The flags of one command."""
     add, number = sub.add_argument, {"type": int, "metavar": "N"}
-    if command == "sweep":
-        add("files", nargs="+", type=Path, metavar="FILE", help="JSON files of experiments sweep")
+    files = ", or results files of evaluate.py" if command == "curves" else ""
+    add("runs", nargs="+", type=Path, metavar="RUN", help=f"folders that train.py wrote{files}")
+    add("--names", nargs="+", metavar="NAME", help="a name per run (default: the folders' names)")
+    add("--split", choices=("test", "val"), default="test", help="default test")
+    add("--checkpoint", choices=("best", "last"), default="best", help="default best")
+    add("--quiet", action="store_true", help="show no progress")
+    if command == "curves":
+        add("--normalize", choices=cam.NORMALIZATIONS, default="minmax", help="default minmax")
     else:
-        files = ", or results files of evaluate.py" if command == "curves" else ""
-        add("runs", nargs="+", type=Path, metavar="RUN", help=f"folders that train.py wrote{files}")
-        add("--names", nargs="+", metavar="NAME", help="a name per run (default: the folders' names)")
-        add("--split", choices=("test", "val"), default="test", help="default test")
-        add("--checkpoint", choices=("best", "last"), default="best", help="default best")
-    if command not in ("curves", "sweep"):
         add("--data-root", type=Path, metavar="DIR", help="default: the run's")
         add("--lists", type=Path, metavar="DIR", help="default: the run's")
         add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
@@ -595,54 +550,30 @@ def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
         choose("--best", **number, help="N images with the highest IoU of the first run's box")
         choose("--random", **number, help=f"N random images (the default, with N = {RANDOM})")
         add("--seed", default=0, **number, help="seed of --random (default 0)")
-    if command != "gap":
-        width = PAGE if command == "maps" else COLUMN
-        text = f"width of the figure: {COLUMN} for a column, {PAGE} for a page (default {width})"
-        add("--width", type=float, default=width, metavar="INCHES", help=text)
-        add("--dpi", default=300, **number, help="resolution of the PNG (default 300)")
-    if command == "curves":
-        add("--normalize", choices=cam.NORMALIZATIONS, default="minmax", help="default minmax")
-    elif command == "histogram":
+    if command == "histogram":
         add("--bins", default=40, **number, help="number of bins (default 40)")
-    elif command == "maps":
-        add("--below", action="store_true", help="one run below the other (always with three or more runs)")
     elif command == "boxes":
         add("--columns", default=4, **number, help="images per row (default 4)")
+    add_file_flags(sub, command)
+
+
+def add_file_flags(sub: argparse.ArgumentParser, command: str) -> None:
+    """The flags for the files to write."""
+    add, width = sub.add_argument, PAGE if command == "maps" else COLUMN
+    if command in DRAWN:
+        text = f"width of the figure: {COLUMN} for a column, {PAGE} for a page (default {width})"
+        add("--width", type=float, default=width, metavar="INCHES", help=text)
+        add("--dpi", type=int, default=DPI, metavar="N", help=f"resolution of the PNG (default {DPI})")
     out = Path("figures") / command
     add("--out", type=Path, default=out, metavar="PATH", help=f"files without suffix (default {out})")
-    add("--quiet", action="store_true", help="show no progress")
 
 
-def parse_args(argv: list[str] | None) -> Flags:
-    """The flags; `out` is a path without suffix. Raises InputError for a value out of range."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m bridge_wsol.reproduce.figures", description=__doc__, formatter_class=form)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, command in COMMANDS.items():
-        what = command.__doc__.splitlines()[0]
-        add_flags(commands.add_parser(name, help=what, description=what, allow_abbrev=False), name)
-    args = parser.parse_args(argv)
+def check(args: Flags) -> None:
+    """Before any other work. Raises InputError for a value out of range, and without matplotlib."""
     for name, allowed in RANGES.items():
         if (value := getattr(args, name, None)) is not None:
             Value(float, allowed=allowed).check(name, value)
-    if args.out.suffix in (".png", ".pdf", ".json"):
-        args.out = args.out.with_suffix("")
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Draws one figure."""
-    args = parse_args(argv)
-    utils.set_quiet(args.quiet)
-    if args.command != "gap" and find_spec("matplotlib") is None:
+    if args.command in DRAWN and not has_matplotlib():
         raise InputError("this figure needs matplotlib: install it with pip install -e '.[figures]'")
     if args.command in ("curves", "histogram", "gap"):
         check_pools(args)
-    if (numbers := COMMANDS[args.command](args)) is not None:
-        write_json(Path(f"{args.out}.json"), numbers)
-        print(f"written to {args.out}.json")
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()
