@@ -263,21 +263,79 @@ def resized(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
-def load_masks(root: Path, masks: Masks, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(mask, ignore) of an image, size x size bool: the union of its instances; what to ignore outside it."""
+# What a mask may have that its reader may not expect; the line says it once for a split.
+REMARKS = {
+    "values": "have more than two values: every pixel above 0 counts as object",
+    "full": "have no pixel of value 0: the whole image counts as object",
+    "shape": "have another aspect ratio than their image: they are stretched",
+}
+
+
+def load_masks(
+    root: Path, masks: Masks, size: int, listed: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
+    """(mask, ignore, remarks) of an image.
+
+    mask, ignore: size x size bool, the union of its instances; what to ignore outside of it. remarks: (key of
+    REMARKS, file and what it has). listed: (width, height) of the image. Raises InputError for a file that
+    cannot be read, and as `open_mask` does.
+    """
     mask, ignore = np.zeros((2, size, size), dtype=bool)
+    remarks: list[tuple[str, str]] = []
     for paths, region in zip(masks, (mask, ignore)):
         for path in (root / relative for relative in paths):
-            try:
-                with Image.open(path) as image:
-                    pixels = np.asarray(image.convert("L"))
-            except Exception as error:
-                raise InputError(f"{path}: missing or damaged mask ({first_line(error)})") from error
+            pixels = open_mask(path, listed, remarks, of_object=region is mask)
             # Nearest neighbour in double precision, like OpenCV's INTER_NEAREST in the evaluator of Choe et
             # al. At size 224, 105 of the widths 225 ... 1699 have a pixel at floor(x * n / size) - 1.
             rows, columns = (np.floor(np.arange(size) * (1 / (size / n))).astype(int) for n in pixels.shape)
             region |= pixels[rows[:, None], columns] > 0.5
-    return mask, ignore & ~mask
+    return mask, ignore & ~mask, remarks
+
+
+def open_mask(
+    path: Path, listed: np.ndarray | None, remarks: list[tuple[str, str]], of_object: bool
+) -> np.ndarray:
+    """The grey values of a mask, h x w uint8; above 0 is object (Choe et al.). Adds to the remarks.
+
+    Raises InputError for an alpha channel that is not constant, which may be the mask, and for the shape of
+    the image turned by 90 degrees.
+    """
+    try:
+        with Image.open(path) as image:
+            alpha = (
+                image.convert("RGBA").getchannel("A").getextrema() if image.has_transparency_data else (0, 0)
+            )
+            grey = image.convert("L")
+    except Exception as error:
+        raise InputError(f"{path}: missing or damaged mask ({first_line(error)})") from error
+    if alpha[0] != alpha[1]:
+        raise InputError(f"{path}: the mask has an alpha channel that is not constant: save it as grey")
+    values = [value for value, count in enumerate(grey.histogram()) if count]
+    if len(values) > 2:
+        remarks.append(("values", f"{path}: {len(values)} values"))
+    if values[0] and of_object:
+        remarks.append(("full", f"{path}: values from {values[0]}"))
+    if listed is not None and not _alike(grey.size, *listed):
+        sizes = f"{grey.width} x {grey.height} pixels for an image of {listed[0]} x {listed[1]}"
+        if _alike(grey.size, *listed[::-1]):
+            raise InputError(f"{path}: a mask of {sizes}: was it drawn on the rotated photo?")
+        remarks.append(("shape", f"{path}: {sizes}"))
+    return np.asarray(grey)
+
+
+def _alike(size: tuple[int, int], width: int, height: int) -> bool:
+    """Whether a mask has the aspect ratio of the image within 2 %, or but for the rounding to pixels."""
+    w, h = size
+    rounding = abs(w * height - h * width) < max(width, height)
+    return rounding or abs(w * height / (h * width) - 1) <= 0.02
+
+
+def remark_lines(name: str, remarks: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each kind of remark on the masks of a split, with the number of files and the first."""
+    found = defaultdict(list)
+    for kind, detail in remarks:
+        found[kind].append(detail)
+    return [f"{name}: {len(of)} masks {REMARKS[kind]} (first {of[0]})" for kind, of in found.items()]
 
 
 # ----------------------------------------------------------------------------------------------- score maps

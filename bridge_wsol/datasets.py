@@ -17,6 +17,7 @@ import shutil
 from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from . import utils
-from .data import Split, load_masks, open_rgb, read_localization, read_split
+from .data import Masks, Split, load_masks, open_rgb, read_localization, read_split, remark_lines
 from .utils import InputError
 
 SPLITS = ("train", "val", "test")
@@ -279,6 +280,7 @@ def download(dataset: str, data_root: Path) -> None:
 
 # -------------------------------------------------------------------------------- a folder of your own images
 
+ALIASES = {"val": ("valid", "validation")}  # names of split folders that other tools write
 VAL_FROM, TEST_FROM = 0.7, 0.85  # of the hashes, in [0, 1): train, then val, then test
 # What Pillow can read: suffixes in lower case, without those of formats that it only recognizes.
 READABLE = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -291,8 +293,9 @@ def read_folder(folder: Path, join_val: bool = False) -> tuple[dict[str, Split],
     <class>/<image>: the SHA-256 of an image's path below the folder sets its split: about 70 % train, 15 %
         val, 15 % test, so adding or removing images moves no others. But a split without an image of a class
         gets the nearest one; a class needs at least 3 images.
-    <split>/<class>/<image>, with train/, test/ and perhaps val/ (torchvision's ImageFolder): as it is. The
-        classes are those of train. join_val: val joins train, in the order of their paths.
+    <split>/<class>/<image>, with train/, test/ and perhaps val/, valid/ or validation/ (torchvision's
+        ImageFolder): as it is. The classes are those of train. join_val: val joins train, in the order of
+        their paths.
 
     Classes are in the order of their names. folder/localization.txt, if it is there, has boxes of some or all
     images, lines `path below the folder,x0,y0,x1,y1` in pixels of the upright image (EXIF orientation
@@ -300,16 +303,20 @@ def read_folder(folder: Path, join_val: bool = False) -> tuple[dict[str, Split],
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: neither the name of a data set nor a folder")
-    layout = [name for name in SPLITS if (folder / name).is_dir()]
-    by_split = all(name in layout and _listing(folder / name)[0] for name in ("train", "test"))
+    inside, loose, _ = _listing(folder)
+    places = {alias: name for name in SPLITS for alias in (name, *ALIASES.get(name, ())) if alias in inside}
+    by_split = all(name in places and _listing(folder / name)[0] for name in ("train", "test"))
     classes = _listing(folder / "train" if by_split else folder)[0]
     if len(classes) < 2:
         problem = f"{len(classes)} sub-folders where one per class is expected, two at least"
         raise InputError(f"{folder}: {problem}")
-    ids, unread = defaultdict(list), []
-    for split in layout if by_split else [""]:
-        for name in _listing(folder / split)[0]:
-            where = Path(split, name)
+    ids, unread = defaultdict(list), [folder / file for file in loose]
+    if by_split:
+        unread += [folder / name for name in inside if name not in places]
+        unread += [folder / place / file for place in places for file in _listing(folder / place)[1]]
+    for place, split in places.items() if by_split else [("", "")]:
+        for name in _listing(folder / place)[0]:
+            where = Path(place, name)
             inside, files, others = _listing(folder / where)
             if name not in classes or inside:
                 problem = "holds folders" if name in classes else "no class of train"
@@ -339,7 +346,8 @@ def read_folder(folder: Path, join_val: bool = False) -> tuple[dict[str, Split],
     counts = [f"{name} {len(split)} ({len(split.boxes)} with boxes)" for name, split in splits.items()]
     utils.print_rank0(f"{folder}: {len(classes)} classes; images: {', '.join(counts)}")
     if unread:
-        utils.print_rank0(f"left out: {len(unread)} files that Pillow does not read, {min(unread)} first")
+        what = "files that Pillow does not read, images beside the classes, or folders beside the splits"
+        utils.print_rank0(f"left out: {len(unread)} {what}, {min(unread)} first")
     if join_val and splits.pop("val", None):
         joined = sorted(ids["train"] + ids["val"])
         splits["train"] = whole.take(map(index.get, joined), splits["train"].name)
@@ -402,27 +410,35 @@ def check(dataset: str, data_root: Path, lists: Path, workers: int) -> int:
     """
     splits, record = load_splits(dataset, data_root, lists)
     print("\n".join(record["notes"]))
-    problems = 0
+    problems, of_train = 0, {}
     for split in splits.values():
-        # Splits of one image: a worker is sent no more than it needs.
-        images = (split.take([i], split.name) for i in range(len(split)))
-        inspected = utils.imap(_problem_of, images, workers)
-        found = [problem for _, problem in utils.progress(inspected, split.name, len(split)) if problem]
-        found.append(f"{split.name}: {len(split)} images, {len(found)} with a problem")
-        print("\n".join(found), flush=True)
-        problems += len(found) - 1
+        inspected = utils.imap(partial(_inspect, split), range(len(split)), workers)
+        found, remarks, leaks = [], [], []
+        for index, (content, problem, of_masks) in utils.progress(inspected, split.name, len(split)):
+            found += [problem] if problem else []
+            remarks += of_masks
+            if split is splits["train"]:
+                of_train[content] = index
+            elif content in of_train:
+                leaks.append(f"{split.path(index)} is {splits['train'].path(of_train[content])}")
+        problems += len(found)
+        found += [f"{split.name}: {len(split)} images, {len(found)} with a problem"]
+        if leaks:
+            found.append(f"{split.name}: {len(leaks)} images equal one of train byte for byte: {leaks[0]}")
+        print("\n".join(found + remark_lines(split.name, remarks)), flush=True)
     return problems
 
 
-def _problem_of(image: Split) -> str | None:
-    """What is wrong with the first image of a split, or with its masks."""
+def _inspect(split: Split, index: int) -> tuple[bytes, str | None, list[tuple[str, str]]]:
+    """(hash of an image file, what is wrong with it or its masks, remarks on its masks)."""
+    content = b""
     try:
-        open_rgb(image.path(0), image.file_size(0), image.upright)
-        if 0 in image.masks:
-            load_masks(image.root, image.masks[0], 224)
+        open_rgb(split.path(index), split.file_size(index), split.upright)
+        content = hashlib.sha256(split.path(index).read_bytes()).digest()
+        size = None if split.sizes is None else split.sizes[index]
+        return content, None, load_masks(split.root, split.masks.get(index, Masks([], [])), 224, size)[2]
     except InputError as error:
-        return str(error)
-    return None
+        return content, str(error), []
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -24,12 +24,11 @@ from torch.utils.data import DataLoader
 
 from . import cam, config, metrics, utils
 from .boxes import LEVELS, scale_boxes
-from .data import Split, as_score_map, eval_loader, load_masks, to_input
+from .data import Split, as_score_map, eval_loader, load_masks, remark_lines, to_input
 from .datasets import is_folder, load_splits
 from .losses import full_precision
 from .methods import CAM, find
 from .metrics import (
-    DELTAS,
     LEVEL_NAMES,
     ImageResult,
     PerImage,
@@ -166,7 +165,11 @@ def evaluate_maps(
             f"{split.name}: {len(everything)} maps, one for each of {len(split)} images is needed"
         )
     images = [result for _, result in everything]
+    for line in remark_lines(split.name, (remark for image in images for remark in image.remarks)):
+        utils.print_rank0(line)
     per_image = PerImage.stack(images, val_levels, threshold)
+    if per_image.pixels is not None and not per_image.pixels[:, 0].any():
+        raise InputError(f"{split.name}: no mask has an object pixel: every pixel above 0 counts as object")
     result = per_image.result()
     if intervals and utils.rank() == 0:
         result["intervals"] = metrics.intervals([per_image], split.digest())
@@ -211,12 +214,13 @@ def _one_by_one(batches: Iterable[MapBatch], split: Split) -> Iterator[Item]:
 def measure_image(split: Split, threshold: float | None, item: Item) -> ImageResult:
     """The work that runs beside the network: the sweep over all levels, the histogram of pixels."""
     index, score_map, *_ = item
-    boxes = masks = None
+    boxes, masks, remarks = None, None, []
     if index in split.boxes:
         boxes = scale_boxes(split.boxes[index], tuple(split.sizes[index]), len(score_map))
     if index in split.masks:
-        masks = load_masks(split.root, split.masks[index], len(score_map))
-    return measure(score_map, boxes, masks, threshold)
+        size = None if split.sizes is None else split.sizes[index]
+        *masks, remarks = load_masks(split.root, split.masks[index], len(score_map), size)
+    return measure(score_map, boxes, masks, threshold)._replace(remarks=tuple(remarks))
 
 
 def require_threshold(threshold: float | None) -> None:
@@ -277,28 +281,34 @@ def report(path: Path, evaluated: Evaluated, split: Split, head: dict[str, Any],
             print_table(evaluated.result, head)
 
 
+# Rows of the printed table: name, keys of the metric, note with the thresholds.
+TABLE = (
+    ("MaxBoxAccV2", "max_box_acc_v2 mean", "mean of the three"),
+    ("  IoU 30", "max_box_acc_v2 30", "at threshold {t30:.3f}"),
+    ("  IoU 50", "max_box_acc_v2 50", "at threshold {t50:.3f}"),
+    ("  IoU 70", "max_box_acc_v2 70", "at threshold {t70:.3f}"),
+    ("GT-known Loc", "gt_known_loc", "all contours, = MaxBoxAccV2 at IoU 50"),
+    ("GT-known Loc", "gt_known_loc_largest", "largest contour, = MaxBoxAcc, at threshold {tlargest:.3f}"),
+    ("Top-1 Loc", "top1_loc", "all contours"),
+    ("Top-5 Loc", "top5_loc", "all contours"),
+    ("MaxBoxAccV2", "max_box_acc_v2_at_val_threshold mean", "at the thresholds chosen on val"),
+    ("GT-known Loc", "fixed_threshold gt_known_loc", "{fixed}"),
+    ("Top-1 Loc", "fixed_threshold top1_loc", "{fixed}"),
+    ("Top-5 Loc", "fixed_threshold top5_loc", "{fixed}"),
+    ("PxAP", "pxap", ""),
+    ("peak IoU", "piou", ""),
+    ("Top-1 cls", "top1_cls", ""),
+    ("Top-5 cls", "top5_cls", ""),
+)
+
+
+def value_at(keys: str, tree: dict[str, Any]) -> Any:
+    """The value of nested dicts at these keys, None where there is none."""
+    return reduce(lambda of, key: (of or {}).get(key), keys.split(), tree)
+
+
 def print_table(result: dict[str, Any], head: dict[str, Any]) -> None:
     """The metrics of a results file, with their intervals and thresholds."""
-    m, t, bounds = result["metrics"], result["thresholds"], result.get("intervals", {})
-    rows: list[tuple[str, str, str | None, str]] = []  # name, key, key within it, note
-    if t is not None:
-        rows += [("MaxBoxAccV2", "max_box_acc_v2", "mean", "mean of the three")]
-        deltas = [str(delta) for delta in DELTAS]
-        rows += [(f"  IoU {d}", "max_box_acc_v2", d, f"at threshold {t[d]:.3f}") for d in deltas]
-        largest = f"largest contour, = MaxBoxAcc, at threshold {t['largest']:.3f}"
-        rows += [
-            ("GT-known Loc", "gt_known_loc", None, "all contours, = MaxBoxAccV2 at IoU 50"),
-            ("GT-known Loc", "gt_known_loc_largest", None, largest),
-            ("Top-1 Loc", "top1_loc", None, "all contours"),
-            ("Top-5 Loc", "top5_loc", None, "all contours"),
-            ("MaxBoxAccV2", "max_box_acc_v2_at_val_threshold", "mean", "at the thresholds chosen on val"),
-        ]
-    if fixed := m.get("fixed_threshold"):
-        note = f"largest contour, at the fixed threshold {fixed['threshold']:g} of the map's maximum"
-        names = {"GT-known Loc": "gt_known_loc", "Top-1 Loc": "top1_loc", "Top-5 Loc": "top5_loc"}
-        rows += [(name, "fixed_threshold", key, note) for name, key in names.items()]
-    names = {"PxAP": "pxap", "peak IoU": "piou", "Top-1 cls": "top1_cls", "Top-5 cls": "top5_cls"}
-    rows += [(name, key, None, "") for name, key in names.items()]
     title = [f"{head['dataset']} {head['split']}"]
     if head["method"]:
         epoch = f" checkpoint (epoch {head['epoch']})" if head["epoch"] else ""
@@ -311,12 +321,17 @@ def print_table(result: dict[str, Any], head: dict[str, Any]) -> None:
     title.append(f"{result['images']} images")
     counts = {key: n for key, n in result.items() if key.startswith("images_with_")}
     title += [f"{n} with {key.removeprefix('images_with_')}" for key, n in counts.items()]
+    bounds = result.get("intervals", {})
     utils.print_rank0(f"{', '.join(title)} (percent{', [95 % interval over images]' if bounds else ''})")
-    for name, key, inner, note in rows:
-        x, interval = ((tree.get(key) or {}).get(inner) if inner else tree.get(key) for tree in (m, bounds))
-        if x is not None:
+    notes = {f"t{name}": threshold for name, threshold in (result["thresholds"] or {}).items()}
+    if fixed := result["metrics"].get("fixed_threshold"):
+        notes["fixed"] = f"largest contour, at {fixed['threshold']:g} of each map's maximum"
+    for name, keys, note in TABLE:
+        value, interval = (value_at(keys, of) for of in (result["metrics"], bounds))
+        if value is not None:
             text = "[{:.1f}, {:.1f}]".format(*interval) if interval else ""
-            utils.print_rank0(f"  {name:<14}{x:6.2f} {text:<{14 if bounds else 0}} {note}".rstrip())
+            line = f"  {name:<14}{value:6.2f} {text:<{14 if bounds else 0}} {note.format(**notes)}"
+            utils.print_rank0(line.rstrip())
 
 
 def read_results(

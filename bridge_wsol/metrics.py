@@ -42,6 +42,7 @@ class ImageResult(NamedTuple):
     fixed_level: int | None = None  # level of the fixed threshold
     rank: int | None = None  # of the label, `label_ranks`
     predicted: int | None = None  # Top-1 class
+    remarks: tuple[tuple[str, str], ...] = ()  # on its masks, `data.load_masks`
 
 
 def measure(

@@ -368,3 +368,34 @@ def test_boxes_of_one_pixel_and_sizes_of_batches(tmp_path):
     sampler = data.EpochSampler(7, 3, seed=0)
     assert [sampler.size(batch) for batch in range(len(sampler))] == [(3, 3), (3, 3), (1, 1)]
     assert [len(batch) for batch in sampler] == [3, 3, 1]
+
+
+def test_masks_that_may_mean_something_else(tmp_path):
+    """By the protocol every pixel above 0 is object: a line says where a mask holds more than that."""
+    y, x = np.mgrid[:72, :96]
+    inside = ((x - 40) / 30) ** 2 + ((y - 40) / 20) ** 2 < 1
+    mask, rgba = (inside * 255).astype(np.uint8), np.full((72, 96, 4), 255, dtype=np.uint8)
+    rgba[..., 3] = mask
+
+    def remarks(name, pixels, size=(96, 72)):
+        Image.fromarray(pixels).save(tmp_path / name)
+        found = load_masks(tmp_path, Masks([name], []), 24, np.array(size))
+        return {kind for kind, _ in found[2]}
+
+    assert remarks("a.png", mask) == remarks("a.png", inside) == set()
+    for height in (360, 36, 35, 18):  # the same aspect ratio, but for the rounding
+        assert not remarks(
+            "a.png", np.array(Image.fromarray(inside).resize((round(height * 96 / 72), height)))
+        )
+    assert remarks("a.jpg", mask) == {"values"}
+    assert remarks("a.png", np.where(inside, 1, 2).astype(np.uint8)) == {"full"}
+    assert remarks("a.png", mask[:60]) == {"shape"}
+    rgba[..., 3] = 255
+    assert remarks("a.png", rgba[..., :3] * inside[..., None].astype(np.uint8)) == set()
+    rgba[..., 3] = mask
+    with pytest.raises(InputError, match="a.png: .*alpha channel"):
+        remarks("a.png", rgba)
+    with pytest.raises(InputError, match="a.png: a mask of 72 x 96 pixels .* 96 x 72: .*rotated"):
+        remarks("a.png", np.ascontiguousarray(np.rot90(mask)))
+    lines = data.remark_lines("pets", [("values", "a"), ("full", "b"), ("values", "c")])
+    assert len(lines) == 2 and lines[0].startswith("pets: 2 masks") and "(first a)" in lines[0]

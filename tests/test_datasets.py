@@ -413,3 +413,23 @@ def test_damaged_inputs_give_neither_tracebacks_nor_wrong_numbers(trained, tmp_p
     outcomes = fuzz_inputs.fuzz(tmp_path, cases=60, seed=1)
     refused = [n for (_, outcome), n in outcomes.items() if outcome == "refused"]
     assert sum(outcomes.values()) == 60 and len(refused) == 4 and min(refused) >= 4
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_what_a_folder_holds_beside_its_splits_is_named(tmp_path, capsys, name):
+    rng = np.random.default_rng(0)
+    for split in ("train", name, "test", "extra"):
+        for label in ("left", "right"):
+            (tmp_path / "own" / split / label).mkdir(parents=True)
+            for i in range(2):
+                pixels = rng.integers(0, 255, (8, 9, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "own" / split / label / f"{i}.png")
+    found = load_splits(str(tmp_path / "own"), tmp_path, tmp_path)[0]
+    assert found["val"].ids[0] == f"{name}/left/0.png" and [len(x) for x in found.values()] == [4, 4, 4]
+    assert "left out: 1 " in (printed := capsys.readouterr().out) and "own/extra first" in printed
+    run("datasets", f"check --dataset {tmp_path}/own --workers 0")
+    assert "own/extra first" in capsys.readouterr().out
+    shutil.copy(tmp_path / "own/train/left/1.png", tmp_path / "own/test/right/1.png")
+    with pytest.raises(InputError, match="1 files with a problem"):
+        run("datasets", f"check --dataset {tmp_path}/own --workers 0")
+    assert "own/test/right/1.png is " in capsys.readouterr().out

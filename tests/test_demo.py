@@ -44,10 +44,10 @@ def test_boxes_and_masks_are_exact(tmp_path):
     assert record["num_classes"] == 16 and [len(split) for split in splits.values()] == [32, 16, 16]
     images = [(split, i) for split in splits.values() for i in range(len(split))]
     for split, i in images:
-        mask, ignore = load_masks(split.root, split.masks[i], demo.SIZE)
+        mask, ignore, _ = load_masks(split.root, split.masks[i], demo.SIZE)
         y, x = np.nonzero(mask)
         assert split.boxes[i].tolist() == [[x.min(), y.min(), x.max(), y.max()]] and not ignore.any()
-        head, _ = load_masks(split.root, Masks([f"parts/{split.ids[i]}"], []), demo.SIZE)
+        head, *_ = load_masks(split.root, Masks([f"parts/{split.ids[i]}"], []), demo.SIZE)
         assert mask[head].all() and 0 < head.sum() < 0.4 * mask.sum() and 0.02 < mask.mean() < 0.75
     assert len({Image.open(split.path(i)).tobytes() for split, i in images}) == 64  # all differ
     assert all({*split.labels} == {*range(16)} for split in splits.values())

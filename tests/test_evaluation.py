@@ -206,3 +206,23 @@ def test_results_are_not_replaced_by_those_of_other_maps_nor_lost(trained, split
     fails("evaluate", f"--score-maps {tmp_path}/ours/none {places} --out {tmp_path}/file/r.json", "none")
     fails("evaluate", f"--score-maps {tmp_path}/ours {places} --out {tmp_path}/file/r.json", "file/r.json")
     assert (tmp_path / "cwd" / "results_maps_test.json").read_bytes() == before
+
+
+def test_masks_that_may_mean_something_else_are_said_once(split, tmp_path, capsys, fails):
+    maps = [(image, np.random.default_rng(i).random((8, 8))) for i, image in enumerate(split.ids)]
+    evaluate_score_maps(maps, split, image_size=64)
+    assert "masks" not in capsys.readouterr().out
+    for index in (1, 2):
+        path = split.root / split.masks[index].instances[0]
+        Image.fromarray(np.minimum(np.asarray(Image.open(path)), 9) + np.uint8(index)).save(path)
+    for workers in (0, 2):
+        evaluate_score_maps(maps, split, image_size=64, workers=workers)
+        assert capsys.readouterr().out.count("2 masks have no pixel of value 0") == 1
+    check = f"check --dataset tiny --data-root {tmp_path}/data --lists {tmp_path}/lists --workers 0"
+    run("datasets", check)
+    assert "2 masks have no pixel of value 0" in capsys.readouterr().out
+    for masks in split.masks.values():
+        path = split.root / masks.instances[0]
+        Image.fromarray(np.zeros_like(np.asarray(Image.open(path)))).save(path)
+    with pytest.raises(InputError, match="no mask has an object pixel"):
+        evaluate_score_maps(maps, split, image_size=64)

@@ -461,7 +461,7 @@ def regions(split: Split, index: int, size: int, shape: tuple[int, int]) -> Regi
         found["box"] = inside, ~inside
     if index in split.masks:
         at = np.ix_(y, x)
-        mask, ignore = (pixels[at] for pixels in load_masks(split.root, split.masks[index], size))
+        mask, ignore = (pixels[at] for pixels in load_masks(split.root, split.masks[index], size)[:2])
         found["mask"] = mask, ~mask & ~ignore
         part_file = (Path("parts") / split.ids[index]).with_suffix(".png")
         if (split.root / part_file).exists():
