@@ -188,7 +188,7 @@ def test_masks_are_the_union_of_instances_and_ignore_is_what_remains(tmp_path):
     pixels = {"a": [[0, 255], [0, 0]], "b": [[0, 0], [1, 0]], "i": [[255, 255], [0, 0]]}
     for name, values in pixels.items():
         Image.fromarray(np.array(values, dtype=np.uint8)).save(tmp_path / f"{name}.png")
-    masks = load_masks(tmp_path, Masks(["a.png", "b.png"], ["i.png"]), 4)
+    *masks, _ = load_masks(tmp_path, Masks(["a.png", "b.png"], ["i.png"]), 4)
     mask, ignore = (pixels.astype(int).tolist() for pixels in masks)
     assert mask == [[0, 0, 1, 1]] * 2 + [[1, 1, 0, 0]] * 2 and ignore == [[1, 1, 0, 0]] * 2 + [[0] * 4] * 2
     with pytest.raises(InputError, match="none.png: "):
