@@ -571,8 +571,8 @@ class TrainedRun:
         Else val is evaluated with these maps. percentile: of `cam.normalize`; "val": val chooses IVR's, the
         one with the best `selection_score`, the lowest of equals. Raises InputError where val cannot.
         """
-        val, changed = self.checkpoint["val"] or {}, False
-        known = val.get("epoch") == self.checkpoint["epoch"] and normalization == "minmax"
+        val, changed = self.checkpoint["val"], False
+        known = val and val["epoch"] == self.checkpoint["epoch"] and normalization == "minmax"
         if known and not self.map_options and not (changed := self.val_boxes_changed()):
             return Chosen(val["levels"], reason="" if val["levels"] else NO_BOXES)
         try:

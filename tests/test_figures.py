@@ -2,15 +2,17 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
-from conftest import results, run
+from conftest import REPOSITORY, results, run
 from PIL import Image
 
 from bridge_wsol.data import EvalImages, Masks, Split, load_masks, to_input
@@ -312,3 +314,15 @@ def test_bad_input_to_figures(folder, fails, tmp_path):
     path.write_text(json.dumps(masks_only))
     fails("reproduce", f"curves {folder}", "no boxes")
     fails("reproduce", f"boxes {folder} --random 1 {CPU}", "no boxes")
+
+
+def test_a_backend_of_a_notebook_does_not_matter(tmp_path):
+    pytest.importorskip("matplotlib")
+    content = {"dataset": "CUB", "arch": "vgg16", "method": "bridge", "param": "tau_fg", "preset": 0.5}
+    (tmp_path / "a.json").write_text(
+        json.dumps(content | {"values": [{"value": 0.5, "gt_known_loc": [5.0]}]})
+    )
+    environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend"}
+    command = [sys.executable, "-m", "bridge_wsol.reproduce", "sweep", "a.json", "--out", "s"]
+    subprocess.run(command, env=environment | {"PYTHONPATH": REPOSITORY}, check=True, cwd=tmp_path)
+    assert (tmp_path / "s.png").stat().st_size

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -73,6 +74,7 @@ def figure(args: Flags, height: float, crop: bool = False) -> Iterator[Any]:
 
     The files hold no dates, and the user's settings of matplotlib have no effect.
     """
+    os.environ.pop("MPLBACKEND", None)  # of a notebook: no backend is used here, and its may be missing
     import matplotlib
     from matplotlib.figure import Figure
 
