@@ -21,7 +21,7 @@ from bridge_wsol.datasets import load_splits
 from bridge_wsol.evaluation import TrainedRun
 from bridge_wsol.utils import InputError
 
-WORDS = "-1 1e3 nan 0x10 1_0 ９ 99999999999999999999 ../up.png /etc/passwd , a,b 3.5 +7 é 0 9 18 27 36 45 54 63 72"
+WORDS = "-1 1e3 nan 0x10 1_0 ９ 99999999999999999999 ../up.png /etc/passwd , a,b 3.5 +7 é 0 9 18 27 45 63"
 WORDS = [word.encode() for word in (*WORDS.split(), *" \n\x00\ufeff\u2028")]
 
 

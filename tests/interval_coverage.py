@@ -4,7 +4,8 @@
 
 In a population each image has a range of levels at which its box is right, per IoU, so the curves are known
 exactly: some like CUB10's, and flat ones, whose best threshold is uncertain. Each draw is a test set, for two
-methods. Four intervals, each widened to the estimate: percentiles; 2 * estimate - percentiles; Efron's bias-corrected; less twice the bias, which `interval` takes (for differences the first).
+methods. Four intervals, each widened to the estimate: percentiles; 2 * estimate - percentiles; Efron's
+bias-corrected; less twice the bias, which `interval` takes (for differences the first).
 """
 
 import argparse

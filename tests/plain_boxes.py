@@ -21,6 +21,11 @@ def level_boxes(score_map: np.ndarray) -> LevelBoxes:
     limit = np.array([v.shape[1] - 1, v.shape[0] - 1] * 2)
     boxes, levels, largest = [], [], np.zeros((LEVELS, 4), dtype=np.int64)
     for level in range(LEVELS):
+        if level and not (v == level).any():  # the mask of the level below
+            boxes.append(boxes[-1])
+            levels.append(np.full(len(boxes[-1]), level))
+            largest[level] = largest[level - 1]
+            continue
         mask = v > level
         components, n_components = ndimage.label(mask, EIGHT)
         background, n_background = ndimage.label(~mask)
