@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as nnf
 from conftest import results, run
+from test_baselines import make
 
 from bridge_wsol import evaluation
-from bridge_wsol.data import Split
+from bridge_wsol.cam import normalize
+from bridge_wsol.data import Split, to_input
 from bridge_wsol.metrics import label_ranks
 
 EVALUATE = "--device cpu --workers 0 --batch-size 8"
@@ -102,3 +105,16 @@ def test_classes_are_ranked_in_the_logits_own_precision(dtype, rank):
     loader = [(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([0]), torch.tensor([0]))]
     (batch,) = evaluation.network_maps(Method(1, 1), loader, amp="off")
     assert label_ranks(batch.logits, np.array([0])).tolist() == [rank]
+
+
+@pytest.mark.parametrize("name, mode", [("adl", "bicubic"), ("calm", "bilinear")])
+def test_maps_of_a_run_are_made_in_eval_mode_and_resized_as_the_method_wants(name, mode):
+    labels = torch.tensor([2, 0])
+    method, pixels = make(name, dtype=torch.float32, image_size=56), torch.arange(2 * 3 * 64 * 64) % 251
+    pixels = pixels.to(torch.uint8).view(2, 3, 64, 64)
+    (batch,) = evaluation.network_maps(method.train(), [(pixels, labels, torch.arange(2))], amp="off")
+    with torch.no_grad():
+        logits, maps = method.eval().predict(to_input(pixels, torch.device("cpu")), labels)
+    np.testing.assert_allclose(batch.logits, logits.numpy(), rtol=1e-5, atol=1e-6)
+    large = nnf.interpolate(maps[:, None], 56, mode=mode)[:, 0]
+    np.testing.assert_allclose(batch.maps, normalize(large).numpy(), rtol=1e-5, atol=1e-5)
