@@ -1,11 +1,11 @@
-"""Boxes of every level by labeling each mask: the reference of test_boxes.py and bench_boxes.py."""
+"""Boxes of every level by labeling each mask, or by OpenCV's contour tracer: for test_boxes and bench."""
 
 from __future__ import annotations
 
 import numpy as np
 from scipy import ndimage
 
-from bridge_wsol.boxes import LEVELS, LevelBoxes
+from bridge_wsol.boxes import LEVELS, LevelBoxes, iou_matrix
 
 EIGHT = np.ones((3, 3), dtype=bool)
 
@@ -21,6 +21,11 @@ def level_boxes(score_map: np.ndarray) -> LevelBoxes:
     limit = np.array([v.shape[1] - 1, v.shape[0] - 1] * 2)
     boxes, levels, largest = [], [], np.zeros((LEVELS, 4), dtype=np.int64)
     for level in range(LEVELS):
+        if level and not (v == level).any():  # the mask of the level below
+            boxes.append(boxes[-1])
+            levels.append(np.full(len(boxes[-1]), level))
+            largest[level] = largest[level - 1]
+            continue
         mask = v > level
         components, n_components = ndimage.label(mask, EIGHT)
         background, n_background = ndimage.label(~mask)
@@ -57,3 +62,34 @@ def double_areas(labels: np.ndarray, n: int) -> np.ndarray:
     y, x = np.nonzero(count > 2)
     owner = np.maximum(labels[y, x], labels[y + 1, x + 1])  # at least one of three pixels is on this diagonal
     return np.bincount(owner, count[y, x] - 2, minlength=n + 1)[1:]
+
+
+def traced_boxes(score_map: np.ndarray, n: int = LEVELS) -> LevelBoxes:
+    """The usual loop: at each of n thresholds, binarize, trace the contours, take their boxes.
+
+    The thresholds are fractions of [0, 1] for n = LEVELS, as the levels are, else of the map's maximum.
+    """
+    import cv2
+
+    cv2.setNumThreads(1)
+    v = quantize(score_map)
+    boxes, levels, largest, limit = [], [], [], np.array([v.shape[1] - 1, v.shape[0] - 1])
+    for i in range(n):
+        threshold = i if n == LEVELS else int(i / n * v.max())
+        mask = cv2.threshold(v, threshold, 255, cv2.THRESH_BINARY)[1]
+        contours = cv2.findContours(mask, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)[0]
+        areas = [cv2.contourArea(contour) for contour in contours] or [0.0]
+        largest.append(len(boxes) + areas.index(max(areas)))
+        boxes += [cv2.boundingRect(contour) for contour in contours] or [(0, 0, 0, 0)]
+        levels += [i] * len(areas)
+    corners = np.array(boxes)
+    corners[:, 2:] = np.minimum(corners[:, :2] + corners[:, 2:], limit)
+    return LevelBoxes(corners, np.array(levels), corners[largest])
+
+
+def best_ious(found: LevelBoxes, truth: np.ndarray) -> np.ndarray:
+    """The IoUs of `bridge_wsol.metrics.measure`: per level, the best of all contours, and the largest's."""
+    best = np.zeros((2, len(found.largest)))
+    np.maximum.at(best[0], found.levels, iou_matrix(found.boxes, truth).max(1))
+    best[1] = iou_matrix(found.largest, truth).max(1)
+    return best

@@ -3,7 +3,6 @@
 import numpy as np
 import plain_boxes
 import pytest
-from plain_boxes import quantize
 
 from bridge_wsol.boxes import fixed_level, iou_matrix, level_boxes, scale_boxes
 
@@ -162,21 +161,11 @@ def random_maps(count: int, largest: int):
 
 
 def test_agrees_with_the_contour_tracer():
-    cv2 = pytest.importorskip("cv2")
+    pytest.importorskip("cv2")
     for score_map in random_maps(50, 24):
-        found, v = level_boxes(score_map), quantize(score_map)
-        height, width = v.shape
-        for level in range(255):
-            mask = (v > level).astype(np.uint8)
-            contours, _ = cv2.findContours(mask, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
-            traced, areas = [], []
-            for contour in contours:
-                (x0, y0), (x1, y1) = contour.reshape(-1, 2).min(0), contour.reshape(-1, 2).max(0)
-                traced.append((int(x0), int(y0), min(int(x1) + 1, width - 1), min(int(y1) + 1, height - 1)))
-                areas.append(cv2.contourArea(contour))
-            assert at(found, level) == sorted(traced or [(0, 0, 0, 0)])
-            first_of_largest = traced[areas.index(max(areas))] if areas else (0, 0, 0, 0)
-            assert tuple(found.largest[level].tolist()) == first_of_largest
+        swept, traced = level_boxes(score_map), plain_boxes.traced_boxes(score_map)
+        np.testing.assert_array_equal(table(swept), table(traced))
+        np.testing.assert_array_equal(swept.largest, traced.largest)
 
 
 def table(found) -> np.ndarray:
