@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
+from mmap import mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -394,19 +395,22 @@ class TrainImages(Dataset):
     def __init__(self, split: Split, resize_size: int, image_size: int, seed: int):
         self.split, self.seed = split, seed
         self.resize_size, self.image_size = resize_size, image_size
-        self.keep = len(split) * resize_size**2 * 3 <= SMALL
-        self.kept: dict[int, np.ndarray] = {}
+        self.kept = self.is_kept = None
+        if (size := len(split) * resize_size**2 * 3) <= SMALL:
+            # Memory that forked workers share, so that one decodes for all, in all loaders.
+            kept, is_kept = (np.frombuffer(mmap(-1, n), np.uint8) for n in (size, len(split)))
+            self.kept, self.is_kept = kept.reshape(len(split), resize_size, resize_size, 3), is_kept
 
     def __len__(self) -> int:
         return len(self.split)
 
     def pixels(self, index: int) -> np.ndarray:
         """The resized image: resize_size x resize_size x 3 uint8."""
-        if (image := self.kept.get(index)) is None:
-            path = self.split.path(index)
-            image = resized(open_rgb(path, upright=self.split.upright), self.resize_size)
-            if self.keep:
-                self.kept[index] = image
+        if self.kept is not None and self.is_kept[index]:
+            return self.kept[index]
+        image = resized(open_rgb(self.split.path(index), upright=self.split.upright), self.resize_size)
+        if self.kept is not None:
+            self.kept[index], self.is_kept[index] = image, True
         return image
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:

@@ -399,3 +399,22 @@ def test_masks_that_may_mean_something_else(tmp_path):
         remarks("a.png", np.ascontiguousarray(np.rot90(mask)))
     lines = data.remark_lines("pets", [("values", "a"), ("full", "b"), ("values", "c")])
     assert len(lines) == 2 and lines[0].startswith("pets: 2 masks") and "(first a)" in lines[0]
+
+
+def test_training_images_are_decoded_once_for_all_workers_and_loaders(tiny, tmp_path, monkeypatch):
+    split = read_split(tmp_path / "lists" / "tiny" / "train", tmp_path / "data" / "tiny", "train")
+    images, count = TrainImages(split, 24, 16, seed=0), tmp_path / "decoded"
+
+    def counted(*args, **options):
+        with count.open("a") as file:  # from each process
+            file.write(".")
+        return decode(*args, **options)
+
+    decode = data.open_rgb
+    monkeypatch.setattr(data, "open_rgb", counted)
+    for batch_size, workers in ((4, 2), (6, 2), (6, 0)):
+        loader = train_loader(images, batch_size, workers)
+        for epoch in (1, 2):
+            loader.batch_sampler.set_epoch(epoch)
+            assert sum(len(batch) for batch, _ in loader) == 18
+    assert count.read_text() == "." * 18
