@@ -104,7 +104,7 @@ def add_places(parser: argparse.ArgumentParser) -> None:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Raises InputError for a flag that the numbers or files asked for would not have."""
+    """Raises InputError for flags that do not go together."""
     of_file = args.run is not None and args.run.is_file()
     if (args.score_maps or of_file) and not args.dataset or (of_file and not args.arch):
         parser.error("--score-maps needs --dataset, and a file --dataset and --arch")
@@ -119,8 +119,6 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--batch-size and --image-size must be at least 1, --workers and --pictures at least 0")
     if args.percentile is not None and args.normalize not in cam.PERCENTILES:
         parser.error(f"--percentile needs --normalize {' or '.join(cam.PERCENTILES)}")
-    if args.percentile == "val" and args.normalize != "ivr":
-        parser.error("--percentile val needs --normalize ivr")
     evaluation.require_threshold(args.threshold)
 
 
@@ -153,18 +151,20 @@ def evaluate_run(args: argparse.Namespace) -> None:
     places["workers"] = utils.default_workers(device) if args.workers is None else args.workers
     if file:
         of_file = args.run, args.dataset, args.arch, args.stride
-        places["checkpoint"] = evaluation.foreign_checkpoint(*of_file)
-    which = args.run.name if file else args.checkpoint
-    run = evaluation.TrainedRun(args.run, which, device, **places)
+        places["state"] = evaluation.foreign_checkpoint(*of_file)
+    name = args.run.name if file else args.checkpoint
+    run = evaluation.TrainedRun(args.run, name, device, **places)
+    how = (Path(name).stem, args.split, args.normalize, args.percentile, args.map_options)
+    args.out = args.out or (args.run.parent if file else args.run) / evaluation.results_name(*how)
+    try_outputs(args)
     split = run.split(args.split)
     chosen = evaluation.Chosen(None, args.percentile)
     if args.split != "val" or args.percentile == "val":  # on val itself, they are those of the evaluation
         chosen = run.choose(args.normalize, args.percentile)
-    if chosen.reason:
-        print(f"thresholds of val: {chosen.reason}")
-    name = (Path(which).stem, args.split, args.normalize, args.percentile, args.map_options)
-    args.out = args.out or (args.run.parent if file else args.run) / evaluation.results_name(*name)
     head = run.head(split, args.split, args.normalize) | chosen.head(args.normalize)
+    if chosen.reason:
+        print(chosen.reason)
+        head["val_thresholds"] = chosen.reason
 
     def maps_of(images: Split) -> Iterator[MapBatch]:
         return run.maps(images, args.normalize, chosen.percentile)
@@ -185,11 +185,23 @@ def evaluate_folder(args: argparse.Namespace) -> None:
 
     name = (args.score_maps.resolve().name, args.split, args.normalize, args.percentile)
     args.out = args.out or Path(evaluation.results_name(*name))
+    try_outputs(args)
     head = {"dataset": args.dataset, "split": args.split, "normalize": args.normalize}
     head |= dict.fromkeys(("arch", "method", "checkpoint")) | {"score_maps": str(args.score_maps)}
+    head["image_size"] = how["image_size"]
     head |= evaluation.Chosen(None, args.percentile).head(args.normalize)
     head["fingerprint"] = {args.split: split.fingerprint()}
     finish(args, split, maps_of, head, None, utils.cores() if args.workers is None else args.workers)
+
+
+def try_outputs(args: argparse.Namespace) -> None:
+    """Raises InputError, before any work, for an output that cannot be written or is of something else."""
+    for path in filter(None, (args.out, args.per_image, args.save_maps and args.save_maps / "map.npy")):
+        utils.try_write(path)
+    if args.score_maps and args.out.exists():
+        before = utils.read_json(args.out, "evaluate.py").get("score_maps")
+        if before is None or Path(before).resolve() != args.score_maps.resolve():
+            raise InputError(f"{args.out}: has the results of {before or 'a run'}: pass another --out")
 
 
 def finish(
@@ -201,12 +213,6 @@ def finish(
     workers: int,
 ) -> None:
     """Evaluates the maps of the split: table, results file, and what else the flags ask for."""
-    for path in filter(None, (args.out, args.per_image, args.save_maps and args.save_maps / "map.npy")):
-        utils.try_write(path)
-    if args.score_maps and args.out.exists():
-        before = evaluation.read_results(args.out, "", args.split)[1].get("score_maps")
-        if before is None or Path(before).resolve() != args.score_maps.resolve():
-            raise InputError(f"{args.out}: has the results of {before or 'a run'}: pass another --out")
     maps = maps_of(split)
     if args.save_maps:
         maps = evaluation.save_maps(maps, split, args.save_maps)
@@ -227,7 +233,7 @@ def localize_images(args: argparse.Namespace) -> None:
     setting = {name: getattr(args, name) for name in (*names, "data_root", "lists", "batch_size")}
     localizer = localize.Localizer(args.run, args.device, workers=args.workers or 0, **setting)
     if localizer.note:
-        print(f"{localizer.note}: the threshold is {localizer.threshold:.3f}; --threshold sets another")
+        print(f"{localizer.note}; the threshold is {localizer.threshold:.3f}, --threshold sets another")
     folder, files = args.out or args.run / "images", image_files(args.images)
     entries, failed = [], 0
     try:

@@ -52,7 +52,7 @@ class Run:
     method: CAM
     step: nn.Module  # the method, wrapped if there are several processes
     optimizer: torch.optim.Optimizer
-    epoch: int = 0  # epochs done
+    epoch: int = 0  # the last one that was trained, or is trained now
     best: dict[str, Any] | None = None  # epoch and score on val
     val: dict[str, Any] | None = None  # epoch, metrics and levels of the last evaluation on val
     log: list[dict[str, Any]] = field(default_factory=list)  # an entry per epoch
@@ -151,32 +151,35 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     utils.set_random_states(checkpoint["random_states"])
     run.epoch, run.best, run.val = (checkpoint[name] for name in ("epoch", "best", "val"))
-    best, known = run.out / "best.pt", checkpoint["config"]
+    best = run.out / "best.pt"
     if run.best and (not best.exists() or before["val"]["boxes"] != now["val"]["boxes"]):
         reason = "the boxes of val have changed" if best.exists() else f"{best} is missing"
-        print_rank0(f"{reason}: the best epoch is selected among the next ones")
+        how = "is selected among the next ones" if run.epoch < run.config.epochs else "is not selected anew"
+        print_rank0(f"{reason}: the best epoch {how}")
         run.best = None
     with suppress(InputError):  # a side file, written anew
-        edited = {name: x for name, x in read_config(run.out).items() if x != known.get(name)}
-        for name, value in edited.items():
-            problem = f"{name} is {value} in config.json and {known.get(name)} in last.pt"
-            print_rank0(f"{run.out}: {problem}, which counts; a flag changes it, where it may change")
+        for name, value in read_config(run.out).items():
+            if value != (own := checkpoint["config"].get(name)) and vars(run.config).get(name) == own:
+                print_rank0(f"{run.out}: {name} is {value} in config.json and {own} in last.pt, which counts")
     if before["values"] != now["values"] and best.exists() and rank() == 0:  # with more epochs, another run
-        values = {key: run.identity[key] for key in ("config", "sources")}
-        values["fingerprint"] = before | {"values": now["values"]}
-        utils.save_checkpoint(best, evaluation.load_checkpoint(best) | values)
+        saved = evaluation.load_checkpoint(best)
+        saved |= {key: run.identity[key] for key in ("config", "sources")}
+        saved["fingerprint"]["values"] = now["values"]
+        utils.save_checkpoint(best, saved)
     run.log = read_log(run.out / "log.jsonl", run.epoch)
     print_rank0(f"resumed after epoch {run.epoch}")
 
 
 def read_log(path: Path, epoch: int) -> list[dict[str, Any]]:
     """The entries of log.jsonl up to this epoch. A line that a crash has cut is left out, and said."""
-    log, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    for line in lines:
+    log = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         with suppress(ValueError, KeyError, TypeError):
-            log += [entry for entry in [json.loads(line)] if entry["epoch"] <= epoch and entry["seconds"] > 0]
+            entry = json.loads(line)
+            if entry["epoch"] <= epoch:
+                log.append(entry | {"seconds": float(entry["seconds"])})
     if len(log) < epoch:
-        print_rank0(f"{path}: {epoch - len(log)} of {epoch} epochs are missing, which nothing needs")
+        print_rank0(f"{path}: the losses and times of {epoch - len(log)} of {epoch} epochs are missing")
     return log
 
 
@@ -185,12 +188,12 @@ def train_one_epoch(run: Run, loader: DataLoader) -> dict[str, float]:
 
     Raises InputError for a loss that is not finite, with every loss by name.
     """
-    c, title, sums, means = run.config, f"epoch {run.epoch}/{run.config.epochs}", {}, {}
+    c, title, sums, latest = run.config, f"epoch {run.epoch}/{run.config.epochs}", {}, {}
     if rank() > 0:  # own dropout draws; the first process's stream is the one in the checkpoint
         torch.manual_seed(int(np.random.SeedSequence([c.seed, run.epoch, rank()]).generate_state(1)[0]))
     run.step.train()
     loader.batch_sampler.set_epoch(run.epoch)
-    batches = utils.progress(loader, title, len(loader), "steps", lambda: f"  {loss_text(means)}")
+    batches = utils.progress(loader, title, len(loader), "steps", lambda: f"  {loss_text(latest)}")
     for number, (images, labels) in enumerate(batches):
         images, labels = to_input(images, run.device), labels.to(run.device, non_blocking=True)
         own, whole = loader.batch_sampler.size(number)
@@ -203,13 +206,13 @@ def train_one_epoch(run: Run, loader: DataLoader) -> dict[str, float]:
         run.optimizer.step()
 
         top1 = 100 * (logits.argmax(1) == labels).float().mean()
-        means = {"loss": loss, "top1": top1} | {name: value for name, (_, value) in terms.items()}
-        means = {name: value.detach() for name, value in means.items()}
-        sums = {name: sums.get(name, 0) + value * own for name, value in means.items()}
+        latest = {"loss": loss, "top1": top1} | {name: value for name, (_, value) in terms.items()}
+        latest = {name: value.detach() for name, value in latest.items()}
+        sums = {name: sums.get(name, 0) + value * own for name, value in latest.items()}
         # A sum stays non-finite. Reading it makes the CPU wait for the GPU.
         read = run.device.type == "cpu" or number % 20 == 19 or number + 1 == len(loader)
         if read and not torch.isfinite(sums["loss"]):
-            problem = f"non-finite loss in {title} ({loss_text(means)})"
+            problem = f"non-finite loss in {title} ({loss_text(latest)})"
             raise InputError(f"{problem}; last.pt was not updated: lower --lr and --lr-new")
     for buffer in run.method.buffers() if world_size() > 1 else ():
         dist.broadcast(buffer, src=0)  # running statistics of batch norm, as in the checkpoint
@@ -247,16 +250,16 @@ def save(run: Run) -> None:
 def test(run: Run) -> None:
     """The best and the last checkpoint, read from their files, on test: tables, results, boxes_test.png."""
     c, split, done = run.config, run.splits["test"], {}
-    for which in ("best", "last") if (run.out / "best.pt").exists() else ("last",):
-        how = dict(amp=c.amp, batch_size=c.batch_size, workers=c.workers)
-        trained = evaluation.TrainedRun(run.out, which, run.device, **how)
-        epoch, path = trained.checkpoint["epoch"], run.out / evaluation.results_name(which, "test")
+    for name in ("best", "last") if (run.out / "best.pt").exists() else ("last",):
+        how = dict(batch_size=c.batch_size, workers=c.workers)
+        trained = evaluation.TrainedRun(run.out, name, run.device, **how)
+        epoch, path = trained.state["epoch"], run.out / evaluation.results_name(name, "test")
         if first := epoch not in done:
-            levels, maps = trained.choose().levels, trained.maps(split)
+            levels, maps = trained.choose(val=run.splits["val"]).levels, trained.maps(split)
             how = dict(workers=c.workers, val_levels=levels, intervals=True)
             done[epoch] = evaluation.evaluate_maps(maps, split, **how)
         evaluation.report(path, done[epoch], split, trained.head(split, "test"), table=first)
-        if which == "best" and c.pictures and split.boxes:
+        if name == "best" and c.pictures and split.boxes:
             drawn, level = localize.evenly_spaced(split, c.pictures), done[epoch].result["levels"]["largest"]
             localize.draw_split(run.out / "boxes_test.png", drawn, trained.maps(drawn), level)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from . import utils
 from .data import Masks, Split, load_masks, open_rgb, read_localization, read_split, remark_lines
@@ -81,7 +81,7 @@ def load_splits(
     """
     data_root, lists, notes = Path(data_root), Path(lists), []
     if is_folder(dataset, lists):
-        found, classes = read_folder(Path(dataset), join_val=bool(val_per_class))
+        found, classes, notes = read_folder(Path(dataset), join_val=bool(val_per_class))
         val_per_class = (0 if "val" in found else 2) if val_per_class is None else val_per_class
         if not val_per_class and "val" in names and "val" not in found:
             raise InputError(f"{dataset}: no folder val/, and 0 images per class held out from train for val")
@@ -287,8 +287,8 @@ READABLE = {suffix for suffix, kind in Image.registered_extensions().items() if 
 READABLE -= {".mpg", ".mpeg", ".h5", ".hdf", ".bufr", ".grib"}
 
 
-def read_folder(folder: Path, join_val: bool = False) -> tuple[dict[str, Split], list[str]]:
-    """(splits, names of the classes) of a folder of images, in one of two layouts.
+def read_folder(folder: Path, join_val: bool = False) -> tuple[dict[str, Split], list[str], list[str]]:
+    """(splits, names of the classes, lines to print) of a folder of images, in one of two layouts.
 
     <class>/<image>: the SHA-256 of an image's path below the folder sets its split: about 70 % train, 15 %
         val, 15 % test, so adding or removing images moves no others. But a split without an image of a class
@@ -344,14 +344,14 @@ def read_folder(folder: Path, join_val: bool = False) -> tuple[dict[str, Split],
         if not len(split):
             raise InputError(f"{folder / name}: no images")
     counts = [f"{name} {len(split)} ({len(split.boxes)} with boxes)" for name, split in splits.items()]
-    utils.print_rank0(f"{folder}: {len(classes)} classes; images: {', '.join(counts)}")
+    notes = [f"{folder}: {len(classes)} classes; images: {', '.join(counts)}"]
     if unread:
         what = "files that Pillow does not read, images beside the classes, or folders beside the splits"
-        utils.print_rank0(f"left out: {len(unread)} {what}, {min(unread)} first")
+        notes.append(f"left out: {len(unread)} {what}, {min(unread)} first")
     if join_val and splits.pop("val", None):
         joined = sorted(ids["train"] + ids["val"])
         splits["train"] = whole.take(map(index.get, joined), splits["train"].name)
-    return splits, classes
+    return splits, classes, notes
 
 
 def _listing(folder: str | Path) -> tuple[list[str], list[str], list[str]]:
@@ -397,7 +397,13 @@ def _by_hash(images: list[str], where: Path) -> dict[str, list[str]]:
 
 
 def _upright_size(path: Path) -> tuple[int, int]:
-    return open_rgb(path, upright=True).size
+    """Width and height as shown, from the file's header."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return image.size[::-1] if turned else image.size
+    except Exception as error:  # Pillow raises errors of many types
+        raise InputError(f"{path}: not an image that can be read ({utils.first_line(error)})") from error
 
 
 # ------------------------------------------------------------------------------------------------------ check

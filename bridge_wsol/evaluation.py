@@ -154,6 +154,8 @@ def evaluate_maps(
     measured = utils.imap(partial(measure_image, split, threshold), _one_by_one(batches, split), workers)
     for (index, score_map, rank, predicted), result in utils.progress(measured, split.name, share):
         result = result._replace(rank=rank, predicted=predicted)
+        if index in own:
+            raise ValueError(f"{split.ids[index]}: two score maps")
         own[index] = result if keep else result._replace(ious=None, largest=None)
         blank += not score_map.any()
     if blank := sum(utils.all_gather(blank)):
@@ -279,6 +281,7 @@ def report(path: Path, evaluated: Evaluated, split: Split, head: dict[str, Any],
     finally:  # also where the files cannot be written
         if table:
             print_table(evaluated.result, head)
+    utils.print_rank0(f"written to {path}")
 
 
 # Rows of the printed table: name, keys of the metric, note with the thresholds.
@@ -487,25 +490,26 @@ class Chosen(NamedTuple):
         return {} if q is None else {"percentile": {"value": q, **(self.scores or {})}}
 
 
-NO_BOXES = "val has no boxes"
+NO_BOXES = "no thresholds of val: it has no boxes"
 CHANGED = "the boxes of val have changed since the training: thresholds are chosen anew"
 QS = tuple(round(0.05 * i, 2) for i in range(1, 15))  # IVR's percentiles to choose from: 0.05, ..., 0.70
 
 
 class TrainedRun:
-    """A run of train.py: its method with the weights of RUN/<which>.pt in eval mode, and its data.
+    """A run of train.py: its method with the weights of RUN/<checkpoint>.pt in eval mode, and its data.
 
-    `method.net` is the network, a torch module. which: "best" or "last". device: as --device.
+    `method.net` is the network, a torch module; `state` the content of the checkpoint. checkpoint: "best" or
+    "last". device: as --device.
     data_root, lists, amp: instead of those of the run. data_root is the new place of a folder of one's own,
     or the folder above it. batch_size, workers: of evaluations; they change no metric but by rounding.
-    map_options: values of the method's map, instead of those of the run. checkpoint: instead of the file.
+    map_options: values of the method's map, instead of those of the run. state: instead of the file.
     Raises InputError for a folder that is not a run, and for a value that is not one of its map.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        which: str = "best",
+        checkpoint: str = "best",
         device: str | torch.device = "auto",
         *,
         data_root: str | Path | None = None,
@@ -514,12 +518,12 @@ class TrainedRun:
         batch_size: int = 32,
         workers: int = 0,
         map_options: dict[str, Any] | None = None,
-        checkpoint: dict[str, Any] | None = None,
+        state: dict[str, Any] | None = None,
     ):
-        self.folder, self.which, self.map_options = Path(folder), which, map_options or {}
-        path = self.folder if checkpoint else self.folder / f"{which}.pt"
-        self.checkpoint = checkpoint or load_checkpoint(path)
-        self.config = SimpleNamespace(**self.checkpoint["config"] | self.map_options)
+        self.folder, self.name, self.map_options = Path(folder), checkpoint, map_options or {}
+        path = self.folder if state else self.folder / f"{checkpoint}.pt"
+        self.state = state or load_checkpoint(path)
+        self.config = SimpleNamespace(**self.state["config"] | self.map_options)
         self.data_root, self.lists = data_root, Path(lists or self.config.lists)
         self.amp, self.batch_size, self.workers = amp or self.config.amp, batch_size, workers
         self.device = device if isinstance(device, torch.device) else utils.resolve_device(device)
@@ -532,8 +536,8 @@ class TrainedRun:
                 problem = f"--method {self.config.method} of {folder} has no such value"
                 raise InputError(f"{utils.flag(name)}: {problem}")
             cls.all_values()[name].check(name, value)
-        self.method = cls(self.config, self.checkpoint["num_classes"])
-        load_weights(self.method.net, self.checkpoint["model"], path)
+        self.method = cls(self.config, self.state["num_classes"])
+        load_weights(self.method.net, self.state["model"], path)
         self.method.to(self.device, memory_format=torch.channels_last).eval()
 
     def split(self, name: str, images: bool = True) -> Split:
@@ -542,7 +546,7 @@ class TrainedRun:
         Raises InputError as `load_splits` does, and where the lists have other classes or other images of val
         than the run had: its thresholds would be chosen on images that it may have seen.
         """
-        c, then = self.config, self.checkpoint
+        c, then = self.config, self.state
         dataset, data_root = c.dataset, self.data_root or c.data_root
         if self.data_root and is_folder(dataset, self.lists):  # the folder has moved
             moved = Path(data_root) / Path(dataset).name
@@ -564,40 +568,46 @@ class TrainedRun:
         loader = eval_loader(split, self.batch_size, self.config.image_size, self.workers)
         return network_maps(self.method, loader, self.amp, normalization, percentile)
 
-    def choose(self, normalization: str = "minmax", percentile: float | str | None = None) -> Chosen:
+    def choose(
+        self, normalization: str = "minmax", percentile: float | str | None = None, val: Split | None = None
+    ) -> Chosen:
         """The thresholds that val gives for maps of this normalization.
 
         Those that the training chose hold for its own map with min-max, while the boxes of val are the same.
         Else val is evaluated with these maps. percentile: of `cam.normalize`; "val": val chooses IVR's, the
-        one with the best `selection_score`, the lowest of equals. Raises InputError where val cannot.
+        one with the best `selection_score`, the lowest of equals. val: the split, where it is open already.
+        Raises InputError for "val" with another normalization, or where val cannot choose.
         """
-        val, changed = self.checkpoint["val"], False
-        known = val and val["epoch"] == self.checkpoint["epoch"] and normalization == "minmax"
-        if known and not self.map_options and not (changed := self.val_boxes_changed()):
-            return Chosen(val["levels"], reason="" if val["levels"] else NO_BOXES)
+        if percentile == "val" and normalization != "ivr":
+            raise InputError("--percentile val needs --normalize ivr")
+        known, changed = self.state["val"], False
+        own_map = normalization == "minmax" and not self.map_options
+        if own_map and known and known["epoch"] == self.state["epoch"]:
+            changed = self._val_boxes_changed(val)
+            if not changed:
+                return Chosen(known["levels"], reason="" if known["levels"] else NO_BOXES)
         try:
-            split = self.split("val")
+            val = val or self.split("val")
         except InputError as error:
             if percentile == "val":
                 raise
-            return Chosen(None, percentile, str(error))
+            return Chosen(None, percentile, f"no thresholds of val: {error}")
         if percentile == "val":
-            return self._choose_percentile(split)
-        if not split.boxes:
+            return self._choose_percentile(val)
+        if not val.boxes:
             return Chosen(None, percentile, NO_BOXES)
-        found = evaluate_maps(self.maps(split, normalization, percentile), split, workers=self.workers)
+        found = evaluate_maps(self.maps(val, normalization, percentile), val, workers=self.workers)
         return Chosen(found.result["levels"], percentile, CHANGED if changed else "")
 
-    def val_boxes_changed(self) -> bool:
+    def _val_boxes_changed(self, val: Split | None) -> bool:
         """Whether val has other boxes than in the training; False where its lists are not there."""
-        c, before = self.config, self.checkpoint["fingerprint"].get("val")
-        if before is None or not (is_folder(c.dataset, self.lists) or (self.lists / c.dataset).is_dir()):
-            return False
+        c, before = self.config, self.state["fingerprint"]["val"]
         try:
-            now = self.split("val", images=False).fingerprint()
+            if val is None and (is_folder(c.dataset, self.lists) or (self.lists / c.dataset).is_dir()):
+                val = self.split("val", images=False)
         except InputError:
-            return False  # other images, or none: the thresholds are those of the training's val
-        return now["boxes"] != before["boxes"]
+            pass  # other images, or none: the thresholds are those of the training's val
+        return val is not None and val.fingerprint()["boxes"] != before["boxes"]
 
     def _choose_percentile(self, split: Split) -> Chosen:
         if not split.boxes and not split.masks:
@@ -620,6 +630,6 @@ class TrainedRun:
     def head(self, split: Split, name: str, normalize: str = "minmax") -> dict[str, Any]:
         """The first keys of the results file of a split of this name."""
         keys = {key: getattr(self.config, key) for key in ("dataset", "arch", "method", "seed")}
-        of_map = dict(split=name, checkpoint=self.which, epoch=self.checkpoint["epoch"], normalize=normalize)
-        what = self.checkpoint["fingerprint"] | {name: split.fingerprint()}
+        of_map = dict(split=name, checkpoint=self.name, epoch=self.state["epoch"], normalize=normalize)
+        what = self.state["fingerprint"] | {name: split.fingerprint()}
         return keys | self.map_options | of_map | {"fingerprint": what}

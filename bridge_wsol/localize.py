@@ -48,20 +48,20 @@ class Localizer:
     map's maximum. The default is the one chosen on val for this normalization, a fraction of [0, 1]; without
     it FALLBACK_THRESHOLD of the maximum, and `note` tells why.
 
-    run: a folder that train.py wrote, or a `TrainedRun`. checkpoint: "best" or "last". normalize, percentile:
-    of `cam.normalize`. device, amp, data_root, lists, batch_size, workers: as of `TrainedRun`; the last four
+    run: a folder that train.py wrote. checkpoint: "best" or "last". normalize, percentile: as in
+    `TrainedRun.choose`. device, amp, data_root, lists, batch_size, workers: as of `TrainedRun`; the last four
     are for val, which is evaluated where the thresholds of the training do not hold. Raises InputError as
     `TrainedRun` does.
     """
 
     def __init__(
         self,
-        run: str | Path | TrainedRun,
+        run: str | Path,
         device: str = "auto",
         *,
         checkpoint: str = "best",
         normalize: str = "minmax",
-        percentile: float | None = None,
+        percentile: float | str | None = None,
         threshold: float | None = None,
         amp: str | None = None,
         data_root: str | Path | None = None,
@@ -70,14 +70,13 @@ class Localizer:
         workers: int = 0,
     ):
         require_threshold(threshold)
-        if not isinstance(run, TrainedRun):
-            where = dict(data_root=data_root, lists=lists, batch_size=batch_size, workers=workers)
-            run = TrainedRun(run, checkpoint, device, amp=amp, **where)
-        self.run, self.how = run, (normalize, percentile)
-        self.threshold, self.level, self.note = threshold, None, ""
+        where = dict(data_root=data_root, lists=lists, batch_size=batch_size, workers=workers)
+        self.run = TrainedRun(run, checkpoint, device, amp=amp, **where)
+        self.how, self.threshold, self.level, self.note = (normalize, percentile), threshold, None, ""
         if threshold is None:
-            chosen = run.choose(normalize, percentile)
-            self.level, self.note = chosen.levels and chosen.levels["largest"], chosen.reason
+            chosen = self.run.choose(normalize, percentile)
+            self.how, self.note = (normalize, chosen.percentile), chosen.reason
+            self.level = chosen.levels and chosen.levels["largest"]
             self.threshold = FALLBACK_THRESHOLD if self.level is None else self.level / LEVELS
 
     def __call__(self, images: Any) -> Found | list[Found]:
@@ -108,7 +107,7 @@ class Localizer:
         score_map = maps[0].cpu().numpy()
         level = fixed_level(score_map, self.threshold) if self.level is None else self.level
         box = original_box(level_boxes(score_map).largest[level], size, image.size)
-        probabilities, names = full_precision(logits)[0].softmax(0), run.checkpoint["classes"]
+        probabilities, names = full_precision(logits)[0].softmax(0), run.state["classes"]
         top = probabilities.topk(min(5, len(probabilities)))
         best = list(zip(top.indices.tolist(), top.values.tolist()))
         top5 = [{"class": k, **({"name": names[k]} if names else {}), "probability": q} for k, q in best]

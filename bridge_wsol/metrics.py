@@ -176,6 +176,8 @@ class PerImage:
             nowhere = np.zeros((len(LEVEL_NAMES), LEVELS), dtype=bool)
             correct = np.stack([nowhere if x.correct is None else x.correct for x in results])
             if threshold is not None:
+                if any(x.correct is not None and x.fixed_level is None for x in results):
+                    raise ValueError("an image was measured without the fixed threshold")
                 fixed = np.array([c[-1, x.fixed_level or 0] for c, x in zip(correct, results)])
         if masked.any():
             nothing = np.zeros((2, len(EDGES) - 1), dtype=np.int32)

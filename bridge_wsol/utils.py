@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import json
 import logging
 import multiprocessing
@@ -68,6 +69,8 @@ def one_line_errors() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         message = f"out of GPU memory ({first_line(error)}): pass a smaller --batch-size"
     except OSError as error:
+        if error.filename is None and error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise  # not of the output
         message = f"{error.filename or 'output'}: {error.strerror}"
         if error.filename is None:  # of stdout: the exit must not write to it again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -162,13 +165,13 @@ def own_folder(folder: Path, resume: bool) -> Iterator[None]:
             import fcntl  # not on Windows
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for part in folder.glob(".*.part"):
+                part.unlink()
         except BlockingIOError:
             problem = "another process trains in this folder: wait for it, or pass another --out"
             raise InputError(f"{folder}: {problem}") from None
         except (ImportError, OSError):  # some network disks have no locks
             pass
-        for part in folder.glob(".*.part"):
-            part.unlink()
         try:
             yield
         finally:
@@ -203,8 +206,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield part
         os.replace(part, path)
     except OSError as error:
-        if error.filename and Path(error.filename).parent != path.parent and path.parent.is_dir():
-            raise  # of another file, which could not be read
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         with suppress(OSError):

@@ -297,7 +297,7 @@ def test_download_checks_and_unpacks_the_archive(tmp_path, fails, monkeypatch):
 
 def test_every_image_of_a_folder_is_in_one_split_and_stays_there(tmp_path):
     def split_of():
-        splits, classes = read_folder(folder)
+        splits, classes, _ = read_folder(folder)
         for split in splits.values():
             assert [classes[k] for k in split.labels] == [image.split("/")[0] for image in split.ids]
         return {image: name for name, split in splits.items() for image in split.ids}
@@ -424,9 +424,9 @@ def test_what_a_folder_holds_beside_its_splits_is_named(tmp_path, capsys, name):
             for i in range(2):
                 pixels = rng.integers(0, 255, (8, 9, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "own" / split / label / f"{i}.png")
-    found = load_splits(str(tmp_path / "own"), tmp_path, tmp_path)[0]
+    found, record = load_splits(str(tmp_path / "own"), tmp_path, tmp_path)
     assert found["val"].ids[0] == f"{name}/left/0.png" and [len(x) for x in found.values()] == [4, 4, 4]
-    assert "left out: 1 " in (printed := capsys.readouterr().out) and "own/extra first" in printed
+    assert "left out: 1 " in record["notes"][1] and "own/extra first" in record["notes"][1]
     run("datasets", f"check --dataset {tmp_path}/own --workers 0")
     assert "own/extra first" in capsys.readouterr().out
     shutil.copy(tmp_path / "own/train/left/1.png", tmp_path / "own/test/right/1.png")

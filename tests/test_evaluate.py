@@ -31,7 +31,7 @@ def test_ivr_s_percentile_is_the_lowest_that_fits_all_maps():
     split = Split("val", Path(), ["noisy", "faint"], np.zeros(2, dtype=np.int64), np.full((2, 2), 10), boxes)
     opened = object.__new__(evaluation.TrainedRun)
     opened.maps = lambda *_: [evaluation.MapBatch([0, 1], np.stack([noisy, faint]))]
-    opened.split, opened.checkpoint, opened.workers = lambda _: split, {"val": None, "epoch": 1}, 0
+    opened.split, opened.state, opened.workers = lambda _: split, {"val": None, "epoch": 1}, 0
     opened.config, opened.method = SimpleNamespace(image_size=10), SimpleNamespace(upsampling="bilinear")
     chosen = opened.choose("ivr", "val")
     assert chosen.percentile == 0.35 and chosen.scores["by"] == "MaxBoxAccV2"

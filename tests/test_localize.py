@@ -168,7 +168,7 @@ def test_a_folder_without_boxes_trains_and_chooses_by_classification(tmp_path, c
     best, result = max(entries, key=lambda x: (x["val"]["top1_cls"], -x["epoch"])), results(out)
     assert result["epoch"] == best["epoch"] and result["metrics"]["max_box_acc_v2"] is None
     (fallback,) = localize(out, "'own/class 0/3.png'")  # no threshold from val: 0.2 of the map's maximum
-    assert capsys.readouterr().out.count("val has no boxes") == 1
+    assert capsys.readouterr().out.count("no thresholds of val") == 1
     assert [fallback] == localize(out, "'own/class 0/3.png' --threshold 0.2")
     assert {k["name"]: k["class"] for k in fallback["top5"]} == {f"class {k}": k for k in range(3)}
     (folder / "class 1").rename(folder / "other class")

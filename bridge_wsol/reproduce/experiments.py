@@ -340,7 +340,7 @@ def names_of(args: argparse.Namespace) -> list[str]:
     return args.names or [run.stem if run.suffix == ".json" else run.resolve().name for run in args.runs]
 
 
-MEASURED = ("metrics", "levels", "thresholds", "curves", "intervals", "precision_at_recall")
+MEASURED = ("val_thresholds", "metrics", "levels", "thresholds", "curves", "intervals", "precision_at_recall")
 
 
 def identity(run: Path, result: dict[str, Any] | None = None) -> tuple[dict[str, Any], Any]:
