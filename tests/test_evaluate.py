@@ -1,5 +1,8 @@
 """The flags of evaluate.py that change a map, and what its maps and ranks are computed from."""
 
+import multiprocessing
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,11 +12,14 @@ import torch
 import torch.nn.functional as nnf
 from conftest import results, run
 from test_baselines import make
+from test_models import as_saved
 
 from bridge_wsol import evaluation
 from bridge_wsol.cam import normalize
 from bridge_wsol.data import Split, to_input
 from bridge_wsol.metrics import label_ranks
+from bridge_wsol.models import build_network
+from bridge_wsol.utils import one_line_errors
 
 EVALUATE = "--device cpu --workers 0 --batch-size 8"
 
@@ -123,3 +129,46 @@ def test_maps_of_a_run_are_made_in_eval_mode_and_resized_as_the_method_wants(nam
     np.testing.assert_allclose(batch.logits, logits.numpy(), rtol=1e-5, atol=1e-6)
     large = nnf.interpolate(maps[:, None], 56, mode=mode)[:, 0]
     np.testing.assert_allclose(batch.maps, normalize(large).numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_evaluate_a_file_of_other_code(tiny, tmp_path, fails):
+    torch.manual_seed(0)
+    net = build_network("vgg16", 3, stride=8)
+    torch.save(net.state_dict(), tmp_path / "ours.pth")
+    torch.save({"state_dict": as_saved(net.state_dict(), "authors8")}, tmp_path / "theirs.pth")
+    flags = f"--dataset tiny --arch vgg16 --data-root {tmp_path}/data --lists {tmp_path}/lists --device cpu"
+    fails("evaluate", f"{tmp_path}/ours.pth {flags}", "ours.pth", "--stride")  # our names do not tell it
+    fails("evaluate", f"{tmp_path}/theirs.pth {flags} --stride 16", "--stride 16", "say 8")
+    run("evaluate", f"{tmp_path}/ours.pth {flags} --stride 8 --out {tmp_path}/ours.json")
+    run("evaluate", f"{tmp_path}/theirs.pth {flags}")
+    ours, theirs = results(tmp_path, "ours.json"), results(tmp_path, "results_theirs_test.json")
+    assert theirs["metrics"]["max_box_acc_v2_at_val_threshold"] is not None
+    assert all(ours[key] == theirs[key] for key in ("metrics", "levels", "curves", "images"))
+
+
+def test_a_file_of_another_network_is_described(tmp_path, fails, tiny):
+    flags = f"--dataset tiny --arch vgg16 --data-root {tmp_path}/data --lists {tmp_path}/lists"
+    torch.save({"state_dict": {"SPG_A_1.0.weight": torch.zeros(3)}}, tmp_path / "spg.pth")
+    fails("evaluate", f"{tmp_path}/spg.pth {flags}", "spg.pth", "conv6 and fc", "SPG_A_1.0.weight")
+    fails("evaluate", f"{tmp_path}/spg.pth --dataset tiny", "--arch")
+
+
+@pytest.mark.parametrize("end", ["pipe", "full disk"])
+def test_results_are_written_where_the_output_ends(trained, tmp_path, end):
+    """In a fork, whose standard output is a pipe without a reader, or a full disk."""
+    flags = f"{trained[1]} --out {tmp_path}/r.json --data-root {tmp_path}/data --lists {tmp_path}/lists"
+
+    def evaluate():
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer if end == "pipe" else os.open("/dev/full", os.O_WRONLY), 1)
+        with open(1, "w") as sys.stdout, (tmp_path / "err").open("w") as sys.stderr, one_line_errors():
+            run("evaluate", f"{flags} {EVALUATE} --quiet")
+
+    process = multiprocessing.get_context("fork").Process(target=evaluate)
+    process.start()
+    process.join()
+    said = (tmp_path / "err").read_text()
+    assert process.exitcode == 2 and said.count("\n") == 1 and "output" in said
+    assert results(tmp_path, "r.json")["metrics"] == results(trained[1])["metrics"]
