@@ -2,12 +2,13 @@
 
 import multiprocessing
 import os
-import re
-import shutil
+import resource
+import select
 import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from conftest import REPOSITORY, results, run
 from kill_resume import ENVIRONMENT
 from PIL import Image
-from test_train import lines_of, load, same_run
+from test_train import lines_of, load
 
 from bridge_wsol import utils
 from bridge_wsol.data import EpochSampler
@@ -53,25 +54,22 @@ SPLIT = "--drop-p 0 --warm-batch-size 17 --batch-size 4"
 
 
 def test_two_processes_are_one_with_the_same_batches(trained, tmp_path):
-    flags = f"{trained[0]} {SPLIT}"
-    run("train", f"{flags} --out {tmp_path}/one")
-    both = torchrun(f"{flags} --out {tmp_path}/two")
+    flags, one, two = f"{trained[0]} {SPLIT} --pictures 3", tmp_path / "one", tmp_path / "two"
+    run("train", f"{flags} --out {one}")
+    both = torchrun(f"{flags} --out {two}")
     assert both.returncode == 0, both.stderr
-    close_runs(tmp_path / "one", tmp_path / "two")
+    close_runs(one, two)
     assert both.stdout.count("epoch 1/2") == 1  # one of them speaks
 
-    # The same weights, evaluated by one process and by two, give the same results; 9 is not divisible by 2.
-    shutil.copytree(tmp_path / "one", tmp_path / "again")
-    names = ("results_best_test.json", "results_last_test.json")
-    for name in names:
-        (tmp_path / "again" / name).unlink()
-    assert torchrun(f"{flags} --pictures 3 --out {tmp_path}/again --resume").returncode == 0
-    for name in names:
-        assert results(tmp_path / "again", name) == results(tmp_path / "one", name)
-    run("train", f"{flags} --pictures 3 --out {tmp_path}/one --resume")
-    a, b = (
-        np.asarray(Image.open(tmp_path / name / "boxes_test.png"), dtype=int) for name in ("one", "again")
-    )
+    # The weights that two processes have evaluated, evaluated by one; 9 images are not divisible by 2.
+    for which in ("best", "last"):
+        name = f"results_{which}_test.json"
+        by_two = results(two, name)
+        evaluate = f"{two} --checkpoint {which} --device cpu --workers 0 --batch-size 4"
+        run("evaluate", f"{evaluate} --pictures 3")
+        assert results(two, name) == by_two
+    images = (two / "boxes_test.png", two / "boxes_results_best_test.png")
+    a, b = (np.asarray(Image.open(path), dtype=int) for path in images)
     assert np.abs(a - b).max() <= 2  # batches of other sizes round differently
 
 
@@ -135,7 +133,7 @@ def test_an_error_of_all_processes_is_said_once(trained, tmp_path):
     assert job.returncode != 0 and len(said) == 1 and "class_labels.txt:1" in said[0]
 
 
-@pytest.mark.parametrize("n, batch_size, processes", [(18, 4, 2), (17, 8, 4), (5, 4, 3), (3, 8, 4)])
+@pytest.mark.parametrize("n, batch_size, processes", [(17, 8, 4), (5, 4, 3)])
 def test_the_shares_of_all_processes_are_the_batches_of_one(n, batch_size, processes, tmp_path):
     alone = EpochSampler(n, batch_size, seed=0)
     whole, shares = list(alone), []
@@ -170,21 +168,16 @@ def test_the_scripts_end_bad_input_with_one_line_and_exit_code_2(tmp_path):
         assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "nowhere" in ended.stderr
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(trained):
+def test_a_full_disk_leaves_the_checkpoint_before(trained, fails):
     """A limit on the size of files stands in for a full disk: the checkpoint's write fails half-way."""
     flags, folder = trained
-    before = (folder / "last.pt").read_bytes()
-    code = f"""
-import resource, runpy, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2}, {len(before) // 2}))
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+    before, limits = (folder / "last.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resume = f"{flags} --epochs 3 --out {folder} --resume"
-    done = program([sys.executable, "-c", code, REPOSITORY / "train.py", *resume.split()])
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert re.search(r"error: .*\.pt: cannot be written", done.stderr)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        fails("train", resume, ".pt: cannot be written")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (folder / "last.pt").read_bytes() == before and not list(folder.glob(".*.part"))
     run("train", resume)  # with room again it goes on
     assert len(lines_of(folder)) == 3
@@ -195,7 +188,9 @@ def test_out_of_gpu_memory_is_one_line_that_names_the_flag(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 80 GiB.")
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.count("\n") == 1
-    assert "Tried to allocate 2.00 GiB" in said and "smaller --batch-size" in said
+    assert "Tried to allocate 2.00 GiB" in said and "--batch-size" in said
+    with pytest.raises(RuntimeError, match="shapes"), one_line_errors():  # a bug stays a bug
+        raise RuntimeError("shapes cannot be multiplied")
 
 
 def kill_own_process(_):
@@ -222,24 +217,28 @@ def test_ordered_map_keeps_the_order_and_does_not_run_ahead(workers):
 
 
 def test_workers_do_not_outlive_a_killed_process():
-    code = """
-import os, signal, time
-from bridge_wsol.utils import imap
+    """Its workers hold the pipe, which ends when the last of them is gone."""
+    reader, writer = os.pipe()
 
-for i, _ in enumerate(imap(time.sleep, [0.02] * 9, 2)):
-    if i == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-"""
-    # Its workers hold the pipe of its output: run() returns when the last of them is gone.
-    killed = program([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    def work():
+        for i, _ in enumerate(imap(time.sleep, [0.02] * 9, 2)):
+            if i == 3:
+                kill_own_process(i)
+
+    process = FORK.Process(target=work)
+    process.start()
+    os.close(writer)
+    process.join()
+    ended = select.select([reader], [], [], 10)[0]
+    os.close(reader)
+    assert process.exitcode == -signal.SIGKILL and ended
 
 
 # ------------------------------------------------------------------------- several runs at the same time
 
 
 def test_several_first_runs_all_end_with_whole_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "DEMO_COUNTS", {"train": 64, "val": 16, "test": 16})
+    monkeypatch.setattr(demo, "DEMO_COUNTS", {"train": 16, "val": 16, "test": 16})
     begun = FORK.Barrier(3)
 
     def first_run(said):
@@ -257,7 +256,7 @@ def test_several_first_runs_all_end_with_whole_images(tmp_path, monkeypatch):
         process.join()
     assert [process.exitcode for process in started] == [0, 0, 0]
     last = {path.read_text().splitlines()[-1] for path in said}
-    assert len(last) == 1 and last.pop().startswith("96 images of ")
+    assert len(last) == 1 and last.pop().startswith("48 images of ")
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["demo"]
     masks = (tmp_path / "data" / "demo" / "masks").rglob("*.png")
     assert all(Image.open(path).getbbox() for path in masks)  # decodes them
@@ -286,10 +285,3 @@ def test_a_log_gets_a_line_a_minute_with_the_rate_and_the_time_left(monkeypatch,
         now[0] += 1
     lines = [f"drawing: {60 * n} of 300 images, 1.0/s, 0:0{5 - n}:00 left" for n in (1, 2)]
     assert capsys.readouterr().err.splitlines() == lines
-
-
-def test_a_quiet_run_is_the_same_run(trained, tmp_path, capsys):
-    flags, whole = trained
-    run("train", f"{flags} --out {tmp_path}/quiet --quiet")
-    assert capsys.readouterr().err == "" and same_run(whole, tmp_path / "quiet")
-    utils.set_quiet(False)

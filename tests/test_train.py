@@ -199,26 +199,29 @@ def test_weights_of_a_run_start_another(trained, tmp_path):
 
 
 # ---- the same run again
-def test_same_seed_same_run_and_workers_do_not_matter(trained, tmp_path):
+def test_the_same_seed_is_the_same_run(trained, tmp_path, capsys):
     flags, whole = trained
-    run("train", f"{flags} --workers 2 --out {tmp_path}/again")
-    assert same_run(whole, tmp_path / "again")
+    try:
+        run("train", f"{flags} --out {tmp_path}/again --quiet")
+        assert capsys.readouterr().err == "" and same_run(whole, tmp_path / "again")
+    finally:
+        utils.set_quiet(False)
     run("train", f"{flags} --seed 1 --out {tmp_path}/other")
     assert lines_of(whole) != lines_of(tmp_path / "other")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_equals_uninterrupted(trained, tmp_path, workers):
+@pytest.mark.parametrize("workers", [(0, 2), pytest.param((2, 0), marks=pytest.mark.slow)])
+def test_resumed_equals_uninterrupted_with_any_number_of_workers(trained, tmp_path, workers):
     flags, whole = trained
     half = tmp_path / "half"
-    run("train", f"{flags} --epochs 1 --workers {workers} --out {half}")
+    run("train", f"{flags} --epochs 1 --workers {workers[0]} --out {half}")
     with (half / "log.jsonl").open("a") as log:  # as after a crash between log and checkpoint
         log.write('{"epoch": 2, "loss": 9}\n')
-    run("train", f"{flags} --epochs 2 --workers {workers} --out {half} --resume")
+    run("train", f"{flags} --epochs 2 --workers {workers[1]} --out {half} --resume")
     assert same_run(whole, half)
     before = (half / "last.pt").read_bytes()
     (half / "results_best_test.json").unlink()
-    run("train", f"{flags} --out {half} --resume")  # nothing is left to do but the evaluation
+    run("train", f"{flags} --workers 0 --out {half} --resume")  # nothing is left to do but the evaluation
     assert same_run(whole, half) and (half / "last.pt").read_bytes() == before
 
 
@@ -240,7 +243,7 @@ def test_an_interrupted_epoch_is_repeated(trained, tmp_path, step, left, capsys)
     assert len(steps) == left and same_run(whole, stopped)
 
 
-@pytest.mark.parametrize("n", [4, 5, 6, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 7, 8))])
+@pytest.mark.parametrize("n", [4, 6, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 5, 7, 8))])
 def test_a_run_that_ends_before_one_of_its_files_is_written_goes_on(trained, tmp_path, monkeypatch, n):
     """In turn: config, log, best and last of the first epoch, log and last of the second, two results."""
     flags, whole = trained
@@ -328,10 +331,8 @@ def test_saved_maps_evaluate_to_the_same_numbers(trained, tmp_path):
         path.unlink()
     run("evaluate", maps)
     found = results(Path(), "results_maps_test.json")
-    assert (
-        found["metrics"] == of_maps["metrics"] | {"pxap": None, "piou": None}
-        and found["curves"] == of_run["curves"]
-    )
+    assert found["metrics"] == of_maps["metrics"] | {"pxap": None, "piou": None}
+    assert found["curves"] == of_run["curves"]
 
 
 def test_evaluation_is_as_precise_as_its_run_unless_told_otherwise(trained):
@@ -370,7 +371,7 @@ def test_workers_change_neither_results_nor_per_image_lines(trained, tmp_path, w
     run("evaluate", f"{trained[1]} --save-maps {tmp_path}/maps --device cpu --batch-size 8 --workers 2")
     assert results(trained[1]) == before
     maps, written = f"--score-maps {tmp_path}/maps --dataset tiny --image-size 64 {where}", set()
-    for workers in (0, 1, 4):
+    for workers in (0, 2):
         run("evaluate", f"{maps} --workers {workers} --out r.json --per-image r.csv")
         written.add((Path("r.json").read_bytes(), Path("r.csv").read_bytes()))
     assert len(written) == 1
@@ -455,20 +456,14 @@ def test_own_images_of_any_name_leave_their_boxes(trained, tmp_path, monkeypatch
 # ---- bad input
 def test_bad_input_to_train(tiny, fails, tmp_path):
     (tmp_path / "file").write_text("")
-    out = f"{tiny} --out {tmp_path}/run"
     for flags, *words in (
         (f"--data-root {tmp_path}/nowhere", f"{tmp_path}/nowhere"),
         (f"--out {tmp_path}/file/run", f"{tmp_path}/file"),
-        ("--preset OpenImages --arch resnet50", "--arch resnet50", "no preset"),
         ("--device tpu9", "--device tpu9", "--device cpu"),
-        ("--epochs 0", "--epochs 0"),
         ("--lr nan", "--lr", "nan"),
-        ("--drop-p 1.5", "--drop-p 1.5"),
-        ("--decay-at 2 2", "--decay-at 2 2"),
-        ("--method cam --tau-fg 0.5", "--tau-fg"),
         *([] if torch.cuda.is_available() else [("--device cuda", "--device cuda", "--device cpu")]),
     ):
-        fails("train", f"{out} {flags}", *words)
+        fails("train", f"{tiny} --out {tmp_path}/run {flags}", *words)
     assert not (tmp_path / "run").exists()
 
 
@@ -486,8 +481,7 @@ def test_a_run_whose_loss_is_not_finite_stops_and_keeps_its_checkpoint(trained, 
     flags, folder = trained
     edit(folder / "last.pt", lambda checkpoint: checkpoint["model"]["fc.bias"].fill_(float("nan")))
     before = (folder / "last.pt").read_bytes()
-    words = "non-finite loss in epoch 3/3", "epoch 3/3", "l_ce nan", "--lr"
-    fails("train", f"{flags} --out {folder} --resume --epochs 3", *words)
+    fails("train", f"{flags} --out {folder} --resume --epochs 3", "epoch 3/3", "l_ce nan", "--lr")
     assert (folder / "last.pt").read_bytes() == before and len(lines_of(folder)) == 2
 
 
@@ -514,7 +508,7 @@ def test_bad_checkpoints(trained, fails, tmp_path, where):
     _, folder = trained
     path, good = folder / "best.pt", (folder / "best.pt").read_bytes()
     fails("evaluate", tmp_path / "nowhere", "nowhere/best.pt", "no such file")
-    for damaged in (good[: len(good) // 2], b"", bytes(reversed(good))):
+    for damaged in (good[: len(good) // 2], b"text"):
         path.write_bytes(damaged)
         fails("evaluate", folder, path, "damaged")
     for change, word in (
@@ -540,7 +534,7 @@ def test_bad_score_maps(split, where, fails, tmp_path):
     np.save(path, np.load(path) + 0.7)
     fails("evaluate", flags, path, "[0, 1]")
     np.save(path, np.array([[{"an": "object"}]]), allow_pickle=True)
-    for damaged in (path.read_bytes(), b"", path.read_bytes()[:100], b"text"):
+    for damaged in (path.read_bytes(), path.read_bytes()[:100], b""):
         path.write_bytes(damaged)
         fails("evaluate", flags, path, "not a .npy array")
     path.unlink()
@@ -584,16 +578,16 @@ def test_a_run_folder_belongs_to_one_process(trained, tmp_path, fails):
     assert not (tmp_path / "new").exists()  # nothing keeps the next try from its folder
 
 
-@pytest.mark.parametrize("damage, missing", [("cut", 1), ("blank lines", 0), ("no file", 2)])
-def test_a_run_resumes_with_a_damaged_log(trained, damage, missing, capsys):
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_run_resumes_with_a_damaged_log(trained, missing, capsys):
+    """Blank lines and one that is no entry, around a line that is cut; no file."""
     flags, folder = trained
     path, lines = folder / "log.jsonl", lines_of(folder)
-    text = path.read_text()
-    path.write_text(text[:-40] if damage == "cut" else f"\n{text}\n[]\n")
-    if damage == "no file":
+    path.write_text(f"\n{path.read_text()[:-40]}\n[]\n")
+    if missing == 2:
         path.unlink()
     run("train", f"{flags} --out {folder} --epochs 3 --resume")
-    assert ("epochs are missing" in capsys.readouterr().out) == bool(missing)
+    assert f"{missing} of 2 epochs are missing" in capsys.readouterr().out
     assert lines_of(folder)[:-1] == lines[: 2 - missing] and lines_of(folder)[-1]["epoch"] == 3
 
 
