@@ -27,16 +27,24 @@ from bridge_wsol.utils import InputError, atomic_write, imap, one_line_errors
 
 PROCESSES = [sys.executable, "-m", "torch.distributed.run"]
 FORK = multiprocessing.get_context("fork")  # quicker than a new interpreter
-STANDALONE = "--standalone --nproc_per_node 2"
 
 
-def program(command, **options):
-    options = {"capture_output": True, "text": True, "env": ENVIRONMENT, "timeout": 300} | options
-    return subprocess.run([*map(str, command)], **options)
+def in_forks(function, items):
+    """Exit codes of processes that call function(item), one for each item, at the same time."""
+    processes = [FORK.Process(target=function, args=(item,)) for item in items]
+    for step in ("start", "join"):
+        for process in processes:
+            getattr(process, step)()
+    return [process.exitcode for process in processes]
 
 
-def torchrun(flags, script=REPOSITORY / "train.py", how=STANDALONE):
-    return program([*PROCESSES, *how.split(), "--", script, *flags.split()])
+def program(*command):
+    how = {"capture_output": True, "text": True, "env": ENVIRONMENT, "timeout": 300}
+    return subprocess.run([*map(str, command)], **how)
+
+
+def torchrun(flags, script=REPOSITORY / "train.py"):
+    return program(*PROCESSES, "--standalone", "--nproc_per_node", 2, "--", script, *flags.split())
 
 
 def close_runs(one, two):
@@ -63,11 +71,9 @@ def test_two_processes_are_one_with_the_same_batches(trained, tmp_path):
 
     # The weights that two processes have evaluated, evaluated by one; 9 images are not divisible by 2.
     for which in ("best", "last"):
-        name = f"results_{which}_test.json"
-        by_two = results(two, name)
-        evaluate = f"{two} --checkpoint {which} --device cpu --workers 0 --batch-size 4"
-        run("evaluate", f"{evaluate} --pictures 3")
-        assert results(two, name) == by_two
+        by_two = results(two, f"results_{which}_test.json")
+        run("evaluate", f"{two} --checkpoint {which} --device cpu --workers 0 --batch-size 4 --pictures 3")
+        assert results(two, f"results_{which}_test.json") == by_two
     images = (two / "boxes_test.png", two / "boxes_results_best_test.png")
     a, b = (np.asarray(Image.open(path), dtype=int) for path in images)
     assert np.abs(a - b).max() <= 2  # batches of other sizes round differently
@@ -94,17 +100,16 @@ def test_two_machines_are_one(trained, tmp_path):
 
 
 DIES = """
-import os, signal, sys
+import itertools, os, signal, sys
 from torch.optim.optimizer import register_optimizer_step_post_hook
 sys.path.insert(0, sys.argv.pop(1))
 import train
 from bridge_wsol.utils import one_line_errors
 
-steps = []
+steps = itertools.count(1)
 
 def die(*_):
-    steps.append(1)
-    if len(steps) == 7 and os.environ["RANK"] == "1":
+    if next(steps) == 7 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
 
 register_optimizer_step_post_hook(die)
@@ -136,7 +141,7 @@ def test_an_error_of_all_processes_is_said_once(trained, tmp_path):
 @pytest.mark.parametrize("n, batch_size, processes", [(17, 8, 4), (5, 4, 3)])
 def test_the_shares_of_all_processes_are_the_batches_of_one(n, batch_size, processes, tmp_path):
     alone = EpochSampler(n, batch_size, seed=0)
-    whole, shares = list(alone), []
+    whole = list(alone)
 
     def share(rank):
         store = torch.distributed.FileStore(str(tmp_path / "store"), processes)
@@ -147,24 +152,17 @@ def test_the_shares_of_all_processes_are_the_batches_of_one(n, batch_size, proce
         torch.distributed.barrier()  # none leaves before all are connected
         torch.distributed.destroy_process_group()
 
-    started = [FORK.Process(target=share, args=(rank,)) for rank in range(processes)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join()
+    assert in_forks(share, range(processes)) == [0] * processes
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
     for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
         assert sorted(item for part, own, _ in parts for item in part[:own]) == sorted(batch)
         assert all(part and size == len(batch) for part, _, size in parts)  # nobody is without an image
 
 
-# ---------------------------------------------------------------------------- disks, memory, worker processes
-
-
 @pytest.mark.slow
-def test_the_scripts_end_bad_input_with_one_line_and_exit_code_2(tmp_path):
+def test_the_scripts_end_bad_input_with_one_line_and_exit_code_2():
     for script, flags in (("evaluate.py", ["nowhere"]), ("train.py", ["--dataset", "nowhere"])):
-        ended = program([sys.executable, REPOSITORY / script, *flags], cwd=tmp_path)
+        ended = program(sys.executable, REPOSITORY / script, *flags)
         assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "nowhere" in ended.stderr
 
 
@@ -220,21 +218,15 @@ def test_workers_do_not_outlive_a_killed_process():
     """Its workers hold the pipe, which ends when the last of them is gone."""
     reader, writer = os.pipe()
 
-    def work():
+    def work(_):
         for i, _ in enumerate(imap(time.sleep, [0.02] * 9, 2)):
             if i == 3:
                 kill_own_process(i)
 
-    process = FORK.Process(target=work)
-    process.start()
+    assert in_forks(work, [None]) == [-signal.SIGKILL]
     os.close(writer)
-    process.join()
-    ended = select.select([reader], [], [], 10)[0]
+    assert select.select([reader], [], [], 10)[0]
     os.close(reader)
-    assert process.exitcode == -signal.SIGKILL and ended
-
-
-# ------------------------------------------------------------------------- several runs at the same time
 
 
 def test_several_first_runs_all_end_with_whole_images(tmp_path, monkeypatch):
@@ -249,12 +241,7 @@ def test_several_first_runs_all_end_with_whole_images(tmp_path, monkeypatch):
             print(f"{len(sizes)} images of {sum(sizes)} bytes")
 
     said = [tmp_path / f"{i}.txt" for i in range(3)]
-    started = [FORK.Process(target=first_run, args=(path,)) for path in said]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join()
-    assert [process.exitcode for process in started] == [0, 0, 0]
+    assert in_forks(first_run, said) == [0, 0, 0]
     last = {path.read_text().splitlines()[-1] for path in said}
     assert len(last) == 1 and last.pop().startswith("48 images of ")
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["demo"]
