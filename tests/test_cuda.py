@@ -3,7 +3,6 @@
 float32 here is without TF32, so the tolerances are those of another order of sums.
 """
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from conftest import results, run
 from PIL import Image
+from test_train import lines_of
 from torch import nn
 
 from bridge_wsol.config import preset_values
@@ -52,10 +52,6 @@ def batch(device, n=4):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (n, 3, 112, 112), dtype=torch.uint8, generator=generator)
     return to_input(images, device), torch.arange(n, device=device) % 5
-
-
-def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("arch", ["vgg16", "resnet50"])
@@ -107,7 +103,7 @@ def test_a_run_learns_what_the_cpu_learns_and_evaluates_to_the_same(tiny, tmp_pa
     folders = {device: tmp_path / device.type for device in (CPU, DEVICE)}
     for device, folder in folders.items():
         run("train", f"{tiny} --drop-p 0 --device {device} --out {folder}")
-    for a, b in zip(*map(log, folders.values()), strict=True):
+    for a, b in zip(*map(lines_of, folders.values()), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-2)
 
     # One checkpoint on both devices: images near a threshold may change sides, at most one of nine here.
@@ -133,7 +129,7 @@ def test_resume_continues_on_the_gpu(tiny, tmp_path):
     states = load_tensors(half / "last.pt")["random_states"]
     assert len(states["cuda"]) == torch.cuda.device_count()
     run("train", f"{flags} {half} --resume")
-    for a, b in zip(log(tmp_path / "whole"), log(half), strict=True):
+    for a, b in zip(lines_of(tmp_path / "whole"), lines_of(half), strict=True):
         # Some sums on a GPU have no fixed order.
         assert a["epoch"] == b["epoch"] and a["loss"] == pytest.approx(b["loss"], rel=1e-3)
 
@@ -173,7 +169,7 @@ def test_an_epoch_of_the_demo_trains(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "DEMO_COUNTS", {"train": 64, "val": 16, "test": 16})
     folder, places = tmp_path / "run", f"--data-root {tmp_path}/data --lists {tmp_path}/lists"
     run("train", f"--epochs 2 --device {DEVICE} {places} --out {folder}")
-    first, second = log(folder)
+    first, second = lines_of(folder)
     assert second["loss"] < first["loss"]
     environment = results(folder, "config.json")["environment"]
     assert environment["device"] == torch.cuda.get_device_name(DEVICE)

@@ -1,5 +1,6 @@
 """The networks against torchvision, the layers of the clean and the dropped pass, and weights files."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -13,7 +14,7 @@ from torchvision.models.vgg import cfgs, make_layers
 from bridge_wsol import utils
 from bridge_wsol.config import preset_values
 from bridge_wsol.methods import Bridge
-from bridge_wsol.models import build_network, load_pretrained
+from bridge_wsol.models import build_network, load_pretrained, load_weights, read_weights
 from bridge_wsol.optim import build_optimizer
 from bridge_wsol.utils import InputError
 
@@ -194,6 +195,68 @@ def test_imagenet_weights_are_torchvision_s_first_with_checksum_and_weights_only
     with pytest.raises(InputError, match=f"{file}.*--weights FILE") as raised:
         load_pretrained(net, arch, "imagenet")
     assert "\n" not in str(raised.value)
+
+
+# Our names -> those of the authors' release and of Choe et al.'s code, with a fourth pool and without.
+LAYOUTS = {
+    "authors16": (
+        ("features.24", "features.2.1"),
+        ("features.26", "features.2.3"),
+        ("features.28", "features.2.5"),
+    ),
+    "authors8": (
+        ("features.24", "features.2.0"),
+        ("features.26", "features.2.2"),
+        ("features.28", "features.2.4"),
+    ),
+    "choe16": (),
+    "choe8": (("features.24", "features.23"), ("features.26", "features.25"), ("features.28", "features.27")),
+}
+
+
+def as_saved(state: dict, layout: str) -> dict:
+    """A VGG16 state dict under the names of another code."""
+    saved = {}
+    for name, value in state.items():
+        layer, kind = name.rsplit(".", 1)
+        new = dict(LAYOUTS[layout]).get(layer, layer)
+        if layout.startswith("authors") and new == layer:
+            new = re.sub(r"^features\.(\d+)$", r"features.0.\1", layer)
+        saved[f"{new.replace('conv6.0', 'conv6')}.{kind}"] = value
+    return saved
+
+
+WRAPPERS = (
+    lambda state: state,
+    lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}, "epoch": 3},
+    lambda state: {"model_state_dict": state},
+    lambda state: {"model": {f"module.{name}": value for name, value in state.items()}},
+)
+
+
+@pytest.mark.parametrize("layout, wrap", [*zip(LAYOUTS, WRAPPERS)])
+def test_a_vgg16_of_other_code_is_ours_bit_for_bit(tmp_path, layout, wrap):
+    stride = int(layout.strip("authorsce"))
+    net = build_network("vgg16", 5, stride, width=1 / 16)
+    torch.save(wrap(as_saved(net.state_dict(), layout)), tmp_path / "other.pth")
+    state, found = read_weights(tmp_path / "other.pth", "vgg16")
+    other = build_network("vgg16", 5, stride, width=1 / 16)
+    load_weights(other, state, tmp_path / "other.pth")
+    images = torch.randn(2, 3, 64, 64)
+    assert found == stride and torch.equal(net(images), other(images))
+
+
+@pytest.mark.parametrize("authors", [True, False])
+def test_a_resnet50_of_other_code_is_ours_bit_for_bit(tmp_path, authors):
+    net, other = (build_network("resnet50", 5, stride=8).eval() for _ in range(2))
+    theirs = {"layer4.0.": "layer4_1.0.", "layer4.1.": "layer4_2.0.", "layer4.2.": "layer4_2.1."}
+    theirs = theirs if authors else {}
+    state = {theirs.get(name[:9], name[:9]) + name[9:]: x for name, x in net.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "other.pth")
+    state, stride = read_weights(tmp_path / "other.pth", "resnet50")
+    load_weights(other, state, tmp_path / "other.pth")
+    images = torch.randn(1, 3, 32, 32)
+    assert stride is None and torch.equal(net(images), other(images))
 
 
 def test_networks_that_do_not_exist_raise():

@@ -1,31 +1,26 @@
-"""The two scripts end to end on the small data set: files, identities, resume, one line for bad input."""
+"""train.py end to end on the small data set: files, identities, resume, one line for bad input."""
 
-import csv
 import itertools
 import json
 import os
 import re
 import shutil
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import results, run
-from PIL import Image
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train
-from bridge_wsol import cam, evaluation, utils
-from bridge_wsol.boxes import iou_matrix, scale_boxes
+from bridge_wsol import evaluation, utils
 from bridge_wsol.config import resolve_config
-from bridge_wsol.data import TrainImages, eval_loader, to_input, train_loader
-from bridge_wsol.datasets import load_split
-from bridge_wsol.localize import Localizer
+from bridge_wsol.data import TrainImages, to_input, train_loader
 from bridge_wsol.utils import one_line_errors
+
+NO_VAL = {"max_box_acc_v2_at_val_threshold": None}  # while training, on val itself
 
 
 def load(path):
@@ -73,21 +68,6 @@ def after_step(action):
         yield steps
     finally:
         handle.remove()
-
-
-def parameters(optimizer):
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-@pytest.fixture
-def where(tmp_path):
-    """The flags of evaluate.py for the small data set."""
-    return f"--data-root {tmp_path}/data --lists {tmp_path}/lists"
-
-
-@pytest.fixture
-def split(trained, tmp_path):
-    return load_split("tiny", "test", tmp_path / "data", tmp_path / "lists")
 
 
 # ---- what a run leaves
@@ -141,7 +121,11 @@ def test_a_smaller_last_batch_counts_by_its_images(tiny, tmp_path):
     """Batches of 17 and 1: means over all images in the log, the plain mean's gradient in each step."""
     gradients, folder = [], tmp_path / "run"
     flags = f"{tiny} --method cam --epochs 1 --batch-size 17 --warm-batch-size 17 --lr 1e-12 --lr-new 1e-12"
-    with after_step(lambda optimizer: gradients.append([p.grad.clone() for p in parameters(optimizer)])):
+
+    def keep(optimizer):
+        gradients.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+
+    with after_step(keep):
         run("train", f"{flags} --out {folder}")
     trained = evaluation.TrainedRun(folder, "last", "cpu")
     images = TrainImages(trained.split("train"), 72, 64, seed=0)
@@ -199,26 +183,29 @@ def test_weights_of_a_run_start_another(trained, tmp_path):
 
 
 # ---- the same run again
-def test_same_seed_same_run_and_workers_do_not_matter(trained, tmp_path):
+def test_the_same_seed_is_the_same_run(trained, tmp_path, capsys):
     flags, whole = trained
-    run("train", f"{flags} --workers 2 --out {tmp_path}/again")
-    assert same_run(whole, tmp_path / "again")
+    try:
+        run("train", f"{flags} --out {tmp_path}/again --quiet")
+        assert capsys.readouterr().err == "" and same_run(whole, tmp_path / "again")
+    finally:
+        utils.set_quiet(False)
     run("train", f"{flags} --seed 1 --out {tmp_path}/other")
     assert lines_of(whole) != lines_of(tmp_path / "other")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_equals_uninterrupted(trained, tmp_path, workers):
+@pytest.mark.parametrize("workers", [(0, 2), pytest.param((2, 0), marks=pytest.mark.slow)])
+def test_resumed_equals_uninterrupted_with_any_number_of_workers(trained, tmp_path, workers):
     flags, whole = trained
     half = tmp_path / "half"
-    run("train", f"{flags} --epochs 1 --workers {workers} --out {half}")
+    run("train", f"{flags} --epochs 1 --workers {workers[0]} --out {half}")
     with (half / "log.jsonl").open("a") as log:  # as after a crash between log and checkpoint
-        log.write('{"epoch": 2, "loss": 9}\n')
-    run("train", f"{flags} --epochs 2 --workers {workers} --out {half} --resume")
+        log.write('{"epoch": 2, "loss": 9, "seconds": 1}\n')
+    run("train", f"{flags} --epochs 2 --workers {workers[1]} --out {half} --resume")
     assert same_run(whole, half)
     before = (half / "last.pt").read_bytes()
     (half / "results_best_test.json").unlink()
-    run("train", f"{flags} --out {half} --resume")  # nothing is left to do but the evaluation
+    run("train", f"{flags} --workers 0 --out {half} --resume")  # nothing is left to do but the evaluation
     assert same_run(whole, half) and (half / "last.pt").read_bytes() == before
 
 
@@ -240,7 +227,7 @@ def test_an_interrupted_epoch_is_repeated(trained, tmp_path, step, left, capsys)
     assert len(steps) == left and same_run(whole, stopped)
 
 
-@pytest.mark.parametrize("n", [4, 5, 6, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 7, 8))])
+@pytest.mark.parametrize("n", [4, 6, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 5, 7, 8))])
 def test_a_run_that_ends_before_one_of_its_files_is_written_goes_on(trained, tmp_path, monkeypatch, n):
     """In turn: config, log, best and last of the first epoch, log and last of the second, two results."""
     flags, whole = trained
@@ -268,207 +255,17 @@ def test_what_is_held_out_as_val_is_decided_once(trained, tmp_path, where):
     assert len(lines_of(held_out)) == 2
 
 
-# ---- evaluate.py
-NO_VAL = {"max_box_acc_v2_at_val_threshold": None}  # while training, on val itself
-
-
-def test_evaluate_repeats_the_numbers_of_training(trained, where):
-    _, folder = trained
-    before = results(folder)
-    # Older versions of torch round other batch sizes differently.
-    run("evaluate", f"{folder} --device cpu --batch-size 8 {where}")
-    assert results(folder) == before
-    run("evaluate", f"{folder} --checkpoint last --split val --device cpu --batch-size 8 {where}")
-    assert results(folder, "results_last_val.json")["metrics"] | NO_VAL == lines_of(folder)[-1]["val"]
-
-
-def test_results_are_written_before_they_are_printed(trained, monkeypatch):
-    _, folder = trained
-    before = results(folder)
-    (folder / "results_best_test.json").unlink()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sys.stdout, "write", lambda _: interrupt())
-        run("evaluate", f"{folder} --device cpu --batch-size 8")
-    assert results(folder) == before
-
-
-def test_maps_are_the_ground_truth_class_s_from_one_forward_pass(trained, split):
-    of_run = evaluation.TrainedRun(trained[1], device="cpu", batch_size=4)
-    net, passes = of_run.method.net, []
-    net.fc.register_forward_hook(lambda *_: passes.append(1))
-    batches = list(of_run.maps(split))
-    assert len(passes) == 3 and [i for batch in batches for i in batch.indices] == list(range(9))
-    images, labels, _ = next(iter(eval_loader(split, 4, image_size=64, workers=0)))
-    with torch.no_grad():
-        features = net.after_dropout(net.before_dropout(to_input(images, torch.device("cpu"))))
-        maps = torch.stack([(net.fc.weight[k, :, None, None] * f).sum(0) for k, f in zip(labels, features)])
-        np.testing.assert_allclose(batches[0].maps, cam.normalize(cam.resize(maps, 64)), atol=1e-3)
-        np.testing.assert_allclose(batches[0].logits, net.fc(features.mean((2, 3))), atol=1e-5)
-    assert len({*labels.tolist()}) == 3
-
-
-def test_saved_maps_evaluate_to_the_same_numbers(trained, tmp_path):
-    """From the lists and the masks alone: no image, no list of train."""
-    _, folder = trained
-    run("evaluate", f"{folder} --save-maps {tmp_path}/maps --device cpu --batch-size 8")
-    of_run, lists = results(folder), tmp_path / "alone" / "tiny" / "test"
-    shutil.copytree(tmp_path / "lists" / "tiny" / "test", lists)
-    shutil.rmtree(tmp_path / "data" / "tiny" / "test")
-    maps = f"--score-maps {tmp_path}/maps --dataset tiny --image-size 64 --lists {tmp_path}/alone"
-    run("evaluate", f"{maps} --data-root {tmp_path}/data --out r.json")
-    of_maps = results(Path(), "r.json")
-    assert all(of_maps[name] == of_run[name] for name in ("images", "curves", "levels", "thresholds"))
-    no_classifier = dict.fromkeys(("top1_loc", "top5_loc", "top1_cls", "top5_cls"))
-    assert of_maps["metrics"] == of_run["metrics"] | no_classifier | NO_VAL
-    # Without masks no file of the data is needed. The other way of naming a map, in double precision.
-    boxes = lists / "localization.txt"
-    boxes.write_text("".join(f"{x}\n" for x in boxes.read_text().splitlines() if "masks" not in x))
-    for path in (tmp_path / "maps").rglob("*.png.npy"):
-        np.save(path.with_name(path.name.replace(".png", "")), np.load(path).astype(np.float64))
-        path.unlink()
-    run("evaluate", maps)
-    found = results(Path(), "results_maps_test.json")
-    assert (
-        found["metrics"] == of_maps["metrics"] | {"pxap": None, "piou": None}
-        and found["curves"] == of_run["curves"]
-    )
-
-
-def test_evaluation_is_as_precise_as_its_run_unless_told_otherwise(trained):
-    _, folder = trained
-    edit(folder / "best.pt", lambda checkpoint: checkpoint["config"].update(amp="bf16"))
-    for name, flags in (("of_run", ""), ("bf16", "--amp bf16"), ("off", "--amp off")):
-        run("evaluate", f"{folder} --device cpu {flags} --save-maps {name}")
-    of_run, bf16, off = (np.load(f"{name}/test/00.png.npy") for name in ("of_run", "bf16", "off"))
-    assert np.array_equal(of_run, bf16) and not np.array_equal(off, bf16)
-
-
-def square_maps(split, folder, wrong=False):
-    """A map per image with a rectangle whose box is the image's, or with one in the far corner."""
-    for index, image in enumerate(split.ids):
-        score_map = np.full((64, 64), 0.3, dtype=np.float32)
-        x0, y0, x1, y1 = scale_boxes(split.boxes[index], tuple(split.sizes[index]), 64)[0]
-        x0, y0, x1, y1 = (61, 61, 64, 64) if wrong else (x0, y0, x1, y1)
-        score_map[y0:y1, x0:x1] = 0.6  # the box of a component ends one pixel after it
-        (folder / image).parent.mkdir(parents=True, exist_ok=True)
-        np.save(folder / f"{image}.npy", score_map)
-
-
-@pytest.mark.parametrize("wrong, share", [(False, 100), (True, 0)])
-def test_perfect_maps_get_all_and_maps_of_the_wrong_place_nothing(split, where, tmp_path, wrong, share):
-    """The whole path from image sizes over scaled boxes to metrics, with maps that are known to be right."""
-    square_maps(split, tmp_path / "maps", wrong)
-    maps = f"--score-maps {tmp_path}/maps --dataset tiny --image-size 64 {where}"
-    run("evaluate", f"{maps} --normalize max --threshold 0.55")  # 0.3 is half of the maximum, 0.6
-    metrics = results(Path(), "results_maps_test_max.json")["metrics"]
-    assert metrics["max_box_acc_v2"] == dict.fromkeys(("30", "50", "70", "mean"), share)
-    assert metrics["max_box_acc"] == metrics["fixed_threshold"]["gt_known_loc"] == share
-
-
-def test_workers_change_neither_results_nor_per_image_lines(trained, tmp_path, where):
-    before = results(trained[1])
-    run("evaluate", f"{trained[1]} --save-maps {tmp_path}/maps --device cpu --batch-size 8 --workers 2")
-    assert results(trained[1]) == before
-    maps, written = f"--score-maps {tmp_path}/maps --dataset tiny --image-size 64 {where}", set()
-    for workers in (0, 1, 4):
-        run("evaluate", f"{maps} --workers {workers} --out r.json --per-image r.csv")
-        written.add((Path("r.json").read_bytes(), Path("r.csv").read_bytes()))
-    assert len(written) == 1
-
-
-def test_per_image_lines_add_up_to_the_metrics(trained, split):
-    _, folder = trained
-    run("evaluate", f"{folder} --per-image lines.csv --device cpu --workers 2")
-    result, rows = results(folder), list(csv.DictReader(Path("lines.csv").read_text().splitlines()))
-    assert [row["id"] for row in rows] == split.ids
-    for name, delta in (("30", 0.3), ("50", 0.5), ("70", 0.7), ("largest", 0.5)):
-        share = 100 * sum(float(row[f"iou_{name}"]) >= delta for row in rows) / 9
-        assert share == pytest.approx(result["curves"][name][result["levels"][name]])
-    right = [row["label"] == row["predicted"] for row in rows]
-    assert 100 * sum(right) / 9 == pytest.approx(result["metrics"]["top1_cls"])
-    located = [float(row["iou_50"]) >= 0.5 and ok for row, ok in zip(rows, right)]
-    assert 100 * sum(located) / 9 == pytest.approx(result["metrics"]["top1_loc"])
-    for index, row in enumerate(rows):  # the printed box gives the printed IoU
-        assert int(row["label"]) == split.labels[index]
-        truth = scale_boxes(split.boxes[index], tuple(split.sizes[index]), 64)
-        iou = iou_matrix([[int(row[k]) for k in ("x0", "y0", "x1", "y1")]], truth)[0, 0]
-        assert iou == pytest.approx(float(row["iou_largest"]), abs=1e-6)
-
-
-def test_thresholds_of_other_weights_are_not_used(trained, tmp_path, where):
-    """As after `--val-every 2` in an odd epoch: last.pt has the thresholds of the epoch before."""
-    _, folder = trained
-    evaluate = f"{folder} --checkpoint last --device cpu {where}"
-    run("evaluate", evaluate)
-    before = results(folder, "results_last_test.json")
-    threshold = Localizer(folder, "cpu", checkpoint="last").threshold
-    levels = load(folder / "last.pt")["val"]["levels"]
-    other = {"epoch": 1, "levels": dict.fromkeys(levels, 254)}
-    assert levels["largest"] != 254
-    edit(folder / "last.pt", lambda checkpoint: checkpoint["val"].update(other))
-    run("evaluate", evaluate)
-    assert results(folder, "results_last_test.json") == before
-    assert Localizer(folder, "cpu", checkpoint="last").threshold == threshold
-    shutil.rmtree(tmp_path / "data" / "tiny" / "val")  # best.pt has its own: val is not needed
-    run("evaluate", f"{folder} --device cpu {where}")
-
-
-def test_boxes_are_drawn_on_images_that_have_them(tiny, tmp_path):
-    boxes = tmp_path / "lists" / "tiny" / "test" / "localization.txt"
-    boxes.write_text("".join(re.findall(r"test/0[25].png,\d.*\n", boxes.read_text())))
-    run("train", f"{tiny} --epochs 1 --pictures 6 --out {tmp_path}/run")
-    two = np.asarray(Image.open(tmp_path / "run" / "boxes_test.png").convert("RGB"))
-    # Two columns of a photo above its map; margins of 6 pixels.
-    side = (two.shape[1] - 18) // 2
-    assert two.shape == (6 + 2 * side + 6, 6 + side + 6 + side + 6, 3) and side % 64 == 0
-    split = load_split("tiny", "test", tmp_path / "data", tmp_path / "lists")
-    for column, index in enumerate((2, 5)):
-        scaled = scale_boxes(split.boxes[index], tuple(split.sizes[index]), 64)[0]
-        x0, y0, _, y1 = scaled * (side // 64) + [6 + (side + 6) * column, 6, 0, 6]
-        assert (two[y0:y1, x0] == (40, 80, 255)).all(1).any()  # the ground truth's left edge, blue
-    run("evaluate", f"{tmp_path}/run --pictures 1 --device cpu")
-    assert Image.open(tmp_path / "run" / "boxes_results_best_test.png").size == (side, 2 * side)
-
-
-def test_own_images_of_any_name_leave_their_boxes(trained, tmp_path, monkeypatch, capsys):
-    """Unreadable files are skipped; an error in the middle, for example Ctrl-C, keeps what was found."""
-    _, folder = trained
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    (photos / "a.jpg").write_bytes(b"no image")
-    for name in (b"\xff.png", "\u00e9".encode() * 100 + b".png", b"~.png"):
-        Image.effect_noise((50, 80), 90).save(photos / os.fsdecode(name))
-    with pytest.raises(SystemExit) as end, one_line_errors():
-        run("evaluate", f"{folder} --images {photos} --device cpu")
-    assert end.value.code == 1 and str(photos / "a.jpg") in capsys.readouterr().err
-    found = results(folder / "images", "boxes.json")
-    assert len(found) == 3 == len(list((folder / "images").glob("*.png")))
-    for x0, y0, x1, y1 in (entry["box"] for entry in found):
-        assert 0 <= x0 <= x1 < 50 and 0 <= y0 <= y1 < 80
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        decode, last = Image.open, found[-1]["image"]
-        patch.setattr(Image, "open", lambda path: interrupt() if str(path) == last else decode(path))
-        run("evaluate", f"{folder} --images {photos} --device cpu --out half")
-    assert results(Path("half"), "boxes.json") == found[:2]
-
-
 # ---- bad input
 def test_bad_input_to_train(tiny, fails, tmp_path):
     (tmp_path / "file").write_text("")
-    out = f"{tiny} --out {tmp_path}/run"
     for flags, *words in (
         (f"--data-root {tmp_path}/nowhere", f"{tmp_path}/nowhere"),
         (f"--out {tmp_path}/file/run", f"{tmp_path}/file"),
-        ("--preset OpenImages --arch resnet50", "--arch resnet50", "no preset"),
         ("--device tpu9", "--device tpu9", "--device cpu"),
-        ("--epochs 0", "--epochs 0"),
         ("--lr nan", "--lr", "nan"),
-        ("--drop-p 1.5", "--drop-p 1.5"),
-        ("--decay-at 2 2", "--decay-at 2 2"),
-        ("--method cam --tau-fg 0.5", "--tau-fg"),
         *([] if torch.cuda.is_available() else [("--device cuda", "--device cuda", "--device cpu")]),
     ):
-        fails("train", f"{out} {flags}", *words)
+        fails("train", f"{tiny} --out {tmp_path}/run {flags}", *words)
     assert not (tmp_path / "run").exists()
 
 
@@ -476,9 +273,7 @@ def test_an_existing_run_is_refused_and_untouched(trained, fails):
     flags, folder = trained
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     fails("train", f"{flags} --out {folder}", folder, "--resume")
-    resume = f"{flags} --out {folder} --resume"
-    fails("train", f"{resume} --lr 0.5", "--lr 0.5", "0.004")
-    fails("train", f"{resume} --epochs 1", "--epochs 1", "2 epochs")
+    fails("train", f"{flags} --out {folder} --resume --lr 0.5", "--lr 0.5", "0.004")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -486,8 +281,7 @@ def test_a_run_whose_loss_is_not_finite_stops_and_keeps_its_checkpoint(trained, 
     flags, folder = trained
     edit(folder / "last.pt", lambda checkpoint: checkpoint["model"]["fc.bias"].fill_(float("nan")))
     before = (folder / "last.pt").read_bytes()
-    words = "non-finite loss in epoch 3/3", "epoch 3/3", "l_ce nan", "--lr"
-    fails("train", f"{flags} --out {folder} --resume --epochs 3", *words)
+    fails("train", f"{flags} --out {folder} --resume --epochs 3", "epoch 3/3", "l_ce nan", "--lr")
     assert (folder / "last.pt").read_bytes() == before and len(lines_of(folder)) == 2
 
 
@@ -510,68 +304,6 @@ def test_a_run_goes_on_with_the_lists_it_began_with(trained, fails, tmp_path, wh
     run("evaluate", evaluate)
 
 
-def test_bad_checkpoints(trained, fails, tmp_path, where):
-    _, folder = trained
-    path, good = folder / "best.pt", (folder / "best.pt").read_bytes()
-    fails("evaluate", tmp_path / "nowhere", "nowhere/best.pt", "no such file")
-    for damaged in (good[: len(good) // 2], b"", bytes(reversed(good))):
-        path.write_bytes(damaged)
-        fails("evaluate", folder, path, "damaged")
-    for change, word in (
-        (lambda checkpoint: checkpoint.pop("fingerprint"), "fingerprint"),
-        (lambda checkpoint: checkpoint.update(num_classes=5), "number of classes"),
-        (lambda checkpoint: checkpoint["config"].update(arch="resnet50", width=1.0), "architecture"),
-    ):
-        path.write_bytes(good)
-        edit(path, change)
-        fails("evaluate", f"{folder} --device cpu", path, word)
-    path.write_bytes(good)
-    for lists in (tmp_path / "lists").rglob("*.txt"):  # the same data set with one class fewer
-        kept = [x for x in lists.read_text().splitlines() if int(re.search(r"/(\d\d)\.", x)[1]) % 3 < 2]
-        lists.write_text("\n".join(kept))
-    fails("evaluate", f"{folder} --device cpu {where}", folder, "classes", "--lists")
-
-
-def test_bad_score_maps(split, where, fails, tmp_path):
-    maps, flags = tmp_path / "maps", f"--score-maps {tmp_path}/maps --dataset tiny {where} --out r.json"
-    fails("evaluate", flags, maps, "no such folder")
-    square_maps(split, maps)
-    path = maps / "test" / "05.png.npy"
-    np.save(path, np.load(path) + 0.7)
-    fails("evaluate", flags, path, "[0, 1]")
-    np.save(path, np.array([[{"an": "object"}]]), allow_pickle=True)
-    for damaged in (path.read_bytes(), b"", path.read_bytes()[:100], b"text"):
-        path.write_bytes(damaged)
-        fails("evaluate", flags, path, "not a .npy array")
-    path.unlink()
-    fails("evaluate", flags, path, "no score map for test/05.png")
-    # 05.npy would be the map of two images, which differ in the suffix only.
-    np.save(maps / "test" / "05.npy", np.zeros((8, 8)))
-    for file in (tmp_path / "lists" / "tiny" / "test").glob("*.txt"):
-        file.write_text(file.read_text().replace("test/06.png", "test/05.jpg"))
-    fails("evaluate", flags, "test/05.png.npy", "whole ids")
-    assert not Path("r.json").exists()
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_mask_is_named_from_any_process(trained, fails, tmp_path, where, workers):
-    mask = tmp_path / "data" / "tiny" / "masks" / "test_03.png"
-    mask.write_bytes(mask.read_bytes()[:60])
-    fails("evaluate", f"{trained[1]} --device cpu --workers {workers} {where}", mask)
-
-
-def test_contradicting_flags_of_evaluate(fails):
-    for flags, *words in (
-        ("run --images photos --save-maps maps", "--save-maps", "--images"),
-        ("", "RUN", "--score-maps"),
-        ("--score-maps maps", "--dataset"),
-        ("run --image-size 64", "--image-size"),
-        ("run --batch-size 0", "--batch-size"),
-        ("run --threshold 1", "threshold 1"),
-    ):
-        fails("evaluate", flags, *words)
-
-
 # ---- a run folder
 def test_a_run_folder_belongs_to_one_process(trained, tmp_path, fails):
     flags, folder = trained
@@ -584,16 +316,16 @@ def test_a_run_folder_belongs_to_one_process(trained, tmp_path, fails):
     assert not (tmp_path / "new").exists()  # nothing keeps the next try from its folder
 
 
-@pytest.mark.parametrize("damage, missing", [("cut", 1), ("blank lines", 0), ("no file", 2)])
-def test_a_run_resumes_with_a_damaged_log(trained, damage, missing, capsys):
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_run_resumes_with_a_damaged_log(trained, missing, capsys):
+    """Blank lines and one that is no entry, around a line that is cut; no file."""
     flags, folder = trained
     path, lines = folder / "log.jsonl", lines_of(folder)
-    text = path.read_text()
-    path.write_text(text[:-40] if damage == "cut" else f"\n{text}\n[]\n")
-    if damage == "no file":
+    path.write_text(f"\n{path.read_text()[:-40]}\n[]\n")
+    if missing == 2:
         path.unlink()
     run("train", f"{flags} --out {folder} --epochs 3 --resume")
-    assert ("epochs are missing" in capsys.readouterr().out) == bool(missing)
+    assert f"{missing} of 2 epochs are missing" in capsys.readouterr().out
     assert lines_of(folder)[:-1] == lines[: 2 - missing] and lines_of(folder)[-1]["epoch"] == 3
 
 
