@@ -175,3 +175,11 @@ def test_a_method_of_one_s_own_may_change_a_default_and_registers_at_any_time():
             resolve("--method mine --alpha -1")
     finally:
         del METHODS["mine"]
+
+
+def test_a_data_set_of_the_list_format_trains_with_cub_s_values():
+    found, sources = resolve("--dataset tiny --preset CUB")
+    cub = config.preset_values("CUB", "vgg16", "bridge", "tiny")
+    assert found.dataset == "tiny" and cub["lr"][1] == "preset of CUB: appendix B"
+    for name in (*LOSSES, *RATES, *SCHEDULE):
+        assert (getattr(found, name), sources[name]) == cub[name], name

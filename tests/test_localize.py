@@ -34,31 +34,33 @@ def test_localizer_finds_what_the_command_line_finds(trained, photos):
         assert found.score_map.shape == (64, 64) and found.score_map.dtype == np.float32
         assert found.score_map.min() == 0 and found.score_map.max() == 1
         assert sum(of["probability"] for of in found.top5) == pytest.approx(1)  # three classes
-    alone, of_image = localizer(photos[0]), localizer(Image.open(photos[0]))
-    assert isinstance(alone, Found) and alone.box == of_image.box == of_paths[0].box
-    np.testing.assert_array_equal(alone.score_map, of_image.score_map)
+    assert isinstance(alone := localizer(photos[0]), Found) and alone.box == of_paths[0].box
 
 
-def test_an_image_object_is_turned_as_its_orientation_says(trained, photos, tmp_path):
+def test_an_object_has_the_map_of_its_file(trained, photos, tmp_path):
+    """A PIL image turned as its orientation says, one of 16 bits, an array, a tensor."""
+    localizer, pixels = Localizer(trained[1], device="cpu"), np.asarray(Image.open(photos[0]))
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees, clockwise
-    Image.open(photos[0]).save(tmp_path / "turned.png", exif=exif)
-    Image.open(photos[0]).transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
-    localizer = Localizer(trained[1], device="cpu")
-    names = [tmp_path / "turned.png", Image.open(tmp_path / "turned.png"), tmp_path / "upright.png"]
-    of_path, of_image, upright = localizer(names)
-    assert of_path.box == of_image.box == upright.box
-    np.testing.assert_array_equal(of_path.score_map, of_image.score_map)
-    np.testing.assert_array_equal(of_path.score_map, upright.score_map)
-    assert not np.array_equal(of_path.score_map, localizer(photos[0]).score_map)
-
-
-def test_sixteen_bits_as_a_path_and_as_an_object(trained, tmp_path):
-    values = np.random.default_rng(0).integers(0, 2**16, (60, 40)).astype(np.uint16)
-    Image.fromarray(values).save(tmp_path / "deep.png")
-    images = [tmp_path / "deep.png", Image.open(tmp_path / "deep.png")]
-    of_path, of_image = Localizer(trained[1], device="cpu")(images)
-    np.testing.assert_array_equal(of_path.score_map, of_image.score_map)
+    Image.fromarray(pixels).save(turned := tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.rot90(pixels, -1)).save(upright := tmp_path / "upright.png")
+    deep = np.random.default_rng(0).integers(0, 2**16, (60, 40)).astype(np.uint16)
+    Image.fromarray(deep).save(sixteen := tmp_path / "deep.png")
+    for path, *objects in (
+        (upright, turned, Image.open(turned)),
+        (sixteen, Image.open(sixteen)),
+        (photos[0], pixels, torch.tensor(pixels)),
+    ):
+        expected, *found = localizer([path, *objects])
+        for of_object in found:
+            assert of_object.box == expected.box and of_object.top5 == expected.top5
+            np.testing.assert_array_equal(of_object.score_map, expected.score_map)
+    assert not np.array_equal(localizer(turned).score_map, localizer(photos[0]).score_map)
+    assert localizer.level is not None and localizer.threshold == localizer.level / LEVELS
+    wrong = [pixels.transpose(2, 0, 1), pixels / 255, pixels[None], pixels.astype(np.uint16), b"photo", None]
+    for image in (*wrong, torch.tensor(pixels).permute(2, 0, 1), [pixels, pixels[..., 0]]):
+        with pytest.raises(InputError, match="expected a path, a PIL image, or an array or tensor H x W x 3"):
+            localizer(image)
 
 
 def test_thresholds_of_a_localizer(trained, photos, tmp_path):
@@ -82,14 +84,6 @@ def test_thresholds_of_a_localizer(trained, photos, tmp_path):
         Localizer(tmp_path / "nowhere")
 
 
-def test_a_localizer_takes_arrays(trained):
-    pixels = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
-    localizer = Localizer(trained[1], device="cpu")
-    of_array, of_image = localizer(pixels), localizer(Image.fromarray(pixels))
-    assert of_array.box == of_image.box and of_array.top5 == of_image.top5
-    assert localizer.level is not None and localizer.threshold == localizer.level / LEVELS
-
-
 @pytest.mark.parametrize("method", ["bridge", "calm"])
 def test_a_photo_gets_the_map_of_the_evaluation(trained_once, tmp_path, method):
     """Localizer's map of a test image is the one that evaluate.py saves, where Top-1 is the label."""
@@ -97,17 +91,13 @@ def test_a_photo_gets_the_map_of_the_evaluation(trained_once, tmp_path, method):
     lists = f"--data-root {root}/data --lists {root}/lists"
     run("train", f"{TINY} {lists} --method {method} --epochs 1 --out {tmp_path}/run")
     run("evaluate", f"{tmp_path}/run --device cpu --save-maps {tmp_path}/maps")
-    localizer, split = (
-        Localizer(tmp_path / "run", "cpu"),
-        load_split("tiny", "test", f"{root}/data", f"{root}/lists"),
-    )
-    compared = 0
+    localizer, compared = Localizer(tmp_path / "run", "cpu"), 0
+    split = load_split("tiny", "test", f"{root}/data", f"{root}/lists")
     for image, label in zip(split.ids, split.labels):
         found = localizer(root / "data" / "tiny" / image)
         if found.top5[0]["class"] == label:
-            np.testing.assert_allclose(
-                found.score_map, np.load(tmp_path / "maps" / f"{image}.npy"), atol=1e-3
-            )
+            saved = np.load(tmp_path / "maps" / f"{image}.npy")
+            np.testing.assert_allclose(found.score_map, saved, atol=1e-3)
             compared += 1
     assert compared
 
@@ -120,10 +110,16 @@ def localize(folder, arguments):
 def test_photos_of_every_kind_and_one_that_cannot_be_read(trained, tmp_path, capsys):
     photos, images = tmp_path / "photos", trained[1] / "images"
     photos.mkdir()
+    long = "é" * 120 + ", 2.png"  # 247 bytes and a comma
     noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     for mode in ("L", "CMYK", "P", "RGBA"):
         Image.fromarray(noise).convert(mode).save(photos / f"{mode}.tif")
-    for name, size in (("one.png", (1, 1)), ("thin.png", (3, 500)), ("large.jpg", (4000, 3000))):
+    for name, size in (
+        ("one.png", (1, 1)),
+        ("thin.png", (3, 500)),
+        ("large.jpg", (1200, 900)),
+        (long, (40, 50)),
+    ):
         Image.fromarray(noise).resize(size).save(photos / name)
     (photos / "half.jpg").write_bytes((photos / "large.jpg").read_bytes()[:700])
     with pytest.raises(SystemExit) as end:
@@ -131,12 +127,12 @@ def test_photos_of_every_kind_and_one_that_cannot_be_read(trained, tmp_path, cap
     error = capsys.readouterr().err
     assert end.value.code == 1 and f"{photos}/half.jpg: " in error and "nothing.jpg: " in error
     found = {Path(x["image"]).name: x for x in json.loads((images / "boxes.json").read_text())}
-    assert len(found) == 7 and (found["large.jpg"]["width"], found["large.jpg"]["height"]) == (4000, 3000)
+    assert len(found) == 8 and (found["large.jpg"]["width"], found["large.jpg"]["height"]) == (1200, 900)
     for entry in found.values():
         x0, y0, x1, y1 = entry["box"] or [0, 0, 0, 0]
         assert 0 <= x0 <= x1 < entry["width"] and 0 <= y0 <= y1 < entry["height"]
     pictures = {path.name[6:]: Image.open(path).size for path in images.glob("*.png")}
-    assert len(pictures) == 7 and pictures["large.png"] == (448, 2 * 336)
+    assert len(pictures) == 8 and pictures["large.png"] == (448, 2 * 336)
 
 
 def test_the_box_covers_in_the_photo_what_it_covers_in_the_map():
@@ -173,20 +169,3 @@ def test_a_folder_without_boxes_trains_and_chooses_by_classification(tmp_path, c
     assert {k["name"]: k["class"] for k in fallback["top5"]} == {f"class {k}": k for k in range(3)}
     (folder / "class 1").rename(folder / "other class")
     fails("evaluate", f"{out} --device cpu --workers 0", "other classes")
-
-
-def test_a_photo_whose_name_has_commas_and_many_bytes(trained, tmp_path):
-    photo = tmp_path / ("é" * 120 + ", 2.png")  # 247 bytes
-    Image.new("RGB", (40, 50)).save(photo)
-    assert len(localize(trained[1], f"'{photo}'")) == 1
-    assert len([*(trained[1] / "images").glob("*.png")]) == 1
-
-
-def test_what_is_not_an_image_is_told_what_is_expected(trained):
-    localizer = Localizer(trained[1], device="cpu")
-    pixels = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
-    assert localizer(torch.from_numpy(pixels)).box == localizer(pixels).box
-    wrong = [pixels.transpose(2, 0, 1), pixels / 255, pixels[None], pixels.astype(np.uint16), b"photo", None]
-    for image in (*wrong, torch.from_numpy(pixels).permute(2, 0, 1), [pixels, pixels[..., 0]]):
-        with pytest.raises(InputError, match="expected a path, a PIL image, or an array or tensor H x W x 3"):
-            localizer(image)

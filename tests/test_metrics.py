@@ -6,26 +6,7 @@ import pytest
 from scipy.stats import binom
 
 from bridge_wsol import metrics as module
-from bridge_wsol.boxes import scale_boxes
-from bridge_wsol.metrics import (
-    ImageResult,
-    PerImage,
-    average_precision,
-    band,
-    correct_boxes,
-    difference,
-    flatness,
-    interval,
-    intervals,
-    label_ranks,
-    localized,
-    measure,
-    peak_iou,
-    pixel_histogram,
-    precision_at_recall,
-    resamples,
-    selection_score,
-)
+from bridge_wsol.metrics import ImageResult, PerImage, difference, intervals, measure, resamples
 from bridge_wsol.reproduce.experiments import METRICS, flat
 from bridge_wsol.utils import InputError
 
@@ -35,7 +16,7 @@ def image(contours=(), largest=(), fixed_level=None):
     ious = np.zeros((2, 255))
     for row, at in zip(ious, (dict(contours), dict(largest))):
         row[list(at)] = list(at.values())
-    return ImageResult(correct_boxes(ious), ious, fixed_level=fixed_level)
+    return ImageResult(module.correct_boxes(ious), ious, fixed_level=fixed_level)
 
 
 def stack(images, ranks=None, **options):
@@ -126,8 +107,8 @@ def test_classes_count_for_all_images_and_boxes_for_those_that_have_them():
     assert found["metrics"]["top1_cls"] == 75 and found["metrics"]["pxap"] is None
     without_boxes = stack([ImageResult(), ImageResult()], ranks=[0, 5]).result()
     assert without_boxes["levels"] is None is without_boxes["metrics"]["max_box_acc_v2"]
-    assert selection_score(without_boxes["metrics"]) == ("Top-1 cls", 50)
-    assert selection_score(found["metrics"]) == ("MaxBoxAccV2", pytest.approx(100 / 3))  # 50, 50, 0
+    assert module.selection_score(without_boxes["metrics"]) == ("Top-1 cls", 50)
+    assert module.selection_score(found["metrics"]) == ("MaxBoxAccV2", pytest.approx(100 / 3))  # 50, 50, 0
     for images, ranks in (([ImageResult()], None), ([], None), ([image(), image()], [0, None])):
         with pytest.raises(InputError):
             metrics(images, ranks)
@@ -154,28 +135,20 @@ def test_a_map_without_foreground_has_the_zero_box():
     assert (measure(np.zeros((10, 10)), np.array([[5, 5, 8, 8]])).ious == 0).all()
 
 
-def test_boxes_are_scaled_with_truncation():
-    # int(x * 224 / 500), int(y * 224 / 333), computed with exact fractions.
-    assert scale_boxes([[60, 27, 384, 330]], (500, 333), 224).tolist() == [[26, 18, 172, 221]]
-
-
 def test_ranks_by_hand():
     one, nan, inf = [1.0, 1.0, 1.0], np.nan, np.inf
     logits = np.array([[3.0, 1, 2], [3.0, 1, 2], one, one, [nan, 1, 0], [-inf, 0, inf]])
-    assert label_ranks(logits, np.array([0, 1, 0, 2, 1, 2])).tolist() == [0, 2, 0, 2, 3, 0]
-
-
-@pytest.mark.parametrize("classes, top_5", [(3, 100), (5, 0)])
-def test_nan_logits_rank_after_all_classes(classes, top_5):
-    """With fewer than 5 classes, the Top-5 predictions are all classes, for an image with NaN logits, too."""
-    rank = label_ranks(np.array([[np.nan] + [0.0] * (classes - 1)]), np.array([1]))
-    found = metrics([ImageResult()], rank)
-    assert rank == classes and found["top1_cls"] == 0 and found["top5_cls"] == top_5
+    assert module.label_ranks(logits, np.array([0, 1, 0, 2, 1, 2])).tolist() == [0, 2, 0, 2, 3, 0]
+    # NaN ranks after all classes. With fewer than 5 classes, the Top-5 predictions are all of them.
+    for classes, top_5 in ((3, 100), (5, 0)):
+        rank = module.label_ranks(np.array([[nan] + [0.0] * (classes - 1)]), np.array([1]))
+        found = metrics([ImageResult()], rank)
+        assert rank == classes and found["top1_cls"] == 0 and found["top5_cls"] == top_5
 
 
 def test_the_flat_part_of_a_curve():
-    assert flatness([96, 10, 95, 100, 95, 94, 95]) == (2, 4, pytest.approx(3 / 7))
-    assert flatness([100, 100]) == (0, 1, 1) and flatness([0, 0, 0])[2] is None
+    assert module.flatness([96, 10, 95, 100, 95, 94, 95]) == (2, 4, pytest.approx(3 / 7))
+    assert module.flatness([100, 100]) == (0, 1, 1) and module.flatness([0, 0, 0])[2] is None
 
 
 def by_definition(scores, positive):
@@ -189,56 +162,54 @@ def by_definition(scores, positive):
     return 100 * area
 
 
-def test_pxap_equals_average_precision_over_all_pixels():
-    rng = np.random.default_rng(0)
-    found, scores, positive = [], [], []
+@pytest.fixture
+def pixels():
+    """(results of random images, the scores of all pixels that count, whether they are object)."""
+    rng, found, scores, positive = np.random.default_rng(0), [], [], []
     for _ in range(6):
         mask, ignore = rng.random((12, 9)) < 0.3, rng.random((12, 9)) < 0.2
         # One score per bin, not at an edge: the histogram does not order the pixels within a bin.
-        score_map = (rng.integers(0, 1000, (12, 9)) + 0.5) / 1000
+        score_map = (rng.integers(0, 700, (12, 9)) + 300 * mask + 0.5) / 1000
         score_map[0, 0] = 1.0
         found.append(measure(score_map, masks=(mask, ignore)))
-        counted = mask | ~ignore
-        scores.append(score_map[counted])
-        positive.append(mask[counted])
-    scores, positive = np.concatenate(scores), np.concatenate(positive)
-    for recall, precision in stack(found).result()["precision_at_recall"].items():
+        scores.append(score_map[mask | ~ignore])
+        positive.append(mask[mask | ~ignore])
+    return stack(found).result(), np.concatenate(scores), np.concatenate(positive)
+
+
+def test_pxap_equals_average_precision_over_all_pixels(pixels):
+    found, scores, positive = pixels
+    for recall, precision in found["precision_at_recall"].items():
         reaches = [t for t in scores if (scores[positive] >= t).mean() >= float(recall) / 100]
         assert precision == pytest.approx(100 * positive[scores >= max(reaches)].mean())
-    expected = by_definition(scores, positive)
-    assert stack(found).result()["metrics"]["pxap"] == pytest.approx(expected, abs=1e-9)
-    assert selection_score(stack(found).result()["metrics"]) == ("PxAP", pytest.approx(expected, abs=1e-9))
+    expected = pytest.approx(by_definition(scores, positive), abs=1e-9)
+    assert found["metrics"]["pxap"] == expected
+    assert module.selection_score(found["metrics"]) == ("PxAP", expected)
 
 
 def test_pxap_by_hand():
     # Scores 0.9 (object), 0.8 (background), 0.7 (object), 0.6 (ignored): precision 1 to recall 1/2, then 2/3.
     mask, ignore = np.array([[True, False], [True, False]]), np.array([[False, False], [False, True]])
-    histogram = pixel_histogram(np.array([[0.9, 0.8], [0.7, 0.6]]), mask, ignore)
-    assert average_precision(histogram) == pytest.approx(100 * (1 / 2 + 2 / 3 / 2))
-    assert list(precision_at_recall(histogram).values()) == pytest.approx([100] * 5 + [200 / 3] * 4)
-    assert np.isnan(average_precision(np.zeros_like(histogram)))
+    histogram = module.pixel_histogram(np.array([[0.9, 0.8], [0.7, 0.6]]), mask, ignore)
+    assert module.average_precision(histogram) == pytest.approx(100 * (1 / 2 + 2 / 3 / 2))
+    assert list(module.precision_at_recall(histogram).values()) == pytest.approx([100] * 5 + [200 / 3] * 4)
+    assert np.isnan(module.average_precision(np.zeros_like(histogram)))
     # An object pixel of score 0 is found last: precision 1 to recall 1/2, then 2/3.
     mask = np.array([[True, False, True]])
-    histogram = pixel_histogram(np.array([[0.9, 0.5, 0.0]]), mask, ~mask & False)
-    assert average_precision(histogram) == pytest.approx(100 * (1 / 2 + 2 / 3 / 2))
+    histogram = module.pixel_histogram(np.array([[0.9, 0.5, 0.0]]), mask, ~mask & False)
+    assert module.average_precision(histogram) == pytest.approx(100 * (1 / 2 + 2 / 3 / 2))
 
 
-def test_peak_iou_by_its_definition():
+def test_peak_iou_by_its_definition(pixels):
     """The best IoU of the masks score >= t with the true mask, all images pooled, ignored pixels left out."""
-    rng, found, kept, positive = np.random.default_rng(0), [], [], []
-    for _ in range(4):
-        mask, ignore = rng.random((9, 7)) < 0.3, rng.random((9, 7)) < 0.2
-        score_map = ((rng.integers(0, 1000, (9, 7)) + 0.5) / 1000 + mask) / 2  # better than chance
-        found.append(measure(score_map, masks=(mask, ignore)))
-        kept.append(score_map[mask | ~ignore])
-        positive.append(mask[mask | ~ignore])
-    scores, truth = np.concatenate(kept), np.concatenate(positive)
+    found, scores, truth = pixels
     ious = [(truth & (scores >= t)).sum() / (truth | (scores >= t)).sum() for t in np.arange(0, 1, 0.001)]
-    assert stack(found).result()["metrics"]["piou"] == pytest.approx(100 * max(ious), abs=1e-9)
+    assert found["metrics"]["piou"] == pytest.approx(100 * max(ious), abs=1e-9) and 0 < np.argmax(ious) < 990
     # 0.9 object, 0.8 other, 0.7 object, 0.1 other: 1/2, 1/3, 2/3, 2/4.
     mask = np.array([[True, False, True, False]])
-    histogram = pixel_histogram(np.array([[0.9, 0.8, 0.7, 0.1]]), mask, ~mask & False)
-    assert peak_iou(histogram) == pytest.approx(200 / 3) and np.isnan(peak_iou(np.zeros_like(histogram)))
+    histogram = module.pixel_histogram(np.array([[0.9, 0.8, 0.7, 0.1]]), mask, ~mask & False)
+    assert module.peak_iou(histogram) == pytest.approx(200 / 3)
+    assert np.isnan(module.peak_iou(np.zeros_like(histogram)))
 
 
 def test_what_was_not_measured_is_none_under_its_own_key():
@@ -273,7 +244,7 @@ def images(n, seed):
         for row, start, end in zip(ious, first, first + length):
             row[start:end] = rng.random()
         pixels = rng.integers(0, 50, (2, 1002)).astype(np.int32)
-        one = ImageResult(correct_boxes(ious), pixels=pixels, fixed_level=int(rng.integers(0, 255)))
+        one = ImageResult(module.correct_boxes(ious), pixels=pixels, fixed_level=int(rng.integers(0, 255)))
         one = one._replace(correct=None, fixed_level=None) if i % 5 == 4 else one
         one = one._replace(pixels=None) if i % 3 == 2 else one
         found.append(one._replace(rank=int(rng.integers(0, 8))))
@@ -377,16 +348,12 @@ def test_intervals_contain_the_truth_about_as_often_as_they_say(monkeypatch):
 
 def test_an_interval_by_hand():
     values = np.append(60 + np.arange(1001) / 100, np.nan)  # mean 65, percentiles 60.25 and 69.75
-    for estimate, expected in (
-        (65, [60.25, 69.75]),
-        (62, [54.25, 63.75]),
-        (50, [30.25, 50]),
-        (90, [90, 119.75]),
-    ):
-        assert interval(values, estimate) == pytest.approx(expected)
-        plain = interval(values, estimate, bias_corrected=False)
+    by_hand = {65: [60.25, 69.75], 62: [54.25, 63.75], 50: [30.25, 50], 90: [90, 119.75]}
+    for estimate, expected in by_hand.items():
+        assert module.interval(values, estimate) == pytest.approx(expected)
+        plain = module.interval(values, estimate, bias_corrected=False)
         assert plain == pytest.approx([min(60.25, estimate), max(69.75, estimate)])
-    assert interval(values[-1:], np.nan) is None
+    assert module.interval(values[-1:], np.nan) is None
 
 
 def test_two_evaluations_draw_the_same_resamples_and_two_splits_others():
@@ -399,7 +366,7 @@ def test_two_evaluations_draw_the_same_resamples_and_two_splits_others():
 
 def test_a_band_is_the_percentiles_of_the_curve():
     per_image = of_curve((0.7, 0.2), 400, 0)
-    low, high = band([per_image], DIGEST)["50"]
+    low, high = module.band([per_image], DIGEST)["50"]
     for level in (0, 1):
         share = per_image.correct[:, 0, level].mean()
         expected = 100 * binom.ppf([0.025, 0.975], 400, share) / 400
@@ -412,5 +379,5 @@ def test_what_a_side_localizes_is_at_iou_50_and_its_best_level():
     ious = [(0.4, 0.6), (0.4, 0.8), (0.4, 0.0), (0.6, 0.0)]
     one = stack([image({10: a, 20: b}) for a, b in ious])
     other = stack([image({10: 0.9}) for _ in ious])
-    assert localized([one]).tolist() == [1, 1, 0, 0]
-    assert localized([one, other]).tolist() == [1, 1, 0.5, 0.5]
+    assert module.localized([one]).tolist() == [1, 1, 0, 0]
+    assert module.localized([one, other]).tolist() == [1, 1, 0.5, 0.5]
