@@ -397,11 +397,13 @@ def _by_hash(images: list[str], where: Path) -> dict[str, list[str]]:
 
 
 def _upright_size(path: Path) -> tuple[int, int]:
-    """Width and height as shown, from the file's header."""
+    """Width and height as shown, from the file's header but for TIFF, which Pillow turns by itself."""
     try:
         with Image.open(path) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            return image.size[::-1] if turned else image.size
+            if image.format != "TIFF":
+                return image.size[::-1] if turned else image.size
+        return open_rgb(path, upright=True).size
     except Exception as error:  # Pillow raises errors of many types
         raise InputError(f"{path}: not an image that can be read ({utils.first_line(error)})") from error
 
