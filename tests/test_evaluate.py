@@ -104,6 +104,9 @@ def test_another_map_of_a_trained_run(tiny, tmp_path, fails):
     assert found.pop("calm_map") == "location" and found == expected["location"] != expected["joint"]
     assert found["metrics"]["max_box_acc_v2_at_val_threshold"] is not None
     assert results(joint, "results_last_test.json")["metrics"] == expected["joint"]["metrics"]
+    other = evaluation.TrainedRun(joint, "last", "cpu", map_options={"calm_map": "location"}).choose()
+    levels = [evaluation.TrainedRun(tmp_path / x, "last", "cpu").choose().levels for x in expected]
+    assert other.levels == levels[1] != levels[0]
     fails("evaluate", f"{joint} --calm-map sum", "--calm-map", "sum")
     fails("evaluate", f"{joint} --pas-nwc off", "--pas-nwc", "--method calm")
     for flags in (f"{joint} --images a.jpg", f"--score-maps {tmp_path} --dataset tiny"):
