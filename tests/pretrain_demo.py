@@ -25,13 +25,8 @@ from bridge_wsol.models import VGG16GAP
 from bridge_wsol.reproduce import demo
 from bridge_wsol.reproduce.demo import rgb
 
-TEXTURES = (  # patterns over demo.periods
-    lambda u, v: np.zeros(u.shape, dtype=bool),  # plain
-    demo.stripes,
-    demo.dots,
-    lambda u, v: (np.floor(u) + np.floor(v)) % 2 < 1,  # checks
-    lambda u, v: np.hypot(u, v) % 1 < 0.5,  # rings
-)
+PLAIN, CHECKS = lambda u, v: u < -np.inf, lambda u, v: (np.floor(u) + np.floor(v)) % 2 < 1
+TEXTURES = (PLAIN, demo.stripes, demo.dots, CHECKS, lambda u, v: np.hypot(u, v) % 1 < 0.5)  # the last: rings
 HUES = (0.0, 0.15, 0.33, 0.5, 0.63, 0.8)  # and grey, the last colour
 CLASSES = len(TEXTURES) * (len(HUES) + 1)
 
