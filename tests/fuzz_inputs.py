@@ -53,12 +53,8 @@ def a_list(root, rng):
         assert masks == {split.ids[i]: of_image for i, of_image in split.masks.items()}
 
     good = path.read_bytes()
-    return (
-        path,
-        damage(good, rng, ((), WORDS, good.splitlines(keepends=True))[rng.integers(3)]),
-        folder,
-        compare,
-    )
+    words = ((), WORDS, good.splitlines(keepends=True))[rng.integers(3)]
+    return path, damage(good, rng, words), folder, compare
 
 
 def an_image(root, rng):
@@ -93,9 +89,7 @@ def a_checkpoint(root, rng):
     """An accepted one equals the undamaged run, bit for bit: a checkpoint has checksums."""
     path, file = root / "run" / "best.pt", io.BytesIO()
     whole, value = torch.load(path), (None, 3, "text", [], torch.zeros(2), ...)[rng.integers(6)]
-    other = whole | {
-        list(whole)[rng.integers(len(whole))]: value
-    }  # a valid file that train.py does not write
+    other = whole | {[*whole][rng.integers(len(whole))]: value}  # train.py does not write such a file
     torch.save({key: x for key, x in other.items() if x is not ...}, file)
 
     def compare():

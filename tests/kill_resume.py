@@ -24,17 +24,17 @@ from test_train import same_run
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def start(flags: str) -> subprocess.Popen:
-    command = [sys.executable, str(REPOSITORY / "train.py"), *flags.split()]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, env=ENVIRONMENT, **pipes)
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+
+
+def command(flags: str) -> list[str]:
+    return [sys.executable, str(REPOSITORY / "train.py"), *flags.split()]
 
 
 def finish(flags: str) -> None:
-    process = start(flags)
-    printed, errors = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"the run failed by itself:\n{printed}{errors}")
+    done = subprocess.run(command(flags), **PIPES)
+    if done.returncode:
+        raise SystemExit(f"the run failed by itself:\n{done.stdout}{done.stderr}")
 
 
 def interrupt(flags: str, out: Path, how: str, rng: random.Random) -> str:
@@ -44,15 +44,13 @@ def interrupt(flags: str, out: Path, how: str, rng: random.Random) -> str:
         return {path.name for path in out.glob(".last.pt.*.part")}
 
     before = writing()  # what the kill before left
-    process = start(f"{flags} --out {out} --resume")
+    process = subprocess.Popen(command(f"{flags} --out {out} --resume"), **PIPES)
     process.stdout.readline()  # the first line: the program is up
     moment = time.monotonic() + rng.uniform(0, 0.5)
-    while process.poll() is None and (
-        time.monotonic() < moment or (how == "writing" and writing() <= before)
-    ):
-        if how != "writing":
-            time.sleep(0.001)
-    process.send_signal(signal.SIGKILL if how == "writing" else signal.Signals[how])
+    of_file = how == "writing"
+    while process.poll() is None and (time.monotonic() < moment or (of_file and writing() <= before)):
+        time.sleep(0 if of_file else 0.001)
+    process.send_signal(signal.SIGKILL if of_file else signal.Signals[how])
     _, errors = process.communicate()
     if process.returncode not in (0, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):
         raise SystemExit(f"{how}: exit code {process.returncode}\n{errors}")
@@ -63,8 +61,7 @@ def interrupt(flags: str, out: Path, how: str, rng: random.Random) -> str:
 
 
 def main() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     for flag, default in (("--kills", 20), ("--epochs", 40), ("--seed", 0)):
         parser.add_argument(flag, type=int, default=default)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])

@@ -25,13 +25,8 @@ from bridge_wsol.models import VGG16GAP
 from bridge_wsol.reproduce import demo
 from bridge_wsol.reproduce.demo import rgb
 
-TEXTURES = (  # patterns over demo.periods
-    lambda u, v: np.zeros(u.shape, dtype=bool),  # plain
-    demo.stripes,
-    demo.dots,
-    lambda u, v: (np.floor(u) + np.floor(v)) % 2 < 1,  # checks
-    lambda u, v: np.hypot(u, v) % 1 < 0.5,  # rings
-)
+PLAIN, CHECKS = lambda u, v: u < -np.inf, lambda u, v: (np.floor(u) + np.floor(v)) % 2 < 1
+TEXTURES = (PLAIN, demo.stripes, demo.dots, CHECKS, lambda u, v: np.hypot(u, v) % 1 < 0.5)  # the last: rings
 HUES = (0.0, 0.15, 0.33, 0.5, 0.63, 0.8)  # and grey, the last colour
 CLASSES = len(TEXTURES) * (len(HUES) + 1)
 
@@ -41,8 +36,9 @@ def draw_shape(rng: np.random.Generator, label: int) -> demo.Drawing:
     texture, colour = divmod(label, len(HUES) + 1)
     n, form, t = rng.integers(3, 9), rng.integers(4), demo.turn(48)
     if form == 0:  # blob
-        waves = [rng.uniform(-0.3, 0.3) / k * np.cos(k * t + rng.uniform(0, 6.3)) for k in range(2, 6)]
-        radius = 1 + sum(waves)
+        radius = 1 + sum(
+            rng.uniform(-0.3, 0.3) / k * np.cos(k * t + rng.uniform(0, 6.3)) for k in range(2, 6)
+        )
     elif form == 1:  # star
         t = demo.turn(2 * n)
         radius = np.where(np.arange(2 * n) % 2, rng.uniform(0.4, 0.7), 1)
@@ -105,17 +101,13 @@ def pretrain(folder: Path, out: Path, epochs: int = 12) -> None:
 
 
 def with_batch_norm(layers: nn.Sequential) -> nn.Sequential:
-    """The layers, with batch norm after each convolution."""
     pairs = ([x, nn.BatchNorm2d(x.out_channels)] if isinstance(x, nn.Conv2d) else [x] for x in layers)
     return nn.Sequential(*(layer for pair in pairs for layer in pair))
 
 
 @torch.no_grad()
 def folded(layers: nn.Sequential) -> dict[str, torch.Tensor]:
-    """Folds batch norm into the convolutions, and returns their state: the same function in eval mode.
-
-    BN(w * x + b) = (w k) * x + (b - mean) k + beta with k = gamma / sqrt(var + eps).
-    """
+    """The state with batch norm folded into the convolutions: (w k) * x + (b - mean) k + beta."""
     for conv, norm in pairwise(layers):
         if isinstance(norm, nn.BatchNorm2d):
             k = norm.weight / torch.sqrt(norm.running_var + norm.eps)

@@ -1,5 +1,6 @@
 """All methods: the defining property of each, computed by hand or with plain code of the test."""
 
+import copy
 import functools
 import json
 import math
@@ -70,8 +71,10 @@ def calls_of(net, *names):
     return counts
 
 
-@pytest.mark.parametrize("arch", ["vgg16", "resnet50"])
-@pytest.mark.parametrize("name", (*COMPARED, BridgeCutMix))
+OWN_LAYERS = [(name, "resnet50") for name in ("acol", "adl", "eil", "calm", "spg")]
+
+
+@pytest.mark.parametrize("name, arch", [*((x, "vgg16") for x in (*COMPARED, BridgeCutMix)), *OWN_LAYERS])
 def test_every_layer_learns_and_the_pretrained_ones_have_torchvision_s_names(name, arch):
     dtype = torch.float64 if arch == "vgg16" else torch.float32
     method, inputs = make(name, arch, dtype=dtype), images(side=64 if arch == "vgg16" else 32, dtype=dtype)
@@ -175,26 +178,17 @@ def test_cam_and_bridge_by_the_formulas():
     assert losses(3) == ["l_ce", "l_drop"]
 
 
-DEFAULTS = {
-    "acol": {"acol_delta": 0.7},
-    "adl": {"adl_gamma": 0.8, "adl_rate": 0.75},
-    "eil": {"eil_gamma": 0.7, "eil_lambda": 1.0},
-    "cutmix": {"cutmix_beta": 1.0, "cutmix_p": 1.0},
-    "pas": {"pas_theta": 0.1, "pas_nwc": "on"},
-    "calm": {"calm_loss": "em", "calm_map": "location"},
-    "has": {"has_cells": [0, 16, 32, 44, 56], "has_p": 0.5},
-    "spg": {"spg_h1": 0.7, "spg_l1": 0.01, "spg_h2": 0.5, "spg_l2": 0.05, "spg_h3": 0.7, "spg_l3": 0.1},
-}
+DEFAULTS = {"acol_delta": 0.7, "adl_gamma": 0.8, "adl_rate": 0.75, "eil_gamma": 0.7, "eil_lambda": 1.0}
+DEFAULTS |= {"cutmix_beta": 1.0, "cutmix_p": 1.0, "pas_theta": 0.1, "pas_nwc": "on"}
+DEFAULTS |= {"calm_loss": "em", "calm_map": "location", "has_cells": [0, 16, 32, 44, 56], "has_p": 0.5}
+DEFAULTS |= {"spg_h1": 0.7, "spg_l1": 0.01, "spg_h2": 0.5, "spg_l2": 0.05, "spg_h3": 0.7, "spg_l3": 0.1}
+OF_ILSVRC = {"adl_gamma": 0.9, "calm_map": "joint"}
 
 
-@pytest.mark.parametrize(
-    "dataset, arch, other",
-    [("CUB", "vgg16", {}), ("ILSVRC", "resnet50", {"adl_gamma": 0.9, "calm_map": "joint"})],
-)
+@pytest.mark.parametrize("dataset, arch, other", [("CUB", "vgg16", {}), ("ILSVRC", "resnet50", OF_ILSVRC)])
 def test_the_defaults_are_those_of_their_sources(dataset, arch, other):
-    for name in COMPARED:
-        found = {key: value.default_for(dataset, arch) for key, value in METHODS[name].all_values().items()}
-        assert found == {key: other.get(key, value) for key, value in DEFAULTS[name].items()}
+    values = [pair for name in COMPARED for pair in METHODS[name].all_values().items()]
+    assert {key: value.default_for(dataset, arch) for key, value in values} == DEFAULTS | other
 
 
 @pytest.mark.parametrize("delta", [0.6, 1.0])
@@ -501,14 +495,10 @@ def test_seeds_by_hand():
 @pytest.mark.parametrize("arch, stride", [("vgg16", 16), ("vgg16", 8), ("resnet50", 8)])
 def test_spg_s_three_guidances(arch, stride):
     values = {"spg_l1": 0.3, "spg_h2": 0.52, "spg_l2": 0.49, "spg_h3": 0.51, "spg_l3": 0.5}
-    method, inputs = (
-        make("spg", arch, stride=stride, **values).train(),
-        images(side=64 if arch == "vgg16" else 32),
-    )
-    again = make("spg", arch, stride=stride).train().net
-    for net in (method.net, again):
-        for name in ("a4", "b", "c"):  # with initial weights, every cross-entropy is about log 2
-            getattr(net, name)[-1].weight.data *= 100
+    method, inputs = make("spg", arch, stride=stride, **values).train(), images(side=stride * 4)
+    for name in ("a4", "b", "c"):  # with initial weights, every cross-entropy is about log 2
+        getattr(method.net, name)[-1].weight.data *= 100
+    again = copy.deepcopy(method.net)
     terms, logits = method(inputs, LABELS, 1)
     if arch == "vgg16":
         a1 = again.features[:23](inputs)

@@ -336,8 +336,8 @@ def test_values_of_32_bits_are_those_of_8_or_refused():
 
 def test_boxes_of_one_pixel_and_sizes_of_batches(tmp_path):
     (tmp_path / "localization.txt").write_text("a.png,3,4,3,4\n")
-    boxes, masks = data.read_localization(tmp_path / "localization.txt", {"a.png": 0}, np.array([[9, 9]]))
-    assert boxes[0].tolist() == [[3, 4, 3, 4]] and not masks
+    boxes, _ = data.read_localization(tmp_path / "localization.txt", {"a.png": 0}, np.array([[9, 9]]))
+    assert boxes[0].tolist() == [[3, 4, 3, 4]]
     sampler = data.EpochSampler(7, 3, seed=0)
     assert [sampler.size(batch) for batch in range(len(sampler))] == [(3, 3), (3, 3), (1, 1)]
     assert [len(batch) for batch in sampler] == [3, 3, 1]

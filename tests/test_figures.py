@@ -34,16 +34,10 @@ def folder(trained):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The matplotlib figures that were made."""
-    figure = pytest.importorskip("matplotlib.figure")
-    made = []
-
-    class Kept(figure.Figure):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    monkeypatch.setattr(figure, "Figure", Kept)
+    """The matplotlib figures that were saved."""
+    made, figure = [], pytest.importorskip("matplotlib.figure").Figure
+    save = figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, *a, **k: made.append(self) or save(self, *a, **k))
     return made
 
 
@@ -105,9 +99,8 @@ def test_histogram_of_the_largest_norms(folder, tmp_path):
     edges = np.array(found["edges"])
     assert edges[[0, -1]] == pytest.approx([largest.min(), largest.max()], rel=1e-5)
     for entry in found["runs"]:
-        assert entry["images"] == 9
-        assert entry["mean"] == pytest.approx(largest.mean(), rel=1e-5)
-        assert entry["median"] == pytest.approx(np.median(largest), rel=1e-5)
+        expected = [9, largest.mean(), np.median(largest)]
+        assert [entry[name] for name in ("images", "mean", "median")] == pytest.approx(expected, rel=1e-5)
         of_bins = np.array(entry["density"]) * np.diff(edges)
         assert of_bins.sum() == pytest.approx(1)
         inside = [((largest >= lo) & (largest < hi)).mean() for lo, hi in zip(edges, edges[1:])]
@@ -193,12 +186,16 @@ def test_random_images_are_drawn_by_the_seed():
 # ------------------------------------------------------------------------------------------------------ sweep
 
 
-def test_a_sweep_is_a_curve_with_a_star_at_the_preset_and_bars_of_the_deviation(drawn, tmp_path):
+def write_sweep(path, of_values):
     content = {"dataset": "CUB", "arch": "vgg16", "method": "bridge", "param": "tau_fg", "preset": 0.5}
-    files = [tmp_path / "a.json", tmp_path / "b.json"]
-    for file, of_values in zip(files, ({2.0: [70.5], 0.5: [80.25]}, {0.5: [5.0, 25.0], 1.0: [10.0, 30.0]})):
-        rows = [{"value": x, "gt_known_loc": of, "top1_cls": of} for x, of in of_values.items()]
-        file.write_text(json.dumps(content | {"values": rows}))
+    rows = [{"value": x, "gt_known_loc": of, "top1_cls": of} for x, of in of_values.items()]
+    path.write_text(json.dumps(content | {"values": rows}))
+    return path
+
+
+def test_a_sweep_is_a_curve_with_a_star_at_the_preset_and_bars_of_the_deviation(drawn, tmp_path):
+    files = [write_sweep(tmp_path / "a.json", {2.0: [70.5], 0.5: [80.25]})]
+    files.append(write_sweep(tmp_path / "b.json", {0.5: [5.0, 25.0], 1.0: [10.0, 30.0]}))
     draw("sweep", *files, "--dpi 30 --out", tmp_path / "s")
     one, two = drawn[0].axes
     curve, star = ([x for x in one.lines if x.get_marker() == marker][0] for marker in "o*")
@@ -287,24 +284,21 @@ def test_a_method_without_linear_classifier_has_no_factors(tiny, fails, tmp_path
 # -------------------------------------------------------------------------------------------------- bad input
 
 
-def test_without_matplotlib(folder, fails, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    fails("reproduce", f"curves {folder}", "matplotlib", "pip install -e '.[figures]'")
-    draw("gap", folder, "--out", tmp_path / "x", CPU)
-
-
-def test_bad_input_to_figures(folder, fails, tmp_path):
+def test_bad_input_to_figures(folder, fails, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     missing = f"python evaluate.py {folder} --checkpoint last --split val"
     fails("reproduce", f"curves {folder} --split val --checkpoint last", "results_last_val.json", missing)
     fails("reproduce", f"curves {folder} --names a b", "2 names for 1 runs")
     fails("reproduce", f"boxes {folder} {folder} {CPU}", "--names")
-    fails("reproduce", f"boxes {folder} --images test/77.png {CPU}", "test/77.png", "test/00.png")
+    fails("reproduce", f"boxes {folder} --images test/77.png {CPU}", "test/77.png")
     fails("reproduce", f"sweep {tmp_path}/s.json", tmp_path / "s.json", "reproduce sweep")
-    path, masks_only = folder / "results_best_test.json", results(folder) | {"curves": None}
-    path.write_text(json.dumps(masks_only))
+    masks_only = results(folder) | {"curves": None}
+    (folder / "results_best_test.json").write_text(json.dumps(masks_only))
     fails("reproduce", f"curves {folder}", "no boxes")
     fails("reproduce", f"boxes {folder} --random 1 {CPU}", "no boxes")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    fails("reproduce", f"curves {folder}", "matplotlib", "pip install -e '.[figures]'")
+    draw("gap", folder, "--out", tmp_path / "x", CPU)
 
 
 def test_a_backend_of_a_notebook_does_not_matter(tmp_path, monkeypatch):
@@ -312,8 +306,6 @@ def test_a_backend_of_a_notebook_does_not_matter(tmp_path, monkeypatch):
     for name in [x for x in sys.modules if x.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setenv("MPLBACKEND", "no_such_backend")
-    content = {"dataset": "CUB", "arch": "vgg16", "method": "bridge", "param": "tau_fg", "preset": 0.5}
-    content["values"] = [{"value": 0.5, "gt_known_loc": [5.0]}]
-    (tmp_path / "a.json").write_text(json.dumps(content))
-    run("reproduce", f"sweep {tmp_path}/a.json --dpi 30 --out {tmp_path}/s")
+    file = write_sweep(tmp_path / "a.json", {0.5: [5.0]})
+    run("reproduce", f"sweep {file} --dpi 30 --out {tmp_path}/s")
     assert (tmp_path / "s.png").stat().st_size
