@@ -303,28 +303,7 @@ def read_folder(folder: Path, join_val: bool = False) -> tuple[dict[str, Split],
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: neither the name of a data set nor a folder")
-    inside, loose, _ = _listing(folder)
-    places = {alias: name for name in SPLITS for alias in (name, *ALIASES.get(name, ())) if alias in inside}
-    by_split = all(name in places and _listing(folder / name)[0] for name in ("train", "test"))
-    classes = _listing(folder / "train" if by_split else folder)[0]
-    if len(classes) < 2:
-        problem = f"{len(classes)} sub-folders where one per class is expected, two at least"
-        raise InputError(f"{folder}: {problem}")
-    ids, unread = defaultdict(list), [folder / file for file in loose]
-    if by_split:
-        unread += [folder / name for name in inside if name not in places]
-        unread += [folder / place / file for place in places for file in _listing(folder / place)[1]]
-    for place, split in places.items() if by_split else [("", "")]:
-        for name in _listing(folder / place)[0]:
-            where = Path(place, name)
-            inside, files, others = _listing(folder / where)
-            if name not in classes or inside:
-                problem = "holds folders" if name in classes else "no class of train"
-                raise InputError(f"{folder / where}: {problem}: expected one sub-folder per class")
-            images = [str(where / file) for file in files]
-            unread += [folder / where / file for file in others]
-            for part, chosen in ({split: images} if by_split else _by_hash(images, folder / where)).items():
-                ids[part] += chosen
+    ids, classes, unused = _layout(folder)
     everything = [image for chosen in ids.values() for image in chosen]
     index = {image: i for i, image in enumerate(everything)}
     label_of = {name: label for label, name in enumerate(classes)}
@@ -345,13 +324,40 @@ def read_folder(folder: Path, join_val: bool = False) -> tuple[dict[str, Split],
             raise InputError(f"{folder / name}: no images")
     counts = [f"{name} {len(split)} ({len(split.boxes)} with boxes)" for name, split in splits.items()]
     notes = [f"{folder}: {len(classes)} classes; images: {', '.join(counts)}"]
-    if unread:
+    if unused:
         what = "files that Pillow does not read, images beside the classes, or folders beside the splits"
-        notes.append(f"left out: {len(unread)} {what}, {min(unread)} first")
+        notes.append(f"left out: {len(unused)} {what}, {min(unused)} first")
     if join_val and splits.pop("val", None):
         joined = sorted(ids["train"] + ids["val"])
         splits["train"] = whole.take(map(index.get, joined), splits["train"].name)
     return splits, classes, notes
+
+
+def _layout(folder: Path) -> tuple[dict[str, list[str]], list[str], list[Path]]:
+    """({split: ids of its images}, names of the classes, what is not used) of `read_folder`."""
+    inside, loose, _ = _listing(folder)
+    places = {alias: name for name in SPLITS for alias in (name, *ALIASES.get(name, ())) if alias in inside}
+    by_split = all(name in places and _listing(folder / name)[0] for name in ("train", "test"))
+    classes = _listing(folder / "train" if by_split else folder)[0]
+    if len(classes) < 2:
+        problem = f"{len(classes)} sub-folders where one per class is expected, two at least"
+        raise InputError(f"{folder}: {problem}")
+    ids, unused = defaultdict(list), [folder / file for file in loose]
+    if by_split:
+        unused += [folder / name for name in inside if name not in places]
+        unused += [folder / place / file for place in places for file in _listing(folder / place)[1]]
+    for place, split in places.items() if by_split else [("", "")]:
+        for name in _listing(folder / place)[0]:
+            where = Path(place, name)
+            inside, files, others = _listing(folder / where)
+            if name not in classes or inside:
+                problem = "holds folders" if name in classes else "no class of train"
+                raise InputError(f"{folder / where}: {problem}: expected one sub-folder per class")
+            images = [str(where / file) for file in files]
+            unused += [folder / where / file for file in others]
+            for part, chosen in ({split: images} if by_split else _by_hash(images, folder / where)).items():
+                ids[part] += chosen
+    return ids, classes, unused
 
 
 def _listing(folder: str | Path) -> tuple[list[str], list[str], list[str]]:
