@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, correct_at, results, run, split_of, write_results
 
-from bridge_wsol import metrics, utils
+from bridge_wsol import metrics
 from bridge_wsol.config import fingerprint, parse_args
 from bridge_wsol.evaluation import load_per_image
 from bridge_wsol.metrics import intervals
@@ -360,8 +360,7 @@ def test_difference_of_two_runs(trained, tmp_path, fails, monkeypatch):
     monkeypatch.setattr(metrics, "RESAMPLES", 50)
     flags, folder = trained
     run("evaluate", f"{folder} --save-maps {tmp_path}/maps --device cpu")
-    run("train", f"{flags} --out {tmp_path}/cam --method cam --quiet")
-    utils.set_quiet(False)
+    run("train", f"{flags} --out {tmp_path}/cam --method cam")
     reproduce(f"difference {tmp_path}/cam {folder} --out {tmp_path}/d")
     found = results(tmp_path, "d.json")["metrics"]
     assert found.keys() == METRICS.keys()

@@ -140,8 +140,7 @@ def test_an_error_of_all_processes_is_said_once(trained, tmp_path):
 
 @pytest.mark.parametrize("n, batch_size, processes", [(17, 8, 4), (5, 4, 3)])
 def test_the_shares_of_all_processes_are_the_batches_of_one(n, batch_size, processes, tmp_path):
-    alone = EpochSampler(n, batch_size, seed=0)
-    whole = list(alone)
+    whole = list(EpochSampler(n, batch_size, seed=0))
 
     def share(rank):
         store = torch.distributed.FileStore(str(tmp_path / "store"), processes)
@@ -267,6 +266,7 @@ def test_two_writers_of_a_file_do_not_meet_and_only_files_are_replaced(tmp_path)
 
 def test_a_log_gets_a_line_a_minute_with_the_rate_and_the_time_left(monkeypatch, capsys):
     now = [100.0]
+    utils.set_quiet(False)  # as a main of another test may have left it
     monkeypatch.setattr(utils.time, "monotonic", lambda: now[0])
     for _ in utils.progress(range(150), "drawing", 300):
         now[0] += 1
