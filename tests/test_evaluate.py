@@ -179,6 +179,12 @@ def test_results_are_written_where_the_output_ends(trained, tmp_path, end):
     assert results(tmp_path, "r.json")["metrics"] == results(trained[1])["metrics"]
 
 
+@pytest.fixture
+def split(trained, tmp_path):
+    """The small data set's test split, in tmp_path."""
+    return load_split("tiny", "test", tmp_path / "data", tmp_path / "lists")
+
+
 # ---- the numbers of a run, and of score maps
 def test_evaluate_repeats_the_numbers_of_training(trained, where):
     _, folder = trained

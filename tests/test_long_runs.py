@@ -74,8 +74,8 @@ def test_two_processes_are_one_with_the_same_batches(trained, tmp_path):
         by_two = results(two, f"results_{which}_test.json")
         run("evaluate", f"{two} --checkpoint {which} --device cpu --workers 0 --batch-size 4 --pictures 3")
         assert results(two, f"results_{which}_test.json") == by_two
-    images = (two / "boxes_test.png", two / "boxes_results_best_test.png")
-    a, b = (np.asarray(Image.open(path), dtype=int) for path in images)
+    names = ("boxes_test.png", "boxes_results_best_test.png")
+    a, b = (np.asarray(Image.open(two / name), dtype=int) for name in names)
     assert np.abs(a - b).max() <= 2  # batches of other sizes round differently
 
 
