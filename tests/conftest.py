@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 
 from bridge_wsol.data import Split
-from bridge_wsol.datasets import load_split
 from bridge_wsol.evaluation import save_per_image
 from bridge_wsol.metrics import PerImage, intervals
 from bridge_wsol.utils import one_line_errors
@@ -124,12 +123,6 @@ def trained(trained_once, tmp_path) -> tuple[str, Path]:
 def where(tmp_path) -> str:
     """The flags of evaluate.py for the small data set."""
     return f"--data-root {tmp_path}/data --lists {tmp_path}/lists"
-
-
-@pytest.fixture
-def split(trained, tmp_path) -> Split:
-    """The small data set's test split, in tmp_path."""
-    return load_split("tiny", "test", tmp_path / "data", tmp_path / "lists")
 
 
 @pytest.fixture

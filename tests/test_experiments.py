@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 import shutil
 import statistics
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, correct_at, results, run, split_of, write_results
 
-from bridge_wsol import metrics, utils
+from bridge_wsol import metrics
 from bridge_wsol.config import fingerprint, parse_args
 from bridge_wsol.evaluation import load_per_image
 from bridge_wsol.metrics import intervals
@@ -71,8 +72,19 @@ def compared(trained, tmp_path):
     return f"compare --methods bridge --seeds 0 --runs {tmp_path}/runs {flags}", tmp_path / "runs", source
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """Scripts are called in this process. The test of scripts that fail starts one."""
+
+    def call(script, arguments, folder):
+        print(f"{folder}: {script}")
+        run(script.removesuffix(".py"), shlex.join(arguments))
+
+    monkeypatch.setattr(experiments, "run_script", call)
+
+
 @pytest.mark.slow
-def test_the_comparison_trains_what_is_missing_and_tabulates_what_was_measured(compared, capsys, fails):
+def test_the_comparison_trains_and_tabulates_what_is_missing(compared, capsys, fails, in_process):
     flags, runs, _ = compared
     eil = "eil:eil_gamma=0.5,eil_lambda=2"
     flags = flags.replace("--methods bridge --seeds 0", f"--methods bridge bridge+ivr {eil} --seeds 0 1")
@@ -110,7 +122,7 @@ def test_the_comparison_trains_what_is_missing_and_tabulates_what_was_measured(c
 
 
 @pytest.mark.slow
-def test_rows_that_differ_in_the_map_share_a_run(tiny, tmp_path, capsys):
+def test_rows_that_differ_in_the_map_share_a_run(tiny, tmp_path, capsys, in_process):
     runs, maps = tmp_path / "runs", ("joint", "location")
     run("train", f"{tiny} --method calm --epochs 1 --out {runs}/calm_seed0")
     rows = "calm:calm_map=joint calm:calm_map=location"
@@ -202,8 +214,7 @@ def test_a_sweep_has_means_and_deviations_over_seeds(trained, tmp_path, capsys):
     assert (found["preset"], found["metric"], found["values"][0]["seeds"]) == (0.5, "gt_known_loc", [0, 1])
 
 
-@pytest.mark.slow
-def test_a_sweep_trains_an_integer_that_is_missing(trained, tmp_path, capsys):
+def test_a_sweep_trains_an_integer_that_is_missing(trained, tmp_path, capsys, in_process):
     flags, source = trained
     runs = tmp_path / "runs"
     changed(source, runs / "bridge_warm_epochs=2_seed3", seed=3, warm_epochs=2)
@@ -360,8 +371,7 @@ def test_difference_of_two_runs(trained, tmp_path, fails, monkeypatch):
     monkeypatch.setattr(metrics, "RESAMPLES", 50)
     flags, folder = trained
     run("evaluate", f"{folder} --save-maps {tmp_path}/maps --device cpu")
-    run("train", f"{flags} --out {tmp_path}/cam --method cam --quiet")
-    utils.set_quiet(False)
+    run("train", f"{flags} --out {tmp_path}/cam --method cam")
     reproduce(f"difference {tmp_path}/cam {folder} --out {tmp_path}/d")
     found = results(tmp_path, "d.json")["metrics"]
     assert found.keys() == METRICS.keys()

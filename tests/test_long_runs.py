@@ -74,8 +74,8 @@ def test_two_processes_are_one_with_the_same_batches(trained, tmp_path):
         by_two = results(two, f"results_{which}_test.json")
         run("evaluate", f"{two} --checkpoint {which} --device cpu --workers 0 --batch-size 4 --pictures 3")
         assert results(two, f"results_{which}_test.json") == by_two
-    images = (two / "boxes_test.png", two / "boxes_results_best_test.png")
-    a, b = (np.asarray(Image.open(path), dtype=int) for path in images)
+    names = ("boxes_test.png", "boxes_results_best_test.png")
+    a, b = (np.asarray(Image.open(two / name), dtype=int) for name in names)
     assert np.abs(a - b).max() <= 2  # batches of other sizes round differently
 
 
@@ -140,8 +140,7 @@ def test_an_error_of_all_processes_is_said_once(trained, tmp_path):
 
 @pytest.mark.parametrize("n, batch_size, processes", [(17, 8, 4), (5, 4, 3)])
 def test_the_shares_of_all_processes_are_the_batches_of_one(n, batch_size, processes, tmp_path):
-    alone = EpochSampler(n, batch_size, seed=0)
-    whole = list(alone)
+    whole = list(EpochSampler(n, batch_size, seed=0))
 
     def share(rank):
         store = torch.distributed.FileStore(str(tmp_path / "store"), processes)
@@ -267,6 +266,7 @@ def test_two_writers_of_a_file_do_not_meet_and_only_files_are_replaced(tmp_path)
 
 def test_a_log_gets_a_line_a_minute_with_the_rate_and_the_time_left(monkeypatch, capsys):
     now = [100.0]
+    utils.set_quiet(False)  # as a main of another test may have left it
     monkeypatch.setattr(utils.time, "monotonic", lambda: now[0])
     for _ in utils.progress(range(150), "drawing", 300):
         now[0] += 1

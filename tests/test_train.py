@@ -185,19 +185,15 @@ def test_weights_of_a_run_start_another(trained, tmp_path):
 # ---- the same run again
 def test_the_same_seed_is_the_same_run(trained, tmp_path, capsys):
     flags, whole = trained
-    try:
-        run("train", f"{flags} --out {tmp_path}/again --quiet")
-        assert capsys.readouterr().err == "" and same_run(whole, tmp_path / "again")
-    finally:
-        utils.set_quiet(False)
+    run("train", f"{flags} --out {tmp_path}/again --quiet")
+    assert capsys.readouterr().err == "" and same_run(whole, tmp_path / "again")
     run("train", f"{flags} --seed 1 --out {tmp_path}/other")
     assert lines_of(whole) != lines_of(tmp_path / "other")
 
 
 @pytest.mark.parametrize("workers", [(0, 2), pytest.param((2, 0), marks=pytest.mark.slow)])
 def test_resumed_equals_uninterrupted_with_any_number_of_workers(trained, tmp_path, workers):
-    flags, whole = trained
-    half = tmp_path / "half"
+    (flags, whole), half = trained, tmp_path / "half"
     run("train", f"{flags} --epochs 1 --workers {workers[0]} --out {half}")
     with (half / "log.jsonl").open("a") as log:  # as after a crash between log and checkpoint
         log.write('{"epoch": 2, "loss": 9, "seconds": 1}\n')
