@@ -152,6 +152,8 @@ def test_whose_thresholds_of_val_hold(trained, tmp_path):
     (lists / "localization.txt").write_text(other)
     anew, chosen = on_val("minmax"), TrainedRun(folder, **where).choose()
     assert anew["levels"] != of_val["levels"] and chosen.levels == anew["levels"]
+    now = opened.split("val").fingerprint()  # results say which boxes they are of
+    assert anew["fingerprint"]["val"] == now != of_val["fingerprint"]["val"]
     assert "boxes of val have changed" in chosen.reason
     (lists / "localization.txt").write_text("")
     chosen = TrainedRun(folder, **where).choose()

@@ -121,7 +121,6 @@ def test_the_comparison_trains_and_tabulates_what_is_missing(compared, capsys, f
     fails("reproduce", flags, runs / "bridge_seed0", "epochs 3 instead of 2", "--runs")
 
 
-@pytest.mark.slow
 def test_rows_that_differ_in_the_map_share_a_run(tiny, tmp_path, capsys, in_process):
     runs, maps = tmp_path / "runs", ("joint", "location")
     run("train", f"{tiny} --method calm --epochs 1 --out {runs}/calm_seed0")

@@ -61,6 +61,7 @@ def close_runs(one, two):
 SPLIT = "--drop-p 0 --warm-batch-size 17 --batch-size 4"
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_the_same_batches(trained, tmp_path):
     flags, one, two = f"{trained[0]} {SPLIT} --pictures 3", tmp_path / "one", tmp_path / "two"
     run("train", f"{flags} --out {one}")

@@ -247,7 +247,8 @@ def finish(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         parsed = parse_args(flags, "")
         own |= {"checkpoint": args.checkpoint, "normalize": row.normalization, **row.map_options}
         # evaluate.py takes all else from the run.
-        own |= {name: parsed.given[name] for name in MACHINE if name in parsed.given and name != "pictures"}
+        taken = parsed.given.keys() & {*MACHINE} - {"pictures", "preset"}
+        own |= {name: parsed.given[name] for name in sorted(taken)}
         flags = [f"{flag(name)}={value}" for name, value in own.items()] + ["--quiet"] * parsed.quiet
         run_script("evaluate.py", [str(folder), *flags], folder)
     log = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
