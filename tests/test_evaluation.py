@@ -10,7 +10,14 @@ from PIL import Image
 
 from bridge_wsol.data import Masks, Split, load_score_maps
 from bridge_wsol.datasets import load_split
-from bridge_wsol.evaluation import TrainedRun, evaluate_score_maps, load_per_image, save_per_image
+from bridge_wsol.evaluation import (
+    MapBatch,
+    TrainedRun,
+    evaluate_maps,
+    evaluate_score_maps,
+    load_per_image,
+    save_per_image,
+)
 from bridge_wsol.metrics import PerImage, measure
 from bridge_wsol.utils import InputError
 
@@ -222,3 +229,12 @@ def test_masks_that_may_mean_something_else_are_said_once(split, tmp_path, capsy
         Image.fromarray(np.zeros_like(np.asarray(Image.open(path)))).save(path)
     with pytest.raises(InputError, match="no mask has an object pixel"):
         evaluate_score_maps(maps, split, image_size=64)
+
+
+def test_each_image_counts_once(split):
+    maps = np.random.default_rng(0).random((9, 64, 64), dtype=np.float32)
+    batches = [MapBatch([i], maps[i : i + 1]) for i in range(9)]
+    assert evaluate_maps(batches[::-1], split).result == evaluate_maps(batches, split).result
+    for wrong in (batches[1:], [*batches, batches[3]], [*batches[1:], batches[3]]):
+        with pytest.raises(ValueError, match="maps"):
+            evaluate_maps(wrong, split)
