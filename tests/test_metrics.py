@@ -84,6 +84,8 @@ def test_a_fixed_threshold_has_a_level_per_image():
     assert found == {"threshold": 0.25, "gt_known_loc": 80, "top1_loc": 20, "top5_loc": 60}
     found = metrics(images, threshold=0.25)["fixed_threshold"]
     assert found == {"threshold": 0.25, "gt_known_loc": 80, "top1_loc": None, "top5_loc": None}
+    with pytest.raises(ValueError, match="without the fixed threshold"):
+        stack([*images, image({30: 0.9})], threshold=0.25)
 
 
 def test_thresholds_of_val_are_applied_unchanged_each_to_its_iou():
