@@ -73,10 +73,11 @@ class Localizer:
         where = dict(data_root=data_root, lists=lists, batch_size=batch_size, workers=workers)
         self.run = TrainedRun(run, checkpoint, device, amp=amp, **where)
         self.how, self.threshold, self.level, self.note = (normalize, percentile), threshold, None, ""
-        if threshold is None:
+        if threshold is None or percentile == "val":
             chosen = self.run.choose(normalize, percentile)
-            self.how, self.note = (normalize, chosen.percentile), chosen.reason
-            self.level = chosen.levels and chosen.levels["largest"]
+            self.how = normalize, chosen.percentile
+        if threshold is None:
+            self.note, self.level = chosen.reason, chosen.levels and chosen.levels["largest"]
             self.threshold = FALLBACK_THRESHOLD if self.level is None else self.level / LEVELS
 
     def __call__(self, images: Any) -> Found | list[Found]:

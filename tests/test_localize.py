@@ -11,6 +11,7 @@ from PIL import Image
 
 from bridge_wsol.boxes import LEVELS
 from bridge_wsol.datasets import load_split
+from bridge_wsol.evaluation import TrainedRun
 from bridge_wsol.localize import FALLBACK_THRESHOLD, Found, Localizer, original_box
 from bridge_wsol.utils import InputError
 
@@ -169,3 +170,16 @@ def test_a_folder_without_boxes_trains_and_chooses_by_classification(tmp_path, c
     assert {k["name"]: k["class"] for k in fallback["top5"]} == {f"class {k}": k for k in range(3)}
     (folder / "class 1").rename(folder / "other class")
     fails("evaluate", f"{out} --device cpu --workers 0", "other classes")
+
+
+def test_a_percentile_that_val_chooses_serves_photos_too(trained, tmp_path):
+    folder, photo = trained[1], tmp_path / "data" / "tiny" / "test" / "03.png"
+    chosen = TrainedRun(folder, device="cpu").choose("ivr", "val")
+    for threshold in (None, 0.5):
+        how = dict(normalize="ivr", threshold=threshold)
+        by_val = Localizer(folder, "cpu", percentile="val", **how)(photo)
+        given = Localizer(folder, "cpu", percentile=chosen.percentile, **how)(photo)
+        assert by_val.box == given.box
+        np.testing.assert_array_equal(by_val.score_map, given.score_map)
+    with pytest.raises(InputError, match="ivr"):
+        Localizer(folder, "cpu", percentile="val")
