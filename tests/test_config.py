@@ -183,3 +183,21 @@ def test_a_data_set_of_the_list_format_trains_with_cub_s_values():
     assert found.dataset == "tiny" and cub["lr"][1] == "preset of CUB: appendix B"
     for name in (*LOSSES, *RATES, *SCHEDULE):
         assert (getattr(found, name), sources[name]) == cub[name], name
+
+
+def test_the_fingerprint_is_of_what_decides_the_results():
+    values = vars(resolve("--dataset CUB --weights /a/w.pth")[0])
+    known = config.fingerprint(values)
+    free = {
+        "seed": 7,
+        "device": "cuda",
+        "amp": "off",
+        "workers": 3,
+        "data_root": "/x",
+        "lists": "/y",
+        "pictures": 4,
+    }
+    for name, value in (free | {"weights": "/b/w.pth", "dataset": "/disk/CUB"}).items():
+        assert config.fingerprint(values | {name: value}) == known, name
+    changes = {"lr": 1.0, "epochs": 71, "p": 0.4, "decay_at": [41], "weights": "/a/v.pth", "method": "cam"}
+    assert len({config.fingerprint(values | {name: value}) for name, value in changes.items()} | {known}) == 7
