@@ -163,10 +163,10 @@ def boxes(args):
     for n in (1000, 200):
         programs[f"contours, {n} thresholds"] = lambda x, truth, n=n: best_ious(traced_boxes(x, n), truth)
     for folder in args.runs:
-        run = TrainedRun(folder, "best", torch.device("cpu"))
+        run = TrainedRun(folder, device="cpu", amp="off", batch_size=8)
         size, test = run.config.image_size, run.split("test")
         split = test.take(range(0, len(test), max(1, len(test) // args.images)), "bench")
-        maps = [x for batch in run.maps(split, 8, workers=0, amp="off") for x in batch.maps]
+        maps = [x for batch in run.maps(split) for x in batch.maps]
         truths = (scale_boxes(split.boxes[i], tuple(split.sizes[i]), size) for i in range(len(split)))
         pairs, took = list(zip(maps, truths)), {name: [] for name in programs}
         for start in range(0, len(pairs), 10):  # in turns: every program leaves the caches in its own state
