@@ -10,7 +10,7 @@ import inspect
 import sys
 from pathlib import Path
 
-from ..utils import Parser, one_line_errors, set_quiet, write_json
+from ..utils import Parser, one_line_errors, set_quiet, user_path, write_json
 from . import experiments, figures
 
 
@@ -45,7 +45,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         (experiments if name in experiments.COMMANDS else figures).add_flags(sub, name)
         if name == "sweep" and not trains:  # --width and the words after flags of train.py are train.py's
             sub.add_argument(
-                "files", nargs="+", type=Path, metavar="FILE", help="JSON files of earlier sweeps"
+                "files", nargs="+", type=user_path, metavar="FILE", help="JSON files of earlier sweeps"
             )
             figures.add_file_flags(sub, name)
     args, args.flags = parser.parse_known_args(argv)

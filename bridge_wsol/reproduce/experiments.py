@@ -43,7 +43,7 @@ from ..evaluation import (
     results_name,
 )
 from ..methods import METHODS
-from ..utils import InputError, flag, read_json, set_quiet, write_json, write_text
+from ..utils import InputError, flag, read_json, set_quiet, user_path, write_json, write_text
 from . import baselines  # noqa: F401  registers the compared systems
 
 SCRIPTS = Path(__file__).parents[2]  # the clone, with train.py and evaluate.py
@@ -591,7 +591,7 @@ def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
         text = "default 0 1 2" if seeds else "default: the value of --seed, or 0"
         add("--seeds", nargs="+", type=int, default=seeds, metavar="N", help=text)
         text = f"folder of the runs and tables (default runs/{runs})"
-        add("--runs", type=Path, default=Path("runs", runs), metavar="DIR", help=text)
+        add("--runs", type=user_path, default=Path("runs", runs), metavar="DIR", help=text)
     if command == "compare":
         text = f"METHOD[:NAME=VALUE,...][+NORMALIZATION] (default: {' '.join(ROWS)})"
         add("--methods", nargs="+", default=ROWS, metavar="ROW", help=text)
@@ -599,14 +599,16 @@ def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
         add("--param", help="a number of the run's configuration, for example lambda_sim")
         add("--values", nargs="+", type=float, metavar="X", help="values of --param")
     else:
-        add("runs", nargs="+", type=Path, metavar="RUN", help="folders of train.py, files of evaluate.py")
+        add(
+            "runs", nargs="+", type=user_path, metavar="RUN", help="folders of train.py, files of evaluate.py"
+        )
         add("--names", nargs="+", metavar="NAME", help="names of the runs, in their order (default: methods)")
         add("--split", choices=("test", "val"), default="test", help="split of the results (default test)")
         add("--normalize", choices=NORMALIZATIONS, default="minmax", help="of the maps (default minmax)")
         text = "decimals of the values (default 2)"
         add("--digits", type=int, default=2, choices=range(10), metavar="N", help=text)
         text = f"files to write, without suffix (default figures/{command})"
-        add("--out", type=Path, default=Path("figures", command), metavar="PATH", help=text)
+        add("--out", type=user_path, default=Path("figures", command), metavar="PATH", help=text)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ from ..evaluation import MapBatch, TrainedRun, evaluate_maps, read_results
 from ..localize import draw_split
 from ..losses import feature_norm, minmax
 from ..metrics import DELTAS, band, flatness
-from ..utils import InputError, Value, atomic_write, autocast, progress
+from ..utils import InputError, Value, atomic_write, autocast, progress, user_path
 from .experiments import SWEPT, Row, check_pools, markdown, names_of, read_sweep, spread
 
 Flags = argparse.Namespace  # of the command line
@@ -531,7 +531,7 @@ def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
     """The flags of one command."""
     add, number = sub.add_argument, {"type": int, "metavar": "N"}
     files = ", or results files of evaluate.py" if command == "curves" else ""
-    add("runs", nargs="+", type=Path, metavar="RUN", help=f"folders that train.py wrote{files}")
+    add("runs", nargs="+", type=user_path, metavar="RUN", help=f"folders that train.py wrote{files}")
     add("--names", nargs="+", metavar="NAME", help="a name per run (default: the folders' names)")
     add("--split", choices=("test", "val"), default="test", help="default test")
     add("--checkpoint", choices=("best", "last"), default="best", help="default best")
@@ -539,8 +539,8 @@ def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
     if command == "curves":
         add("--normalize", choices=cam.NORMALIZATIONS, default="minmax", help="default minmax")
     else:
-        add("--data-root", type=Path, metavar="DIR", help="default: the run's")
-        add("--lists", type=Path, metavar="DIR", help="default: the run's")
+        add("--data-root", type=user_path, metavar="DIR", help="default: the run's")
+        add("--lists", type=user_path, metavar="DIR", help="default: the run's")
         add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
         add("--amp", choices=("auto", "bf16", "off"), help="default: the run's")
         add("--batch-size", default=32, **number, help="images per batch (default 32)")
@@ -567,7 +567,7 @@ def add_file_flags(sub: argparse.ArgumentParser, command: str) -> None:
         add("--width", type=float, default=width, metavar="INCHES", help=text)
         add("--dpi", type=int, default=DPI, metavar="N", help=f"resolution of the PNG (default {DPI})")
     out = Path("figures") / command
-    add("--out", type=Path, default=out, metavar="PATH", help=f"files without suffix (default {out})")
+    add("--out", type=user_path, default=out, metavar="PATH", help=f"files without suffix (default {out})")
 
 
 def check(args: Flags) -> None:
