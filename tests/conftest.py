@@ -179,3 +179,28 @@ def correct_at(*rows, boxed=None):
     correct[:, :3, 10] = found[:, None]
     boxed = np.ones(len(found), dtype=bool) if boxed is None else np.array(boxed, dtype=bool)
     return PerImage(boxed, ~boxed & False, correct)
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def lines_of(folder):
+    """log.jsonl without what the clock decides."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "seconds")} for line in lines]
+
+
+def content(path):
+    """The parts of a checkpoint that do not depend on where and on how many workers it was made, as text."""
+    parts = load(path)
+    names = ("model", "optimizer", "random_states", "epoch", "best", "val", "fingerprint")
+    return {name: json.dumps(parts[name], default=torch.Tensor.tolist) for name in names}
+
+
+def same_run(a, b):
+    assert lines_of(a) == lines_of(b)
+    for which in ("best", "last"):
+        assert results(a, f"results_{which}_test.json") == results(b, f"results_{which}_test.json")
+        assert content(a / f"{which}.pt") == content(b / f"{which}.pt")
+    return True

@@ -18,8 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import REPOSITORY, TINY, make_tiny
-from test_train import same_run
+from conftest import REPOSITORY, TINY, make_tiny, same_run
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 

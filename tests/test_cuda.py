@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import results, run
+from conftest import lines_of, results, run
 from PIL import Image
-from test_train import lines_of
 from torch import nn
 
 from bridge_wsol.config import preset_values

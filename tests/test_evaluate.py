@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
-from conftest import results, run
+from conftest import lines_of, load, results, run
 from PIL import Image
 from test_baselines import make
 from test_models import as_saved
-from test_train import NO_VAL, edit, interrupt, lines_of, load
+from test_train import NO_VAL, edit, interrupt
 
 from bridge_wsol import cam, evaluation
 from bridge_wsol.boxes import iou_matrix, scale_boxes

@@ -14,10 +14,9 @@ from contextlib import redirect_stdout
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, results, run
+from conftest import REPOSITORY, lines_of, load, results, run
 from kill_resume import ENVIRONMENT
 from PIL import Image
-from test_train import lines_of, load
 
 from bridge_wsol import utils
 from bridge_wsol.data import EpochSampler

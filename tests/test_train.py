@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import results, run
+from conftest import content, lines_of, load, results, run, same_run
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -21,31 +21,6 @@ from bridge_wsol.data import TrainImages, to_input, train_loader
 from bridge_wsol.utils import one_line_errors
 
 NO_VAL = {"max_box_acc_v2_at_val_threshold": None}  # while training, on val itself
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def lines_of(folder):
-    """log.jsonl without what the clock decides."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "seconds")} for line in lines]
-
-
-def content(path):
-    """The parts of a checkpoint that do not depend on where and on how many workers it was made, as text."""
-    parts = load(path)
-    names = ("model", "optimizer", "random_states", "epoch", "best", "val", "fingerprint")
-    return {name: json.dumps(parts[name], default=torch.Tensor.tolist) for name in names}
-
-
-def same_run(a, b):
-    assert lines_of(a) == lines_of(b)
-    for which in ("best", "last"):
-        assert results(a, f"results_{which}_test.json") == results(b, f"results_{which}_test.json")
-        assert content(a / f"{which}.pt") == content(b / f"{which}.pt")
-    return True
 
 
 def edit(path, change):
