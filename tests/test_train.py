@@ -147,6 +147,12 @@ def test_best_is_the_epoch_with_the_best_val(tiny, tmp_path):
     assert best != 5 and last["curves"] != results(folder)["curves"]
 
 
+def test_val_every_0_is_after_the_last_epoch(tiny, tmp_path):
+    run("train", f"{tiny} --epochs 2 --val-every 0 --out {tmp_path}/run")
+    run("train", f"{tiny} --epochs 3 --val-every 0 --out {tmp_path}/run --resume")
+    assert [line["epoch"] for line in lines_of(tmp_path / "run") if "val" in line] == [2, 3]
+
+
 def test_weights_of_a_run_start_another(trained, tmp_path):
     flags, first = trained
     rates = "--lr 1e-12 --lr-new 1e-12"  # nothing is learned: of equal scores on val, the first is the best
