@@ -291,8 +291,8 @@ def read_folder(folder: Path, join_val: bool = False) -> tuple[dict[str, Split],
     """(splits, names of the classes, lines to print) of a folder of images, in one of two layouts.
 
     <class>/<image>: the SHA-256 of an image's path below the folder sets its split: about 70 % train, 15 %
-        val, 15 % test, so adding or removing images moves no others. But a split without an image of a class
-        gets the nearest one; a class needs at least 3 images.
+        val, 15 % test, so adding or removing images moves few others. But val and test get at least
+        int(0.15 n) of the n images of a class, and one; a class needs at least 3 images.
     <split>/<class>/<image>, with train/, test/ and perhaps val/, valid/ or validation/ (torchvision's
         ImageFolder): as it is. The classes are those of train. join_val: val joins train, in the order of
         their paths.
@@ -396,9 +396,10 @@ def _by_hash(images: list[str], where: Path) -> dict[str, list[str]]:
         return int.from_bytes(digest[:8], "big") / 2**64
 
     places, order = zip(*sorted((place(image), image) for image in images))
-    # The positions in `order` at which val and test begin, so that no split is empty.
-    val = min(max(bisect_left(places, VAL_FROM), 1), n - 2)
-    test = min(max(bisect_left(places, TEST_FROM), val + 1), n - 1)
+    least = max(3 * n // 20, 1)  # images of val, and of test
+    # The positions in `order` at which val and test begin.
+    val = min(max(bisect_left(places, VAL_FROM), 1), n - 2 * least)
+    test = min(max(bisect_left(places, TEST_FROM), val + least), n - least)
     return {"train": sorted(order[:val]), "val": sorted(order[val:test]), "test": sorted(order[test:])}
 
 
