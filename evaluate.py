@@ -233,7 +233,8 @@ def localize_images(args: argparse.Namespace) -> None:
     setting = {name: getattr(args, name) for name in (*names, "data_root", "lists", "batch_size")}
     localizer = localize.Localizer(args.run, args.device, workers=args.workers or 0, **setting)
     if localizer.note:
-        print(f"{localizer.note}; the threshold is {localizer.threshold:.3f}, --threshold sets another")
+        of = " of each map's maximum" if localizer.level is None else ""
+        print(f"{localizer.note}; the threshold is {localizer.threshold:.3f}{of}, --threshold sets another")
     folder, files = args.out or args.run / "images", image_files(args.images)
     entries, failed = [], 0
     try:

@@ -226,7 +226,7 @@ def validate(run: Run) -> dict[str, Any]:
     loader = eval_loader(val, c.batch_size, c.image_size, c.workers)
     maps = evaluation.network_maps(run.method, loader, c.amp)
     result = evaluation.evaluate_maps(maps, val, workers=c.workers).result
-    run.val = {"epoch": run.epoch, "metrics": result["metrics"], "levels": result["levels"]}
+    run.val = {"epoch": run.epoch, "metrics": result["metrics"], **evaluation.thresholds_of(result)}
     _, score = selection_score(result["metrics"])
     if run.best is None or score > run.best["score"]:
         run.best = {"epoch": run.epoch, "score": score}

@@ -476,6 +476,13 @@ def foreign_checkpoint(path: Path, dataset: str, arch: str, stride: int | None =
     return known | what | {"model": state, "fingerprint": {"values": config.fingerprint(vars(values))}}
 
 
+def thresholds_of(result: dict[str, Any]) -> dict[str, Any]:
+    """What a result of val says of thresholds: fields of `Chosen`, kept in a checkpoint."""
+    curves, boxed = result["curves"], result.get("images_with_boxes", result["images"])
+    middle = curves and metrics.middle_level(curves["largest"])
+    return {"levels": result["levels"], "boxed": boxed if curves else 0, "middle": middle}
+
+
 class Chosen(NamedTuple):
     """What val gives for maps of one normalization: `TrainedRun.choose`."""
 
@@ -483,6 +490,19 @@ class Chosen(NamedTuple):
     percentile: float | None = None  # of the normalization; None: its default
     reason: str = ""  # also where the thresholds are not those of the training
     scores: dict[str, Any] | None = None  # of each percentile, where val chose it
+    boxed: int = 0  # images of val with boxes
+    middle: int | None = None  # of the best levels of the largest contour
+
+    def for_photos(self) -> tuple[int | None, str]:
+        """(level of the largest contour, note) for boxes of new images.
+
+        The middle one of the best levels: on few images many are equally good. None, and the note tells why,
+        where val has no boxes, or fewer than ENOUGH_BOXED images with boxes.
+        """
+        if 0 < self.boxed < ENOUGH_BOXED:
+            few = f"val has {self.boxed} images with boxes, {ENOUGH_BOXED} are needed to choose a threshold"
+            return None, few
+        return self.middle, self.reason
 
     def head(self, normalization: str) -> dict[str, Any]:
         """The percentile as in a results file; empty for a normalization without one."""
@@ -490,6 +510,8 @@ class Chosen(NamedTuple):
         return {} if q is None else {"percentile": {"value": q, **(self.scores or {})}}
 
 
+# Images with boxes from which on the threshold of val was as good as 0.2 of the maximum (docs/evaluation.md).
+ENOUGH_BOXED = 50
 NO_BOXES = "no thresholds of val: it has no boxes"
 CHANGED = "the boxes of val have changed since the training: thresholds are chosen anew"
 QS = tuple(round(0.05 * i, 2) for i in range(1, 15))  # IVR's percentiles to choose from: 0.05, ..., 0.70
@@ -582,10 +604,11 @@ class TrainedRun:
             raise InputError("--percentile val needs --normalize ivr")
         known, changed = self.state["val"], False
         own_map = normalization == "minmax" and not self.map_options
-        if own_map and known and known["epoch"] == self.state["epoch"]:
+        if own_map and known and known["epoch"] == self.state["epoch"] and "middle" in known:
             changed = self._val_boxes_changed(val)
             if not changed:
-                return Chosen(known["levels"], reason="" if known["levels"] else NO_BOXES)
+                found = {name: known[name] for name in ("levels", "boxed", "middle")}
+                return Chosen(**found, reason="" if found["levels"] else NO_BOXES)
         try:
             val = val or self.split("val")
         except InputError as error:
@@ -596,8 +619,9 @@ class TrainedRun:
             return self._choose_percentile(val)
         if not val.boxes:
             return Chosen(None, percentile, NO_BOXES)
-        found = evaluate_maps(self.maps(val, normalization, percentile), val, workers=self.workers)
-        return Chosen(found.result["levels"], percentile, CHANGED if changed else "")
+        maps = self.maps(val, normalization, percentile)
+        found = thresholds_of(evaluate_maps(maps, val, workers=self.workers).result)
+        return Chosen(**found, percentile=percentile, reason=CHANGED if changed else "")
 
     def _val_boxes_changed(self, val: Split | None) -> bool:
         """Whether val has other boxes than in the training; False where its lists are not there."""
@@ -612,7 +636,7 @@ class TrainedRun:
     def _choose_percentile(self, split: Split) -> Chosen:
         if not split.boxes and not split.masks:
             raise InputError(f"--percentile val: {split.name} has neither boxes nor masks: pass a number")
-        kept, scores, levels = list(self.maps(split, None)), {}, {}
+        kept, scores, found = list(self.maps(split, None)), {}, {}
 
         def normalized(q: float) -> Iterator[MapBatch]:
             for batch in kept:
@@ -623,9 +647,10 @@ class TrainedRun:
         for q in QS:
             result = evaluate_maps(normalized(q), split, workers=self.workers).result
             by, scores[q] = selection_score(result["metrics"])
-            levels[q] = result["levels"]
+            found[q] = thresholds_of(result)
         best = max(QS, key=scores.__getitem__)
-        return Chosen(levels[best], best, scores={"chosen_on": "val", "by": by, "scores": scores})
+        how = {"chosen_on": "val", "by": by, "scores": scores}
+        return Chosen(**found[best], percentile=best, scores=how)
 
     def head(self, split: Split, name: str, normalize: str = "minmax") -> dict[str, Any]:
         """The first keys of the results file of a split of this name."""

@@ -45,8 +45,8 @@ class Localizer:
     """A trained run, for images of one's own: box of the Top-1 class, five best classes, score map.
 
     The box is the largest contour at `threshold`, in [0, 1). A threshold that you pass is a fraction of the
-    map's maximum. The default is the one chosen on val for this normalization, a fraction of [0, 1]; without
-    it FALLBACK_THRESHOLD of the maximum, and `note` tells why.
+    map's maximum. The default is the one chosen on val for this normalization, a fraction of [0, 1]
+    (`Chosen.for_photos`); without it FALLBACK_THRESHOLD of the maximum, and `note` tells why.
 
     run: a folder that train.py wrote. checkpoint: "best" or "last". normalize, percentile: as in
     `TrainedRun.choose`. device, amp, data_root, lists, batch_size, workers: as of `TrainedRun`; the last four
@@ -77,7 +77,7 @@ class Localizer:
             chosen = self.run.choose(normalize, percentile)
             self.how = normalize, chosen.percentile
         if threshold is None:
-            self.note, self.level = chosen.reason, chosen.levels and chosen.levels["largest"]
+            self.level, self.note = chosen.for_photos()
             self.threshold = FALLBACK_THRESHOLD if self.level is None else self.level / LEVELS
 
     def __call__(self, images: Any) -> Found | list[Found]:

@@ -292,6 +292,12 @@ def tree_map(function: Callable[..., Any], *trees: Any) -> Any:
     return function(*trees)
 
 
+def middle_level(curve: Sequence[float]) -> int:
+    """The middle one of the best levels of a curve: the accuracy at each of the 255 levels."""
+    best = np.flatnonzero(np.asarray(curve) == np.max(curve))
+    return int(best[len(best) // 2])
+
+
 def flatness(curve: Sequence[float]) -> tuple[int, int, float | None]:
     """(first, last, width): the levels around the maximum with at least 95 % of its accuracy, without a gap.
 

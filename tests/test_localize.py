@@ -57,7 +57,6 @@ def test_an_object_has_the_map_of_its_file(trained, photos, tmp_path):
             assert of_object.box == expected.box and of_object.top5 == expected.top5
             np.testing.assert_array_equal(of_object.score_map, expected.score_map)
     assert not np.array_equal(localizer(turned).score_map, localizer(photos[0]).score_map)
-    assert localizer.level is not None and localizer.threshold == localizer.level / LEVELS
     wrong = [pixels.transpose(2, 0, 1), pixels / 255, pixels[None], pixels.astype(np.uint16), b"photo", None]
     for image in (*wrong, torch.tensor(pixels).permute(2, 0, 1), [pixels, pixels[..., 0]]):
         with pytest.raises(InputError, match="expected a path, a PIL image, or an array or tensor H x W x 3"):
@@ -67,7 +66,11 @@ def test_an_object_has_the_map_of_its_file(trained, photos, tmp_path):
 def test_thresholds_of_a_localizer(trained, photos, tmp_path):
     _, folder = trained
     checkpoint = torch.load(folder / "best.pt", weights_only=True)
-    checkpoint["val"]["levels"]["largest"] = 153
+    checkpoint["val"] |= {"middle": 153, "boxed": 49}
+    torch.save(checkpoint, folder / "best.pt")
+    few = Localizer(folder, device="cpu")
+    assert few.threshold == 0.2 and "49" in few.note
+    checkpoint["val"]["boxed"] = 50
     torch.save(checkpoint, folder / "best.pt")
     chosen = Localizer(folder, device="cpu")
     assert chosen.threshold == 153 / 255 == 0.6 and not chosen.note
@@ -147,12 +150,18 @@ def test_the_box_covers_in_the_photo_what_it_covers_in_the_map():
     assert original_box(np.zeros(4, dtype=int), 224, (50, 50)) is None
 
 
-def test_each_normalization_has_its_own_threshold_from_val(trained, tmp_path, fails, capsys):
+def test_each_normalization_has_its_own_threshold_from_val(trained, tmp_path, fails, capsys, monkeypatch):
     folder, photo = trained[1], tmp_path / "data" / "tiny" / "test" / "03.png"
     for how in ("minmax", "ivr"):
         run("evaluate", f"{folder} --device cpu --split val --normalize {how} --out {folder}/val.json")
-        level, chosen = results(folder, "val.json")["levels"]["largest"], f"{photo} --normalize {how}"
-        assert localize(folder, chosen) == localize(folder, f"{chosen} --threshold {(level + 0.5) / 255}")
+        curve, chosen = results(folder, "val.json")["curves"]["largest"], f"{photo} --normalize {how}"
+        best = [level for level in range(LEVELS) if curve[level] == max(curve)]
+        assert len(best) > 2 and localize(folder, chosen) == localize(folder, f"{chosen} --threshold 0.2")
+        with monkeypatch.context() as patch:
+            patch.setattr("bridge_wsol.evaluation.ENOUGH_BOXED", 3)
+            middle = best[len(best) // 2]
+            assert Localizer(folder, "cpu", normalize=how).threshold == middle / LEVELS
+            assert localize(folder, chosen) == localize(folder, f"{chosen} --threshold {(middle + 0.5) / 255}")
     fails("evaluate", f"{folder} --images {photo} --threshold 1", "threshold")
     fails("evaluate", f"{folder} --device cpu --images {tmp_path}/lists", tmp_path / "lists")
 
