@@ -350,6 +350,8 @@ def resolve_config(
         raise InputError(
             f"--image-size {values['image_size']}: larger than --resize-size {values['resize_size']}"
         )
+    if values.get("tau_fg", 1) < values.get("tau_bg", 0):
+        raise InputError(f"--tau-fg {values['tau_fg']}: smaller than --tau-bg {values['tau_bg']}")
     if values["frozen_blocks"] and values["weights"] == "none":
         raise InputError("--weights none: frozen blocks would keep random weights: add --frozen-blocks 0")
     return SimpleNamespace(**values), sources

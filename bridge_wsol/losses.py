@@ -11,8 +11,11 @@ paper:
     CAM(u) = w_y . f_u = |w_y| * F_u * S_u    with F_u = |f_u| and S_u = cos(f_u, w_y)    (drawn in Fig. A3)
 
 Norms, cosines and min-max are computed in float32, under autocast too; float64 input stays float64. All
-gradients are finite. Two cases make the formulas 0/0: a location with a zero feature vector, and a constant
-map F. There the value is 0, and no gradient passes.
+gradients are finite for features of float32, bfloat16 and float64. Two cases make the formulas 0/0: a location
+with a zero feature vector, and a constant map F. There the value is 0, and no gradient passes.
+
+The gradient of S_u is of the order of 1 / |f_u|. For features of float16 it overflows at weak locations, above
+all with a loss scale: use bfloat16 or float32 (`features.float()` does not help: its gradient is float16).
 """
 
 from __future__ import annotations
@@ -76,15 +79,18 @@ def alignment_losses(
     L_sim  = mean of S_y over {u : F-hat_u < tau_bg}  -  mean of S_y over {u : F-hat_u > tau_fg},  in [-2, 2]
     L_norm = mean of F-hat over {u : S_u < 0}         -  mean of F-hat over {u : S_u > 0},         in [-1, 1]
 
-    features N x C x H x W, weight K x C, labels N (int64). tau_fg and tau_bg, in [0, 1], are thresholds on
-    F-hat (values: C.5). Locations between the two are in neither set of L_sim. The mean of an empty set is 0.
+    features N x C x H x W, weight K x C. labels N (int64), in [0, K): -1 would be the last class (a check
+    would wait for the GPU). tau_fg and tau_bg, 0 <= tau_bg <= tau_fg <= 1, are thresholds on F-hat (values:
+    C.5). Locations between the two are in neither set of L_sim. The mean of an empty set is 0.
 
     norm_class selects S in L_norm. "target": the ground-truth class (ImageNet-1K, OpenImages30k). "max": the
     maximum over all classes (CUB, where every class is a bird).
 
     The sets are hard masks without gradient. Gradient flows through S_y (L_sim) to features and weight, and
-    through F-hat (L_norm) to features. Raises ValueError for another `norm_class`.
+    through F-hat (L_norm) to features. Raises ValueError for another `norm_class` and other thresholds.
     """
+    if not 0 <= tau_bg <= tau_fg <= 1:
+        raise ValueError(f"expected 0 <= tau_bg <= tau_fg <= 1, got tau_fg {tau_fg} and tau_bg {tau_bg}")
     if norm_class not in ("target", "max"):
         raise ValueError(f'norm_class must be "target" or "max", got {norm_class!r}')
     F_hat = minmax(feature_norm(features))  # N x H x W

@@ -112,7 +112,7 @@ def test_intervals_and_words(allowed, inside, outside):
 
 BAD = """--seed 9223372036854775808|--lambda-sim nan|--decay-at 0|--decay-at 2 2|--norm-class mean
 --method magic|--width 0.001|--has-cells 16,-2 --method has|--has-cells= --method has
---image-size 300|--preset mine|--batch-size 1.5"""
+--image-size 300|--tau-fg 0.05|--preset mine|--batch-size 1.5"""
 
 
 @pytest.mark.parametrize("flags", BAD.replace("\n", "|").split("|"))

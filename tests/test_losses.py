@@ -241,6 +241,9 @@ def test_consistency_loss_is_the_mean_absolute_difference_and_reaches_both_passe
 def test_wrong_arguments_raise():
     with pytest.raises(ValueError):
         alignment_losses(*hand_worked(), torch.tensor([0]), 0.6, 0.3, norm_class="mean")
+    for taus in ((0.3, 0.6), (60, 10), (0.6, -0.1), (float("nan"), 0.1)):
+        with pytest.raises(ValueError):
+            alignment_losses(*hand_worked(), torch.tensor([0]), *taus)
     with pytest.raises(ValueError):
         cosine_map(hand_worked()[0], torch.ones(3, 5))
 
