@@ -1,11 +1,15 @@
 """Metrics on sets counted by hand, and PxAP against the definition of average precision."""
 
+import json
+
 import interval_coverage
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from scipy.stats import binom
 
 from bridge_wsol import metrics as module
+from bridge_wsol.evaluation import load_per_image
 from bridge_wsol.metrics import ImageResult, PerImage, difference, intervals, measure, resamples
 from bridge_wsol.reproduce.experiments import METRICS, flat
 from bridge_wsol.utils import InputError
@@ -377,9 +381,15 @@ def test_a_band_is_the_percentiles_of_the_curve():
 
 
 def test_what_a_side_localizes_is_at_iou_50_and_its_best_level():
-    """IoUs of four images at levels 10 and 20: the best level of IoU 50 is 20, that of IoU 30 is 10."""
-    ious = [(0.4, 0.6), (0.4, 0.8), (0.4, 0.0), (0.6, 0.0)]
+    """IoUs of four images at levels 10 and 20: the best level of IoU 50 is 20, those of IoU 30 and 70 are 10."""
+    ious = [(0.4, 0.6), (0.4, 0.6), (0.4, 0.0), (0.8, 0.0)]
     one = stack([image({10: a, 20: b}) for a, b in ious])
     other = stack([image({10: 0.9}) for _ in ious])
     assert module.localized([one]).tolist() == [1, 1, 0, 0]
     assert module.localized([one, other]).tolist() == [1, 1, 0.5, 0.5]
+
+
+def test_the_intervals_of_a_committed_result_come_out_again():
+    path = REPOSITORY / "docs" / "results" / "CUB10" / "bridge_seed0.json"
+    stored = load_per_image(path, (result := json.loads(path.read_text()))["metrics"])
+    assert intervals([stored.per_image], stored.digest) == result["intervals"]
