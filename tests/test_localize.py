@@ -161,7 +161,9 @@ def test_each_normalization_has_its_own_threshold_from_val(trained, tmp_path, fa
             patch.setattr("bridge_wsol.evaluation.ENOUGH_BOXED", 3)
             middle = best[len(best) // 2]
             assert Localizer(folder, "cpu", normalize=how).threshold == middle / LEVELS
-            assert localize(folder, chosen) == localize(folder, f"{chosen} --threshold {(middle + 0.5) / 255}")
+            assert localize(folder, chosen) == localize(
+                folder, f"{chosen} --threshold {(middle + 0.5) / 255}"
+            )
     fails("evaluate", f"{folder} --images {photo} --threshold 1", "threshold")
     fails("evaluate", f"{folder} --device cpu --images {tmp_path}/lists", tmp_path / "lists")
 

@@ -381,7 +381,7 @@ def test_a_band_is_the_percentiles_of_the_curve():
 
 
 def test_what_a_side_localizes_is_at_iou_50_and_its_best_level():
-    """IoUs of four images at levels 10 and 20: the best level of IoU 50 is 20, those of IoU 30 and 70 are 10."""
+    """IoUs of four images at levels 10 and 20: the best level of IoU 50 is 20, of IoU 30 and 70 it is 10."""
     ious = [(0.4, 0.6), (0.4, 0.6), (0.4, 0.0), (0.8, 0.0)]
     one = stack([image({10: a, 20: b}) for a, b in ious])
     other = stack([image({10: 0.9}) for _ in ious])
