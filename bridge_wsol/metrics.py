@@ -292,6 +292,14 @@ def tree_map(function: Callable[..., Any], *trees: Any) -> Any:
     return function(*trees)
 
 
+def flat(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics, or what else has their keys, also by flat keys: v2_30, v2_mean, v2_at_val, fixed_top1_loc."""
+    found = metrics | {"v2_at_val": (metrics.get("max_box_acc_v2_at_val_threshold") or {}).get("mean")}
+    for prefix, key in (("v2", "max_box_acc_v2"), ("fixed", "fixed_threshold")):
+        found |= {f"{prefix}_{name}": value for name, value in (metrics.get(key) or {}).items()}
+    return found
+
+
 def flatness(curve: Sequence[float]) -> tuple[int, int, float | None]:
     """(first, last, width): the levels around the maximum with at least 95 % of its accuracy, without a gap.
 
