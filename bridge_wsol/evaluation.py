@@ -222,11 +222,11 @@ def write_per_image(path: Path, split: Split, evaluated: Evaluated) -> None:
     head = ["id", "label", "predicted", *(f"iou_{name}" for name in LEVEL_NAMES), "x0", "y0", "x1", "y1"]
     rows.writerow(head)
     for image, label, found in zip(split.ids, split.labels, evaluated.images):
-        row: list[Any] = [image, label, "" if found.predicted is None else found.predicted]
+        of_boxes: list[Any] = [None] * 8
         if found.ious is not None:
-            row += [f"{found.ious[int(name == 'largest'), levels[name]]:.6f}" for name in LEVEL_NAMES]
-            row += [*found.largest[levels["largest"]]]
-        rows.writerow(row + [""] * (len(head) - len(row)))
+            of_boxes = [f"{found.ious[int(name == 'largest'), levels[name]]:.6f}" for name in LEVEL_NAMES]
+            of_boxes += [*found.largest[levels["largest"]]]
+        rows.writerow([image, label, found.predicted, *of_boxes])
     utils.write_text(path, text.getvalue())
 
 
@@ -332,8 +332,8 @@ def read_results(
     if not known or not isinstance(curves, dict) or any(len(c) != LEVELS for c in curves.values()):
         raise InputError(f"{path}: not a results file; it is made by: {command}")
     if "fingerprint" not in result:
-        own = {} if path == run else {"values": config.fingerprint(config.read_config(run))}
-        result["fingerprint"] = own
+        of_run = {} if path == run else {"values": config.fingerprint(config.read_config(run))}
+        result["fingerprint"] = of_run
     return path, result
 
 
@@ -377,8 +377,7 @@ def load_per_image(results: Path, expected: dict[str, Any]) -> Stored:
             found = dict(file)
         ids, digest, truth = found.pop("ids").tolist(), str(found.pop("digest")), found.pop("truth")
         if "right" in found:
-            bits = np.unpackbits(found.pop("right"), axis=-1, count=LEVELS)
-            found["correct"] = bits.astype(bool)
+            found["correct"] = np.unpackbits(found.pop("right"), axis=-1, count=LEVELS).astype(bool)
         if "val_levels" in found:
             found["val_levels"] = dict(zip(LEVEL_NAMES, found["val_levels"].tolist(), strict=True))
         found |= {"threshold": float(found["threshold"])} if "threshold" in found else {}

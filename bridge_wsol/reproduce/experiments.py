@@ -31,18 +31,11 @@ from typing import Any
 
 import numpy as np
 
-from .. import metrics
+from .. import evaluation, metrics
 from ..cam import NORMALIZATIONS
 from ..config import MACHINE, RUN_VALUES, fingerprint, parse_args, read_config, resolve_config
 from ..datasets import SPLITS, download, load_splits
-from ..evaluation import (
-    Stored,
-    load_per_image,
-    per_image_path,
-    read_results,
-    require_same_images,
-    results_name,
-)
+from ..evaluation import Stored, per_image_path, read_results, require_same_images, results_name
 from ..methods import METHODS
 from ..metrics import PerImage, flat
 from ..utils import InputError, flag, read_json, set_quiet, user_path, write_json, write_text
@@ -120,7 +113,8 @@ class Row:
     @cached_property
     def stored(self) -> dict[Path, Stored]:
         """The files per image of the seeds, which must be of the same images. Raises InputError."""
-        files = {result["path"]: load_per_image(result["path"], result["metrics"]) for result in self.results}
+        paths = {result["path"]: result["metrics"] for result in self.results}
+        files = {path: evaluation.load_per_image(path, expected) for path, expected in paths.items()}
         require_same_images(files)
         return files
 
@@ -359,7 +353,7 @@ def identity(run: Path, result: dict[str, Any] | None = None) -> tuple[dict[str,
     # These differ between seeds where val chose them.
     chosen = {"epoch"} if result.get("checkpoint") != "last" else set()
     chosen |= {"percentile"} if "chosen_on" in (result.get("percentile") or {}) else set()
-    what = {name: value for name, value in result.items() if name not in (*MEASURED, *chosen, "path", "seed")}
+    what = {name: value for name, value in result.items() if name not in (*MEASURED, *chosen, "seed")}
     return what, result.get("seed", str(run.resolve()))
 
 
@@ -595,9 +589,8 @@ def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
         add("--param", help="a number of the run's configuration, for example lambda_sim")
         add("--values", nargs="+", type=float, metavar="X", help="values of --param")
     else:
-        add(
-            "runs", nargs="+", type=user_path, metavar="RUN", help="folders of train.py, files of evaluate.py"
-        )
+        text = "folders of train.py, files of evaluate.py"
+        add("runs", nargs="+", type=user_path, metavar="RUN", help=text)
         add("--names", nargs="+", metavar="NAME", help="names of the runs, in their order (default: methods)")
         add("--split", choices=("test", "val"), default="test", help="split of the results (default test)")
         add("--normalize", choices=NORMALIZATIONS, default="minmax", help="of the maps (default minmax)")

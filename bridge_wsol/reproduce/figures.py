@@ -28,7 +28,7 @@ from ..data import Masks, Split, eval_loader, load_masks, open_rgb, to_input
 from ..evaluation import MapBatch, TrainedRun, evaluate_maps, read_results
 from ..localize import draw_split
 from ..losses import feature_norm, minmax
-from ..metrics import DELTAS, band, flatness
+from ..metrics import DELTAS, band, flat, flatness
 from ..utils import InputError, Value, atomic_write, autocast, progress, user_path
 from .experiments import SWEPT, Row, check_pools, markdown, names_of, read_sweep, spread
 
@@ -125,17 +125,9 @@ def open_runs(args: Flags) -> list[OpenRun]:
     """The runs with the images of --split. Raises InputError for a folder that is no run."""
     runs, device = [], utils.resolve_device(args.device)
     args.workers = utils.default_workers(device) if args.workers is None else args.workers
+    places = {name: vars(args)[name] for name in ("data_root", "lists", "amp", "batch_size", "workers")}
     for folder, name in zip(args.runs, names_of(args)):
-        trained = TrainedRun(
-            folder,
-            args.checkpoint,
-            device,
-            data_root=args.data_root,
-            lists=args.lists,
-            amp=args.amp,
-            batch_size=args.batch_size,
-            workers=args.workers,
-        )
+        trained = TrainedRun(folder, args.checkpoint, device, **places)
         split = trained.split(args.split)
         drawable = sorted(split.boxes) if args.command == "boxes" else range(len(split))
         ids = {split.ids[i]: i for i in drawable}
@@ -179,7 +171,7 @@ def resized(run: OpenRun, name: str, maps: Tensor) -> Tensor:
 Curves = dict[str, np.ndarray]  # IoU in percent -> 255 values, or 2 x 255
 
 
-def read_curves(args: Flags) -> tuple[list[dict[str, Any]], list[Curves], list[Curves]]:
+def read_curves(args: Flags) -> list[tuple[dict[str, Any], Curves, Curves]]:
     """(numbers, curves, intervals) of each name; a curve is the mean over the runs with that name.
 
     The intervals are those of `metrics.band`, where all runs of the name have files per image.
@@ -193,17 +185,15 @@ def read_curves(args: Flags) -> tuple[list[dict[str, Any]], list[Curves], list[C
         if result["curves"] is None:
             raise InputError(f"{path}: {result['dataset']} has no boxes, so no curves: use maps or gap")
         rows.setdefault(name, Row(name)).results.append(result | {"path": path})
-    entries, all_curves, bands = [], [], []
+    found: list[tuple[dict[str, Any], Curves, Curves]] = []
     for name, row in rows.items():
-        files = [*row.stored.values()] if row.has_files else []
-        bands.append(band([file.per_image for file in files], files[0].digest) if files else {})
-        entry: dict[str, Any] = {"name": name, "results": [str(of_seed["path"]) for of_seed in row.results]}
-        entries.append(entry)
-        of_seeds = [of_seed["curves"] for of_seed in row.results]
-        all_curves.append({str(iou): np.mean([x[str(iou)] for x in of_seeds], axis=0) for iou in DELTAS})
-        for iou, curve in all_curves[-1].items():
+        entry: dict[str, Any] = {"name": name, "results": [str(result["path"]) for result in row.results]}
+        of_seeds = [result["curves"] for result in row.results]
+        means = {str(iou): np.mean([x[str(iou)] for x in of_seeds], axis=0) for iou in DELTAS}
+        found.append((entry, means, band(*row.per_image) if row.has_files else {}))
+        for iou, curve in means.items():
             (first, last, width), top = flatness(curve), int(np.argmax(curve))
-            apart = np.round(curve - all_curves[0][iou], 9)  # the means of equal counts can differ by 1e-14
+            apart = np.round(curve - found[0][1][iou], 9)  # the means of equal counts can differ by 1e-14
             entry[iou] = {
                 "maximum": float(curve[top]),
                 "threshold": top / LEVELS,
@@ -212,7 +202,7 @@ def read_curves(args: Flags) -> tuple[list[dict[str, Any]], list[Curves], list[C
                 "above_first": 100 * float((apart > 0).mean()),
                 "below_first": 100 * float((apart < 0).mean()),
             }
-    return entries, all_curves, bands
+    return found
 
 
 def curves(args: Flags) -> dict[str, Any]:
@@ -222,7 +212,8 @@ def curves(args: Flags) -> dict[str, Any]:
     around it, a band the 95 % interval over images, at each threshold by itself.
     Prints the numbers of claim C.1: maximum, `flatness`, and the share of thresholds above the first run.
     """
-    entries, all_curves, bands = read_curves(args)
+    found = read_curves(args)
+    entries = [entry for entry, *_ in found]
     names, thresholds = [entry["name"] for entry in entries], np.arange(LEVELS) / LEVELS
     rows, columns = (1, 3) if args.width > 5 else (3, 1)
     lines = 0.13 * len(names)  # height of a legend
@@ -230,17 +221,17 @@ def curves(args: Flags) -> dict[str, Any]:
         panels = drawn.subplots(rows, columns, sharex=True, sharey=True)
         for panel, delta in zip(panels.flat, DELTAS):
             handles = []
-            for i, (entry, of_run, bounds) in enumerate(zip(entries, all_curves, bands)):
-                curve, found = of_run[str(delta)], entry[str(delta)]
-                at = found["threshold"], *found["within_95_percent"]
+            for i, (entry, of_run, bounds) in enumerate(found):
+                curve, numbers = of_run[str(delta)], entry[str(delta)]
+                at = numbers["threshold"], *numbers["within_95_percent"]
                 top, first, last = (round(threshold * LEVELS) for threshold in at)
                 near, colour = slice(first, last + 1), look(i)["color"]
                 panel.plot(thresholds[near], curve[near], color=colour, linewidth=5, alpha=0.25)
                 if bounds:
                     panel.fill_between(thresholds, *bounds[str(delta)], color=colour, alpha=0.15, linewidth=0)
-                flat = "–" if found["flatness"] is None else f"{found['flatness']:.2f}"
+                width = "–" if numbers["flatness"] is None else f"{numbers['flatness']:.2f}"
                 marker = {"marker": MARKERS[i % len(MARKERS)], "markevery": [top]}
-                label = f"{found['maximum']:.1f}, {flat} wide"
+                label = f"{numbers['maximum']:.1f}, {width} wide"
                 handles += panel.plot(thresholds, curve, label=label, **marker, **look(i))
             panel.set(xlim=(0, 1), ylim=(0, 105), yticks=[0, 25, 50, 75, 100])
             panel.set_title(f"IoU {delta / 100}", loc="right")
@@ -510,11 +501,9 @@ def gap(args: Flags) -> dict[str, Any]:
         for kind in REGIONS
         for key, label in GAP.items()
     }
-    for name in MAPS:
-        v2 = [entry["localization"][name]["max_box_acc_v2"] for entry in found]
-        rows[f"MaxBoxAccV2 by {name}"] = [of_run and of_run["mean"] for of_run in v2], 1
-    for name in MAPS:
-        rows[f"PxAP by {name}"] = [entry["localization"][name]["pxap"] for entry in found], 1
+    for key, label in (("v2_mean", "MaxBoxAccV2"), ("pxap", "PxAP")):
+        for name in MAPS:
+            rows[f"{label} by {name}"] = [flat(entry["localization"][name]).get(key) for entry in found], 1
     print_numbers([entry["name"] for entry in found], rows)
     return {"runs": found}
 
