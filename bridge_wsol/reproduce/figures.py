@@ -3,13 +3,14 @@
 A run is a folder that train.py wrote. `curves` also takes results files of evaluate.py (any method's score
 maps), `sweep` takes JSON files of `experiments.sweep`. `curves`, `histogram` and `gap` take runs with the
 same name in --names as one: seeds of the same configuration. A figure goes to figures/COMMAND.png and .pdf
-(`boxes`: .png), or where --out says. All but `maps` and `sweep` write their numbers as JSON, too. The same
-input gives the same bytes. matplotlib is the extra `figures`; `boxes` and `gap` do without.
+(`boxes`: .png), or where --out says. All but `maps`, `sweep` and `losses` write their numbers as JSON, too.
+The same input gives the same bytes. matplotlib is the extra `figures`; `boxes` and `gap` do without.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +31,7 @@ from ..localize import draw_split
 from ..losses import feature_norm, minmax
 from ..metrics import DELTAS, band, flat, flatness
 from ..utils import InputError, Value, atomic_write, autocast, progress, user_path
-from .experiments import SWEPT, Row, check_pools, markdown, names_of, read_sweep, spread
+from .experiments import LEADING, METRICS, SWEPT, Row, check_pools, markdown, names_of, read_sweep, spread
 
 Flags = argparse.Namespace  # of the command line
 COLUMN, PAGE, DPI = 3.3, 6.9, 300  # widths of a column and of the text of a page, in inches; resolution
@@ -89,6 +90,18 @@ def figure(args: Flags, height: float, crop: bool = False) -> Iterator[Any]:
             with atomic_write(Path(f"{args.out}.{kind}")) as part:
                 drawn.savefig(part, format=kind, metadata=metadata, **size)
             print(f"written to {args.out}.{kind}")
+
+
+@contextmanager
+def panel_grid(args: Flags, n: int, height: float, **share: bool) -> Iterator[tuple[Any, Sequence[Any]]]:
+    """Yields a `figure` and its n panels, `height` inches each, as many in a row as --width takes."""
+    columns = min(n, max(1, int(args.width // 2.2)))
+    rows = math.ceil(n / columns)
+    with figure(args, height * rows) as drawn:
+        panels = drawn.subplots(rows, columns, squeeze=False, **share)
+        yield drawn, panels.flat[:n]
+        for panel in panels.flat[n:]:
+            panel.set_visible(False)
 
 
 def print_numbers(names: list[str], rows: dict[str, tuple[list[float | None], int]]) -> None:
@@ -395,16 +408,11 @@ def boxes(args: Flags) -> dict[str, Any]:
 def sweep(args: Flags) -> None:
     """Fig. A5: accuracy against the value of a hyperparameter, one panel per file; a star at the preset."""
     files = [read_sweep(path) for path in args.files]
-    columns = min(len(files), max(1, int(args.width // 2.2)))
-    rows = math.ceil(len(files) / columns)
     titled = len({file["title"] for file in files}) > 1
-    with figure(args, 2.3 * rows) as drawn:
-        panels = drawn.subplots(rows, columns, sharey=not titled, squeeze=False)
-        for panel, file in zip(panels.flat, files):
+    with panel_grid(args, len(files), 2.3, sharey=not titled) as (_, panels):
+        for panel, file in zip(panels, files):
             draw_sweep(panel, file)
             panel.legend(title=file["title"] if titled else None, alignment="left", **ABOVE)
-        for panel in panels.flat[len(files) :]:
-            panel.set_visible(False)
 
 
 def draw_sweep(panel: Any, file: dict[str, Any]) -> None:
@@ -508,10 +516,57 @@ def gap(args: Flags) -> dict[str, Any]:
     return {"runs": found}
 
 
+# ----------------------------------------------------------------------------------------------------- losses
+
+
+def read_log(run: Path) -> dict[str, dict[int, float]]:
+    """{what: {epoch: value}} of a run's log.jsonl: each loss, Top-1 on train, the metrics of LEADING on val.
+
+    Raises InputError for a log that is missing or damaged.
+    """
+    found: dict[str, dict[int, float]] = {}
+    try:
+        for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            values = {name: x for name, x in entry.items() if name == "loss" or name.startswith("l_")}
+            on_val = flat(entry.get("val", {}))
+            values |= {"train Top-1, %": entry["top1"]}
+            values |= {f"val {METRICS[key]}, %": on_val.get(key) for key in LEADING}
+            for what, value in values.items():
+                if value is not None:
+                    found.setdefault(what, {})[entry["epoch"]] = float(value)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        problem = f"cannot be read ({utils.first_line(error)})"
+        raise InputError(f"{run / 'log.jsonl'}: {problem}; it is made by: train.py") from error
+    return found
+
+
+def losses(args: Flags) -> None:
+    """Each loss, Top-1 on train and the metrics on val over the epochs.
+
+    From the log.jsonl of the runs, also of one that is still training; a line per run.
+    """
+    logs, names = [read_log(run) for run in args.runs], names_of(args)
+    # The losses of all runs first.
+    whats = sorted(dict.fromkeys(what for log in logs for what in log), key=lambda what: "%" in what)
+    if not whats:
+        raise InputError(f"{args.runs[0]}: no epoch is finished")
+    last = max(epoch for log in logs for values in log.values() for epoch in values)
+    with panel_grid(args, len(whats), 1.7) as (drawn, panels):
+        for panel, what in zip(panels, whats):
+            for i, log in enumerate(logs):
+                values, marker = log.get(what, {}), MARKERS[i % len(MARKERS)]
+                panel.plot([*values], [*values.values()], marker=marker, markersize=3, **look(i))
+            panel.set(title=what, xlim=(0.5, last + 0.5))
+            panel.locator_params("x", integer=True)
+        drawn.legend(panels[0].lines, names, loc="outside upper left", ncols=2)
+        drawn.supxlabel("epoch")
+
+
 # ----------------------------------------------------------------------------------------------- command line
 
-COMMANDS = {command.__name__: command for command in (curves, histogram, maps, boxes, gap)}
-DRAWN = ("curves", "histogram", "maps", "sweep")  # with matplotlib
+COMMANDS = {command.__name__: command for command in (curves, histogram, maps, boxes, gap, losses)}
+DRAWN = ("curves", "histogram", "maps", "sweep", "losses")  # with matplotlib
 RANGES = {"width": "[1, 100)", "dpi": "[10, 10000)", "workers": "[0, inf)", "seed": "[0, inf)"}
 RANGES |= dict.fromkeys(("bins", "columns", "batch_size", "random", "worst", "best"), "[1, 1000000)")
 
@@ -522,12 +577,13 @@ def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
     files = ", or results files of evaluate.py" if command == "curves" else ""
     add("runs", nargs="+", type=user_path, metavar="RUN", help=f"folders that train.py wrote{files}")
     add("--names", nargs="+", metavar="NAME", help="a name per run (default: the folders' names)")
-    add("--split", choices=("test", "val"), default="test", help="default test")
-    add("--checkpoint", choices=("best", "last"), default="best", help="default best")
-    add("--quiet", action="store_true", help="show no progress")
+    if command != "losses":
+        add("--split", choices=("test", "val"), default="test", help="default test")
+        add("--checkpoint", choices=("best", "last"), default="best", help="default best")
+        add("--quiet", action="store_true", help="show no progress")
     if command == "curves":
         add("--normalize", choices=cam.NORMALIZATIONS, default="minmax", help="default minmax")
-    else:
+    elif command != "losses":
         add("--data-root", type=user_path, metavar="DIR", help="default: the run's")
         add("--lists", type=user_path, metavar="DIR", help="default: the run's")
         add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
@@ -550,7 +606,7 @@ def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
 
 def add_file_flags(sub: argparse.ArgumentParser, command: str) -> None:
     """The flags for the files to write."""
-    add, width = sub.add_argument, PAGE if command == "maps" else COLUMN
+    add, width = sub.add_argument, PAGE if command in ("maps", "losses") else COLUMN
     if command in DRAWN:
         text = f"width of the figure: {COLUMN} for a column, {PAGE} for a page (default {width})"
         add("--width", type=float, default=width, metavar="INCHES", help=text)
