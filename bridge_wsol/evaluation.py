@@ -352,16 +352,8 @@ def per_image_path(results: Path) -> Path:
 
 
 def save_per_image(path: Path, per_image: PerImage, split: Split) -> None:
-    """Writes a bit for each IoU, level and image, 128 bytes an image before compression."""
-    content = {"digest": split.digest(), "ids": split.ids, "truth": split.checksums()}
-    correct, ranks, levels = per_image.correct, per_image.ranks, per_image.val_levels
-    optional = {
-        "right": None if correct is None else np.packbits(correct, axis=-1),
-        "ranks": None if ranks is None else ranks.clip(max=255).astype(np.uint8),
-        "val_levels": levels and [levels[name] for name in LEVEL_NAMES],
-        **{name: getattr(per_image, name) for name in ("boxed", "masked", "pixels", "fixed", "threshold")},
-    }
-    content |= {name: value for name, value in optional.items() if value is not None}
+    """Writes `PerImage.arrays`, and which images they are of."""
+    content = {"digest": split.digest(), "ids": split.ids, "truth": split.checksums(), **per_image.arrays()}
     with utils.atomic_write(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **content)
 
@@ -376,12 +368,7 @@ def load_per_image(results: Path, expected: dict[str, Any]) -> Stored:
         with np.load(path) as file:
             found = dict(file)
         ids, digest, truth = found.pop("ids").tolist(), str(found.pop("digest")), found.pop("truth")
-        if "right" in found:
-            found["correct"] = np.unpackbits(found.pop("right"), axis=-1, count=LEVELS).astype(bool)
-        if "val_levels" in found:
-            found["val_levels"] = dict(zip(LEVEL_NAMES, found["val_levels"].tolist(), strict=True))
-        found |= {"threshold": float(found["threshold"])} if "threshold" in found else {}
-        stored = Stored(PerImage(**found), digest, ids, truth)
+        stored = Stored(PerImage.of_arrays(found), digest, ids, truth)
         int(digest, 16)
         if not len(ids) == len(truth) == len(stored.per_image.boxed):
             raise ValueError("arrays of different lengths")

@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -468,13 +468,14 @@ def sweep(args: argparse.Namespace) -> Path:
     for x in sorted(args.values):
         # As train.py's integer flags take it: 2, not 2.0.
         value = "" if x == preset else f":{param}={repr(x).removesuffix('.0')}"
-        rows[x] = replace(row_of(c.method + value), label=f"{x:g}" if value else f"{x:g} (preset)")
+        rows[x] = row_of(c.method + value)
+        rows[x].label = f"{x:g}" if value else f"{x:g} (preset)"
     made = [*rows.values()]
     finish_all(made, args)
     localization = [key for key in ("gt_known_loc", "pxap") if made[0].numbers(key)]
     keys = (*localization[:1], "top1_cls")  # none without boxes and masks
     head = {"dataset": c.dataset, "arch": c.arch, "method": c.method, "param": param, "preset": preset}
-    numbers = [{key: row.numbers(key) for key in keys} for row in made]
+    numbers = ({key: row.numbers(key) for key in keys} for row in made)
     found = [{"value": x, "seeds": args.seeds, **of} for x, of in zip(rows, numbers)]
     path = args.runs / f"sweep_{param}.json"
     write_json(path, head | {"checkpoint": args.checkpoint, "values": found})
