@@ -19,7 +19,6 @@ import csv
 import io
 import json
 import re
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -113,8 +112,7 @@ class Row:
     @cached_property
     def stored(self) -> dict[Path, Stored]:
         """The files per image of the seeds, which must be of the same images. Raises InputError."""
-        paths = {result["path"]: result["metrics"] for result in self.results}
-        files = {path: evaluation.load_per_image(path, expected) for path, expected in paths.items()}
+        files = {of["path"]: evaluation.load_per_image(of["path"], of["metrics"]) for of in self.results}
         require_same_images(files)
         return files
 
@@ -247,7 +245,7 @@ def finish(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         flags = [f"{flag(name)}={value}" for name, value in own.items()] + ["--quiet"] * parsed.quiet
         run_script("evaluate.py", [str(folder), *flags], folder)
     log = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    speed = statistics.median(json.loads(line)["images_per_second"] for line in log)
+    speed = float(np.median([json.loads(line)["images_per_second"] for line in log]))
     return read_results(path, args.checkpoint, "test")[1] | {"images_per_second": speed, "path": path}
 
 
@@ -272,10 +270,9 @@ def spread(values: Sequence[float] | None, digits: int) -> str:
     return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
 
 
-def bracket(bounds: Sequence[float], digits: int) -> str:
+def bracket(bounds: Sequence[float]) -> str:
     """[low, high]."""
-    low, high = (round(bound, digits) + 0.0 for bound in bounds)  # no -0.0
-    return f"[{low:.{digits}f}, {high:.{digits}f}]"
+    return "[{:.1f}, {:.1f}]".format(*(round(bound, 1) + 0.0 for bound in bounds))  # no -0.0
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -298,7 +295,7 @@ def table_of(title: str, rows: list[Row], keys: Sequence[str], digits: int, corn
                 counts.add(len(values))
                 cells[row.label, row.pair, HEADINGS[key]] = spread(values, digits)
             if key == leading and values and (bounds := row.intervals.get(key)):
-                cells[row.label, row.pair, HEADINGS[key] + OVER_IMAGES] = bracket(bounds, 1)
+                cells[row.label, row.pair, HEADINGS[key] + OVER_IMAGES] = bracket(bounds)
     names = [HEADINGS[key] + suffix for key in keys for suffix in ("", OVER_IMAGES)]
     pairs, used = dict.fromkeys(row.pair for row in rows), {place[1:] for place in cells}
     columns = [(pair, name) for pair in pairs for name in names if (pair, name) in used]
@@ -545,7 +542,7 @@ def difference(args: argparse.Namespace) -> None:
     for key in keys:
         numbers = {side: values[key] for side, values in of_keys.items()}
         content["metrics"][key] = {side: {"value": x, "interval": of} for side, (x, of) in numbers.items()}
-        cells = [f"{x:.{args.digits}f} {bracket(of, 1)}" for x, of in numbers.values()]
+        cells = [f"{x:.{args.digits}f} {bracket(of)}" for x, of in numbers.values()]
         lines.append([METRICS[key], *cells])
     gap = f"{names[1]} − {names[0]}"
     text = markdown(["%, [95 % over images]", *names, gap], lines) + "\n"
@@ -557,7 +554,7 @@ def difference(args: argparse.Namespace) -> None:
         text += f"of {int(a[0].boxed.sum())} images.\n\n"
     leading = next(key for key in (*LEADING, *keys) if key in keys)
     low, high = bounds[leading]
-    text += f"{gap} is {found[leading]:.1f} {bracket((low, high), 1)} in {METRICS[leading]}: "
+    text += f"{gap} is {found[leading]:.1f} {bracket((low, high))} in {METRICS[leading]}: "
     text += f"the 95 % interval {'contains' if low <= 0 <= high else 'excludes'} 0."
     text += f" Means over {len(a)} and {len(b)} seeds." if max(len(a), len(b)) > 1 else ""
     print(text := text + " The intervals do not contain the choice of the seed.\n")
