@@ -13,7 +13,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain, repeat, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -387,11 +387,9 @@ def require_same_images(files: dict[Path, Stored]) -> None:
     """Raises InputError where these files are not of the same images with the same labels and boxes."""
     (first, known), *others = files.items()
     for path, other in others:
-        pairs = zip(zip(known.ids, known.truth.tolist()), zip(other.ids, other.truth.tolist()))
-        differing = [a[0] for a, b in pairs if a != b]
-        if differing or len(known.ids) != len(other.ids):
-            shorter = min(len(known.ids), len(other.ids))
-            image = differing[0] if differing else max(known.ids, other.ids, key=len)[shorter]
+        pairs = zip_longest(zip(known.ids, known.truth.tolist()), zip(other.ids, other.truth.tolist()))
+        image = next(((a or b)[0] for a, b in pairs if a != b), None)
+        if image is not None:
             what = "images, labels, sizes, boxes or mask paths"
             raise InputError(f"{path}: other {what} than {first} has; the first that differs is {image}")
 
