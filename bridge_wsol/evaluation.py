@@ -12,7 +12,8 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Iterator
-from functools import partial, reduce
+from functools import partial
+from itertools import chain, repeat, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -28,15 +29,7 @@ from .data import Split, as_score_map, eval_loader, load_masks, remark_lines, to
 from .datasets import is_folder, load_splits
 from .losses import full_precision
 from .methods import CAM, find
-from .metrics import (
-    LEVEL_NAMES,
-    ImageResult,
-    PerImage,
-    label_ranks,
-    measure,
-    selection_score,
-    tree_map,
-)
+from .metrics import LEVEL_NAMES, ImageResult, PerImage, flat, label_ranks, measure, selection_score, tree_map
 from .models import load_weights, read_weights
 from .utils import InputError
 
@@ -110,10 +103,8 @@ def save_maps(batches: Iterable[MapBatch], split: Split, folder: Path) -> Iterat
     """The batches, each map written to folder/<image id>.npy on its way."""
     for batch in batches:
         for index, score_map in zip(batch.indices, batch.maps):
-            with (
-                utils.atomic_write(Path(folder) / f"{split.ids[index]}.npy") as part,
-                part.open("wb") as file,
-            ):
+            path = Path(folder) / f"{split.ids[index]}.npy"
+            with utils.atomic_write(path) as part, part.open("wb") as file:
                 np.save(file, score_map)
         yield batch
 
@@ -149,23 +140,21 @@ def evaluate_maps(
     outside [0, 1); ValueError where an image has no map or two.
     """
     require_threshold(threshold)
-    own: dict[int, ImageResult] = {}
+    own: list[tuple[int, ImageResult]] = []
     blank, share = 0, len(range(utils.rank(), len(split), utils.world_size()))
-    measured = utils.imap(partial(measure_image, split, threshold), _one_by_one(batches, split), workers)
-    for (index, score_map, rank, predicted), result in utils.progress(measured, split.name, share):
-        result = result._replace(rank=rank, predicted=predicted)
-        if index in own:
-            raise ValueError(f"{split.ids[index]}: two score maps")
-        own[index] = result if keep else result._replace(ious=None, largest=None)
+    items = (
+        x for at, maps, logits in batches for x in zip(at, maps, repeat(None) if logits is None else logits)
+    )
+    measured = utils.imap(partial(measure_image, split, threshold), items, workers)
+    for (index, score_map, _), result in utils.progress(measured, split.name, share):
+        own.append((index, result if keep else result._replace(ious=None, largest=None)))
         blank += not score_map.any()
     if blank := sum(utils.all_gather(blank)):
         problem = "maps are constant, all zero or not finite: they have no box"
         utils.print_rank0(f"{blank} of {len(split)} {problem}")
-    everything = sorted((pair for part in utils.all_gather(own) for pair in part.items()), key=lambda x: x[0])
-    if [index for index, _ in everything] != list(range(len(split))):
-        raise ValueError(
-            f"{split.name}: {len(everything)} maps, one for each of {len(split)} images is needed"
-        )
+    everything = sorted(chain(*utils.all_gather(own)), key=lambda x: x[0])
+    if [index for index, _ in everything] != [*range(len(split))]:
+        raise ValueError(f"{split.name}: {len(everything)} maps; each of {len(split)} images needs one")
     images = [result for _, result in everything]
     for line in remark_lines(split.name, (remark for image in images for remark in image.remarks)):
         utils.print_rank0(line)
@@ -201,28 +190,20 @@ def evaluate_score_maps(
     return evaluate_maps(batches, split, **how).result
 
 
-Item = tuple[int, np.ndarray, int | None, int | None]  # index, score map, rank of the label, Top-1 class
-
-
-def _one_by_one(batches: Iterable[MapBatch], split: Split) -> Iterator[Item]:
-    for indices, maps, logits in batches:
-        ranks: list[int | None] = [None] * len(indices)
-        predicted = ranks
-        if logits is not None:
-            ranks, predicted = label_ranks(logits, split.labels[indices]).tolist(), logits.argmax(1).tolist()
-        yield from zip(indices, maps, ranks, predicted)
-
-
-def measure_image(split: Split, threshold: float | None, item: Item) -> ImageResult:
-    """The work that runs beside the network: the sweep over all levels, the histogram of pixels."""
-    index, score_map, *_ = item
+def measure_image(split: Split, threshold: float | None, item: tuple[Any, ...]) -> ImageResult:
+    """The work that runs beside the network. item: index, score map, logits of an image."""
+    index, score_map, logits = item
     boxes, masks, remarks = None, None, []
     if index in split.boxes:
         boxes = scale_boxes(split.boxes[index], tuple(split.sizes[index]), len(score_map))
     if index in split.masks:
         size = None if split.sizes is None else split.sizes[index]
         *masks, remarks = load_masks(split.root, split.masks[index], len(score_map), size)
-    return measure(score_map, boxes, masks, threshold)._replace(remarks=tuple(remarks))
+    result = measure(score_map, boxes, masks, threshold)._replace(remarks=tuple(remarks))
+    if logits is None:
+        return result
+    rank = label_ranks(logits[None], split.labels[[index]])[0]
+    return result._replace(rank=int(rank), predicted=int(logits.argmax()))
 
 
 def require_threshold(threshold: float | None) -> None:
@@ -241,11 +222,11 @@ def write_per_image(path: Path, split: Split, evaluated: Evaluated) -> None:
     head = ["id", "label", "predicted", *(f"iou_{name}" for name in LEVEL_NAMES), "x0", "y0", "x1", "y1"]
     rows.writerow(head)
     for image, label, found in zip(split.ids, split.labels, evaluated.images):
-        row: list[Any] = [image, label, "" if found.predicted is None else found.predicted]
+        of_boxes: list[Any] = [None] * 8
         if found.ious is not None:
-            row += [f"{found.ious[int(name == 'largest'), levels[name]]:.6f}" for name in LEVEL_NAMES]
-            row += [*found.largest[levels["largest"]]]
-        rows.writerow(row + [""] * (len(head) - len(row)))
+            of_boxes = [f"{found.ious[int(name == 'largest'), levels[name]]:.6f}" for name in LEVEL_NAMES]
+            of_boxes += [*found.largest[levels["largest"]]]
+        rows.writerow([image, label, found.predicted, *of_boxes])
     utils.write_text(path, text.getvalue())
 
 
@@ -284,30 +265,25 @@ def report(path: Path, evaluated: Evaluated, split: Split, head: dict[str, Any],
     utils.print_rank0(f"written to {path}")
 
 
-# Rows of the printed table: name, keys of the metric, note with the thresholds.
+# Rows of the printed table: name, key in `metrics.flat`, note with the thresholds.
 TABLE = (
-    ("MaxBoxAccV2", "max_box_acc_v2 mean", "mean of the three"),
-    ("  IoU 30", "max_box_acc_v2 30", "at threshold {t30:.3f}"),
-    ("  IoU 50", "max_box_acc_v2 50", "at threshold {t50:.3f}"),
-    ("  IoU 70", "max_box_acc_v2 70", "at threshold {t70:.3f}"),
+    ("MaxBoxAccV2", "v2_mean", "mean of the three"),
+    ("  IoU 30", "v2_30", "at threshold {t30:.3f}"),
+    ("  IoU 50", "v2_50", "at threshold {t50:.3f}"),
+    ("  IoU 70", "v2_70", "at threshold {t70:.3f}"),
     ("GT-known Loc", "gt_known_loc", "all contours, = MaxBoxAccV2 at IoU 50"),
     ("GT-known Loc", "gt_known_loc_largest", "largest contour, = MaxBoxAcc, at threshold {tlargest:.3f}"),
     ("Top-1 Loc", "top1_loc", "all contours"),
     ("Top-5 Loc", "top5_loc", "all contours"),
-    ("MaxBoxAccV2", "max_box_acc_v2_at_val_threshold mean", "at the thresholds chosen on val"),
-    ("GT-known Loc", "fixed_threshold gt_known_loc", "{fixed}"),
-    ("Top-1 Loc", "fixed_threshold top1_loc", "{fixed}"),
-    ("Top-5 Loc", "fixed_threshold top5_loc", "{fixed}"),
+    ("MaxBoxAccV2", "v2_at_val", "at the thresholds chosen on val"),
+    ("GT-known Loc", "fixed_gt_known_loc", "{fixed}"),
+    ("Top-1 Loc", "fixed_top1_loc", "{fixed}"),
+    ("Top-5 Loc", "fixed_top5_loc", "{fixed}"),
     ("PxAP", "pxap", ""),
     ("peak IoU", "piou", ""),
     ("Top-1 cls", "top1_cls", ""),
     ("Top-5 cls", "top5_cls", ""),
 )
-
-
-def value_at(keys: str, tree: dict[str, Any]) -> Any:
-    """The value of nested dicts at these keys, None where there is none."""
-    return reduce(lambda of, key: (of or {}).get(key), keys.split(), tree)
 
 
 def print_table(result: dict[str, Any], head: dict[str, Any]) -> None:
@@ -324,16 +300,16 @@ def print_table(result: dict[str, Any], head: dict[str, Any]) -> None:
     title.append(f"{result['images']} images")
     counts = {key: n for key, n in result.items() if key.startswith("images_with_")}
     title += [f"{n} with {key.removeprefix('images_with_')}" for key, n in counts.items()]
-    bounds = result.get("intervals", {})
-    utils.print_rank0(f"{', '.join(title)} (percent{', [95 % interval over images]' if bounds else ''})")
+    brackets = "intervals" in result
+    utils.print_rank0(f"{', '.join(title)} (percent{', [95 % interval over images]' if brackets else ''})")
     notes = {f"t{name}": threshold for name, threshold in (result["thresholds"] or {}).items()}
     if fixed := result["metrics"].get("fixed_threshold"):
         notes["fixed"] = f"largest contour, at {fixed['threshold']:g} of each map's maximum"
-    for name, keys, note in TABLE:
-        value, interval = (value_at(keys, of) for of in (result["metrics"], bounds))
-        if value is not None:
-            text = "[{:.1f}, {:.1f}]".format(*interval) if interval else ""
-            line = f"  {name:<14}{value:6.2f} {text:<{14 if bounds else 0}} {note.format(**notes)}"
+    values, bounds = flat(result["metrics"]), flat(result.get("intervals", {}))
+    for name, key, note in TABLE:
+        if (value := values.get(key)) is not None:
+            text = "[{:.1f}, {:.1f}]".format(*bounds[key]) if bounds.get(key) else ""
+            line = f"  {name:<14}{value:6.2f} {text:<{14 if brackets else 0}} {note.format(**notes)}"
             utils.print_rank0(line.rstrip())
 
 
@@ -348,19 +324,16 @@ def read_results(
     """
     path, command = run, "python evaluate.py --score-maps DIR --dataset NAME --out FILE"
     if run.suffix != ".json":
-        path = run / results_name(checkpoint, split, normalize)
-        command = (
-            f"python evaluate.py {run} --checkpoint {checkpoint} --split {split} --normalize {normalize}"
-        )
+        path, command = run / results_name(checkpoint, split, normalize), f"python evaluate.py {run}"
+        command += f" --checkpoint {checkpoint} --split {split} --normalize {normalize}"
     result = utils.read_json(path, command)
     curves = result.get("curves") or {}
     known = isinstance(result.get("metrics"), dict) and "dataset" in result and "pxap" in result["metrics"]
     if not known or not isinstance(curves, dict) or any(len(c) != LEVELS for c in curves.values()):
         raise InputError(f"{path}: not a results file; it is made by: {command}")
     if "fingerprint" not in result:
-        result["fingerprint"] = {}
-        if run.suffix != ".json":
-            result["fingerprint"]["values"] = config.fingerprint(config.read_config(run))
+        of_run = {} if path == run else {"values": config.fingerprint(config.read_config(run))}
+        result["fingerprint"] = of_run
     return path, result
 
 
@@ -379,16 +352,8 @@ def per_image_path(results: Path) -> Path:
 
 
 def save_per_image(path: Path, per_image: PerImage, split: Split) -> None:
-    """Writes a bit for each IoU, level and image, 128 bytes an image before compression."""
-    content = {"digest": split.digest(), "ids": split.ids, "truth": split.checksums()}
-    correct, ranks, levels = per_image.correct, per_image.ranks, per_image.val_levels
-    optional = {
-        "right": None if correct is None else np.packbits(correct, axis=-1),
-        "ranks": None if ranks is None else ranks.clip(max=255).astype(np.uint8),
-        "val_levels": levels and [levels[name] for name in LEVEL_NAMES],
-        **{name: getattr(per_image, name) for name in ("boxed", "masked", "pixels", "fixed", "threshold")},
-    }
-    content |= {name: value for name, value in optional.items() if value is not None}
+    """Writes `PerImage.arrays`, and which images they are of."""
+    content = {"digest": split.digest(), "ids": split.ids, "truth": split.checksums(), **per_image.arrays()}
     with utils.atomic_write(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **content)
 
@@ -403,13 +368,7 @@ def load_per_image(results: Path, expected: dict[str, Any]) -> Stored:
         with np.load(path) as file:
             found = dict(file)
         ids, digest, truth = found.pop("ids").tolist(), str(found.pop("digest")), found.pop("truth")
-        if "right" in found:
-            bits = np.unpackbits(found.pop("right"), axis=-1, count=LEVELS)
-            found["correct"] = bits.astype(bool)
-        if "val_levels" in found:
-            found["val_levels"] = dict(zip(LEVEL_NAMES, found["val_levels"].tolist(), strict=True))
-        found |= {"threshold": float(found["threshold"])} if "threshold" in found else {}
-        stored = Stored(PerImage(**found), digest, ids, truth)
+        stored = Stored(PerImage.of_arrays(found), digest, ids, truth)
         int(digest, 16)
         if not len(ids) == len(truth) == len(stored.per_image.boxed):
             raise ValueError("arrays of different lengths")
@@ -428,11 +387,9 @@ def require_same_images(files: dict[Path, Stored]) -> None:
     """Raises InputError where these files are not of the same images with the same labels and boxes."""
     (first, known), *others = files.items()
     for path, other in others:
-        pairs = zip(zip(known.ids, known.truth.tolist()), zip(other.ids, other.truth.tolist()))
-        differing = [a[0] for a, b in pairs if a != b]
-        if differing or len(known.ids) != len(other.ids):
-            shorter = min(len(known.ids), len(other.ids))
-            image = differing[0] if differing else max(known.ids, other.ids, key=len)[shorter]
+        pairs = zip_longest(zip(known.ids, known.truth.tolist()), zip(other.ids, other.truth.tolist()))
+        image = next(((a or b)[0] for a, b in pairs if a != b), None)
+        if image is not None:
             what = "images, labels, sizes, boxes or mask paths"
             raise InputError(f"{path}: other {what} than {first} has; the first that differs is {image}")
 

@@ -10,12 +10,12 @@ paper:
 
     CAM(u) = w_y . f_u = |w_y| * F_u * S_u    with F_u = |f_u| and S_u = cos(f_u, w_y)    (drawn in Fig. A3)
 
-Norms, cosines and min-max are computed in float32, under autocast too; float64 input stays float64. All
-gradients are finite for features of float32, bfloat16 and float64. Two cases make the formulas 0/0: a location
-with a zero feature vector, and a constant map F. There the value is 0, and no gradient passes.
+Norms, cosines and min-max are computed in float32, under autocast too; float64 input stays float64. For
+features of float32, bfloat16 and float64 all gradients are finite. Two cases make the formulas 0/0: a
+location with a zero feature vector, and a constant map F. There the value is 0, and no gradient passes.
 
-The gradient of S_u is of the order of 1 / |f_u|. For features of float16 it overflows at weak locations, above
-all with a loss scale: use bfloat16 or float32 (`features.float()` does not help: its gradient is float16).
+The gradient of S_u is of the order of 1 / |f_u|. For features of float16 it overflows at weak locations, the
+more so with a loss scale: use bfloat16 or float32. features.float() does not help: its gradient is float16.
 """
 
 from __future__ import annotations

@@ -186,6 +186,28 @@ class PerImage:
         of_labels = np.array(ranks) if ranks else None
         return cls(boxed, masked, correct, of_labels, pixels, fixed, threshold, val_levels)
 
+    def arrays(self) -> dict[str, Any]:
+        """The fields that are not None, as arrays for a file: 128 bytes an image, and its histogram."""
+        levels = self.val_levels and [self.val_levels[name] for name in LEVEL_NAMES]
+        fields = {
+            "right": None if self.correct is None else np.packbits(self.correct, axis=-1),
+            "ranks": None if self.ranks is None else self.ranks.clip(max=255).astype(np.uint8),
+            "val_levels": levels,
+            **{name: getattr(self, name) for name in ("boxed", "masked", "pixels", "fixed", "threshold")},
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+    @classmethod
+    def of_arrays(cls, arrays: dict[str, np.ndarray]) -> PerImage:
+        """The inverse of `arrays`."""
+        fields: dict[str, Any] = dict(arrays)
+        if "right" in fields:
+            fields["correct"] = np.unpackbits(fields.pop("right"), axis=-1, count=LEVELS).astype(bool)
+        if "val_levels" in fields:
+            fields["val_levels"] = dict(zip(LEVEL_NAMES, fields["val_levels"].tolist(), strict=True))
+        fields |= {"threshold": float(fields["threshold"])} if "threshold" in fields else {}
+        return cls(**fields)
+
     def uniform_weights(self) -> np.ndarray:
         """The sample that has each image once, 1 x N: the split itself."""
         return np.ones((1, len(self.boxed)), dtype=np.uint8)
@@ -296,6 +318,14 @@ def middle_level(curve: Sequence[float]) -> int:
     """The middle one of the best levels of a curve: the accuracy at each of the 255 levels."""
     best = np.flatnonzero(np.asarray(curve) == np.max(curve))
     return int(best[len(best) // 2])
+
+
+def flat(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics, or what else has their keys, also by flat keys: v2_30, v2_mean, v2_at_val, fixed_top1_loc."""
+    found = metrics | {"v2_at_val": (metrics.get("max_box_acc_v2_at_val_threshold") or {}).get("mean")}
+    for prefix, key in (("v2", "max_box_acc_v2"), ("fixed", "fixed_threshold")):
+        found |= {f"{prefix}_{name}": value for name, value in (metrics.get(key) or {}).items()}
+    return found
 
 
 def flatness(curve: Sequence[float]) -> tuple[int, int, float | None]:

@@ -281,6 +281,37 @@ def test_a_method_without_linear_classifier_has_no_factors(tiny, fails, tmp_path
     draw("histogram", tmp_path / "acol", "--dpi 30 --out", tmp_path / "x", CPU)
 
 
+# ----------------------------------------------------------------------------------------------------- losses
+
+
+def test_losses_are_those_of_the_logs(folder, drawn, tmp_path, fails):
+    ours = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    theirs = [{"epoch": k, "loss": 1 / k, "l_own": 2.0 * k, "top1": 10.0 * k} for k in (1, 2, 3)]
+    (tmp_path / "theirs").mkdir()
+    log = tmp_path / "theirs" / "log.jsonl"
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in theirs))
+    draw("losses", folder, log.parent, "--dpi 30 --out", tmp_path / "both")
+    draw("losses", log.parent, "--dpi 30 --out", tmp_path / "alone")
+    both, alone = ([panel for panel in of.axes if panel.get_visible()] for of in drawn[::2])
+    names = [name for name in ours[-1] if name == "loss" or name.startswith("l_")]
+    assert len(names) > 2 and len(both) == len(names) + 1 + 1 + 4 and len(alone) == 3
+
+    def expected(value_of, entries):
+        return {entry["epoch"]: value for entry in entries if (value := value_of(entry)) is not None}
+
+    values = {name: lambda entry, name=name: entry.get(name) for name in ("l_own", "top1", *names)}
+    for key in ("gt_known_loc", "pxap", "top1_cls"):
+        values[key] = lambda entry, key=key: entry.get("val", {}).get(key)
+    values["v2"] = lambda entry: entry["val"]["max_box_acc_v2"]["mean"] if "val" in entry else None
+    shown = [[dict(zip(line.get_xdata(), line.get_ydata())) for line in panel.lines] for panel in both]
+    for value_of in values.values():
+        assert [expected(value_of, ours), expected(value_of, theirs)] in shown
+    shown = [[dict(zip(line.get_xdata(), line.get_ydata())) for line in panel.lines] for panel in alone]
+    assert shown == [[expected(values[name], theirs)] for name in ("loss", "l_own", "top1")]
+    log.write_text('{"epoch": 1}\n')
+    fails("reproduce", f"losses {folder} {log.parent}", log, "train.py")
+
+
 # -------------------------------------------------------------------------------------------------- bad input
 
 

@@ -171,10 +171,9 @@ def draw_bird(rng: np.random.Generator, label: int) -> Drawing:
 
     h, s, v = [*HEADS.values()][species]
     head = rgb(h + rng.uniform(-0.015, 0.015), s * rng.uniform(0.9, 1), v * rng.uniform(0.92, 1))
-    _fill(image, skin, parts["beak"])
-    _fill(image, head, parts["head"])
-    _fill(image, (250, 250, 250), parts["eye"])
-    _fill(image, (10, 10, 10), parts["pupil"])
+    front = {"beak": skin, "head": head, "eye": (250, 250, 250), "pupil": (10, 10, 10)}
+    for name, colour in front.items():
+        _fill(image, colour, parts[name])
     return finish(rng, image, mask_of(*legs, *coat, parts["beak"], parts["head"]), mask_of(parts["head"]))
 
 
@@ -241,10 +240,8 @@ def _bird_outline(rng: np.random.Generator) -> dict[str, np.ndarray]:
 def background(rng: np.random.Generator) -> Image.Image:
     """Soft colours, then leaves, stones, blades and twigs. Only the objects have saturated colours."""
     tint = rng.choice([0.08, 0.12, 0.25, 0.32, 0.55, 0.6]) + rng.uniform(-0.04, 0.04)
-    ground = [
-        rgb(tint + rng.uniform(-0.05, 0.05), rng.uniform(0.05, 0.4), rng.uniform(0.3, 0.85))
-        for _ in range(25)
-    ]
+    uniform = rng.uniform
+    ground = [rgb(tint + uniform(-0.05, 0.05), uniform(0.05, 0.4), uniform(0.3, 0.85)) for _ in range(25)]
     image = Image.fromarray(np.array(ground, dtype=np.uint8).reshape(5, 5, 3))
     image = image.resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
     for _ in range(rng.integers(8, 26)):
@@ -339,8 +336,7 @@ def _axes(angle: float) -> tuple[np.ndarray, np.ndarray]:
 
 def rgb(hue: float, saturation: float, value: float) -> Colour:
     """Of a hue (1: a full turn), a saturation and a value in [0, 1]."""
-    r, g, b = hsv_to_rgb(hue % 1, saturation, value)
-    return int(255 * r), int(255 * g), int(255 * b)
+    return tuple(int(255 * c) for c in hsv_to_rgb(hue % 1, saturation, value))
 
 
 def _darker(colour: Colour, factor: float) -> Colour:

@@ -19,30 +19,24 @@ import csv
 import io
 import json
 import re
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .. import metrics
+from .. import evaluation, metrics
 from ..cam import NORMALIZATIONS
 from ..config import MACHINE, RUN_VALUES, fingerprint, parse_args, read_config, resolve_config
 from ..datasets import SPLITS, download, load_splits
-from ..evaluation import (
-    Stored,
-    load_per_image,
-    per_image_path,
-    read_results,
-    require_same_images,
-    results_name,
-)
+from ..evaluation import Stored, per_image_path, read_results, require_same_images, results_name
 from ..methods import METHODS
+from ..metrics import PerImage, flat
 from ..utils import InputError, flag, read_json, set_quiet, user_path, write_json, write_text
 from . import baselines  # noqa: F401  registers the compared systems
 
@@ -83,7 +77,7 @@ FORMS = (
     ("PxAP, % (the form of Table A1)", ("pxap", "piou")),
 )
 # The metric of a table that has a column with its interval over images: the first that the table has.
-LEADING = ("v2_mean", "gt_known_loc", "pxap", "top1_cls")
+LEADING, OVER_IMAGES = ("v2_mean", "gt_known_loc", "pxap", "top1_cls"), ", 95 % over images"
 
 
 @dataclass
@@ -96,6 +90,8 @@ class Row:
     map_options: dict[str, str] = field(default_factory=dict)  # values of the map, for evaluate.py
     normalization: str = "minmax"
     results: list[dict[str, Any]] = field(default_factory=list)  # one results file per seed, and its "path"
+    identity: dict[str, Any] = field(default_factory=dict)  # `identity`, what the seeds share
+    runs: dict[Any, Path] = field(default_factory=dict)  # by seed
 
     @property
     def pair(self) -> str:
@@ -116,16 +112,21 @@ class Row:
     @cached_property
     def stored(self) -> dict[Path, Stored]:
         """The files per image of the seeds, which must be of the same images. Raises InputError."""
-        files = {result["path"]: load_per_image(result["path"], result["metrics"]) for result in self.results}
+        files = {of["path"]: evaluation.load_per_image(of["path"], of["metrics"]) for of in self.results}
         require_same_images(files)
         return files
+
+    @property
+    def per_image(self) -> tuple[list[PerImage], str]:
+        """What is correct image by image, of each seed; and the digest of the split. Raises InputError."""
+        files = [*self.stored.values()]
+        return [file.per_image for file in files], files[0].digest
 
     @cached_property
     def intervals(self) -> dict[str, Any]:
         """The interval over images of the seeds' mean, by the keys of METRICS; {} without files per image."""
         if self.has_files:
-            files = [*self.stored.values()]
-            return flat(metrics.intervals([file.per_image for file in files], files[0].digest))
+            return flat(metrics.intervals(*self.per_image))
         return flat(self.results[0].get("intervals", {})) if len(self.results) == 1 else {}
 
     def folder(self, runs: Path, seed: int) -> Path:
@@ -136,12 +137,6 @@ class Row:
         """The flags of train.py for a run."""
         own = {"method": self.method, **self.values, "seed": seed, "out": self.folder(args.runs, seed)}
         return [*args.flags, *(f"{flag(name)}={value}" for name, value in own.items()), "--resume"]
-
-
-def flat(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The metrics of a results file, or what else has their keys, with the keys of METRICS, too."""
-    v2, at_val = (metrics.get(f"max_box_acc_v2{x}") or {} for x in ("", "_at_val_threshold"))
-    return metrics | {f"v2_{name}": value for name, value in v2.items()} | {"v2_at_val": at_val.get("mean")}
 
 
 def row_of(name: str) -> Row:
@@ -197,11 +192,9 @@ def is_finished(folder: Path, flags: list[str]) -> bool:
     if not (folder / "config.json").exists():
         return False
     there = read_config(folder)
-    # A value that may change on --resume, such as amp, matters where it was asked for.
-    free = {name for name, value in RUN_VALUES.items() if value.resume and name not in parsed.given}
-    free = {*free, *MACHINE} - {"epochs", *({"amp"} & parsed.given.keys())} | (
-        {"epochs"} if config.epochs > there.get("epochs", 0) else set()
-    )
+    # Where they were asked for, amp and val_every matter, although they may change on --resume.
+    free = {*MACHINE, "val_every"} - ({"amp", "val_every"} & parsed.given.keys())
+    free |= {"epochs"} if config.epochs > there.get("epochs", 0) else set()
     for name, value in vars(config).items():
         if name not in free and value not in (None, there.get(name)):  # None: decided at the start of a run
             problem = f"a run with {name} {there.get(name)} instead of {value}"
@@ -225,11 +218,11 @@ def check_lists(finished: list[Path], waiting: bool, args: argparse.Namespace) -
         lists[f"--lists {c.lists}"] = record["lists"]
     for folder in finished:
         lists[str(folder)] = read_json(folder / "config.json", "train.py").get("fingerprint", {})
-    for other, splits in lists.items():
-        first = next(iter(lists))
-        for name in {*SPLITS} & lists[first].keys() & splits.keys():
-            if splits[name] != lists[first][name]:
-                raise InputError(f"{other}: a run with another {name} list than {first} has")
+    first = next(iter(lists))
+    for other, name in product(lists, SPLITS):
+        a, b = (lists[of].get(name) for of in (first, other))
+        if a and b and a != b:
+            raise InputError(f"{other}: a run with another {name} list than {first} has")
 
 
 def finish(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -252,7 +245,7 @@ def finish(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         flags = [f"{flag(name)}={value}" for name, value in own.items()] + ["--quiet"] * parsed.quiet
         run_script("evaluate.py", [str(folder), *flags], folder)
     log = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    speed = statistics.median(json.loads(line)["images_per_second"] for line in log)
+    speed = float(np.median([json.loads(line)["images_per_second"] for line in log]))
     return read_results(path, args.checkpoint, "test")[1] | {"images_per_second": speed, "path": path}
 
 
@@ -277,10 +270,9 @@ def spread(values: Sequence[float] | None, digits: int) -> str:
     return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
 
 
-def bracket(bounds: Sequence[float], digits: int) -> str:
+def bracket(bounds: Sequence[float]) -> str:
     """[low, high]."""
-    low, high = (round(bound, digits) + 0.0 for bound in bounds)  # no -0.0
-    return f"[{low:.{digits}f}, {high:.{digits}f}]"
+    return "[{:.1f}, {:.1f}]".format(*(round(bound, 1) + 0.0 for bound in bounds))  # no -0.0
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -303,8 +295,8 @@ def table_of(title: str, rows: list[Row], keys: Sequence[str], digits: int, corn
                 counts.add(len(values))
                 cells[row.label, row.pair, HEADINGS[key]] = spread(values, digits)
             if key == leading and values and (bounds := row.intervals.get(key)):
-                cells[row.label, row.pair, f"{HEADINGS[key]}, 95 % over images"] = bracket(bounds, 1)
-    names = [name for key in keys for name in (HEADINGS[key], f"{HEADINGS[key]}, 95 % over images")]
+                cells[row.label, row.pair, HEADINGS[key] + OVER_IMAGES] = bracket(bounds)
+    names = [HEADINGS[key] + suffix for key in keys for suffix in ("", OVER_IMAGES)]
     pairs, used = dict.fromkeys(row.pair for row in rows), {place[1:] for place in cells}
     columns = [(pair, name) for pair in pairs for name in names if (pair, name) in used]
     head = [f"{pair if len(pairs) > 1 else ''} {name}".strip() for pair, name in columns]
@@ -330,8 +322,8 @@ def write_tables(out: Path, text: str, rows: list[Row], keys: Iterable[str]) -> 
         lines.writerow(line)
     print(text)
     for suffix, written in (("md", text), ("csv", content.getvalue())):
-        write_text(path := out.with_name(f"{out.name}.{suffix}"), written)
-        print(f"written to {path}")
+        write_text(Path(f"{out}.{suffix}"), written)
+        print(f"written to {out}.{suffix}")
 
 
 def names_of(args: argparse.Namespace) -> list[str]:
@@ -358,18 +350,17 @@ def identity(run: Path, result: dict[str, Any] | None = None) -> tuple[dict[str,
     # These differ between seeds where val chose them.
     chosen = {"epoch"} if result.get("checkpoint") != "last" else set()
     chosen |= {"percentile"} if "chosen_on" in (result.get("percentile") or {}) else set()
-    what = {name: value for name, value in result.items() if name not in (*MEASURED, *chosen, "path", "seed")}
+    what = {name: value for name, value in result.items() if name not in (*MEASURED, *chosen, "seed")}
     return what, result.get("seed", str(run.resolve()))
 
 
-def differences(runs: Sequence[Path], whats: Sequence[dict[str, Any]]) -> list[str]:
-    """For each run the values in which any of them differ, as text: of config.json and of `identity`."""
-    folders = [run.parent if run.suffix == ".json" else run for run in runs]
-    values = [read_config(folder) if (folder / "config.json").exists() else {} for folder in folders]
-    described = [
-        {k: v for k, v in (of_run | what).items() if k not in (*MACHINE, "seed", "fingerprint")}
-        for of_run, what in zip(values, whats)
-    ]
+def differences(rows: Sequence[Row]) -> list[str]:
+    """For each row the values in which any of them differ, as text: of config.json and of `identity`."""
+    runs, described = [next(iter(row.runs.values())) for row in rows], []
+    for run, row in zip(runs, rows):
+        folder = run.parent if run.suffix == ".json" else run
+        values = (read_config(folder) if (folder / "config.json").exists() else {}) | row.identity
+        described.append({k: v for k, v in values.items() if k not in (*MACHINE, "seed", "fingerprint")})
     names = sorted(set().union(*described))
     names = [name for name in names if len({json.dumps(of.get(name)) for of in described}) > 1]
     if not names:
@@ -377,20 +368,27 @@ def differences(runs: Sequence[Path], whats: Sequence[dict[str, Any]]) -> list[s
     return [", ".join(f"{name} {of.get(name)}" for name in names) for of in described]
 
 
+def row_with(rows: dict[str, Row], name: str, run: Path, what: dict[str, Any], seed: Any) -> Row:
+    """The row of a run, by its name and `identity`; a new one in `rows` where there is none.
+
+    Raises InputError for a run that the row has already.
+    """
+    row = rows.setdefault(json.dumps([name, what], sort_keys=True), Row(name, identity=what))
+    if (twin := row.runs.setdefault(seed, run)) is not run:
+        raise InputError(f"{run}: the same run as {twin}, by the same seed {seed}: give one of the two")
+    return row
+
+
 def check_pools(args: argparse.Namespace) -> None:
     """Raises InputError where runs args.runs with the same name are not seeds of one configuration."""
-    first: dict[str, tuple[Path, dict[str, Any]]] = {}
-    seeds: dict[tuple[str, Any], Path] = {}
+    rows: dict[str, Row] = {}
     for run, name in zip(args.runs, names_of(args)):
-        what, seed = identity(run)
-        other, known = first.setdefault(name, (run, what))
-        twin = seeds.setdefault((name, seed), run)
-        if what != known or twin is not run:
-            problem = f"as {twin}, and the same seed"
-            if what != known:
-                problem = f"as {other}, and {' and '.join(differences([other, run], [known, what]))}"
+        row_with(rows, name, run, *identity(run))
+        first, *others = (row for row in rows.values() if row.label == name)
+        if others:
+            a, b = differences([first, *others])
             fix = "runs with the same name must differ in the seed only: pass other --names"
-            raise InputError(f"{run}: has the name {name}, {problem.removesuffix(' and ')}: {fix}")
+            raise InputError(f"{run}: has the name {name}, which has {a} and {b}: {fix}")
 
 
 def grouped(args: argparse.Namespace) -> list[Row]:
@@ -400,28 +398,23 @@ def grouped(args: argparse.Namespace) -> list[Row]:
     name without _seed<N>; where rows of one data set and backbone share it, the values in which they differ
     are added.
     """
-    found: dict[str, tuple[Row, Path, dict[str, Any], set[Any]]] = {}
+    rows: dict[str, Row] = {}
     for run, name in zip(args.runs, names_of(args)):
         path, result = read_results(run, args.checkpoint, args.split, args.normalize)
-        (what, seed), result["path"] = identity(run, result), path
+        what, seed = identity(run, result)
         if args.names:
             what.pop("score_maps", None)  # score maps of one name are seeds
         else:
             name = name.removesuffix(f"_seed{seed}") if run.suffix == ".json" else result["method"]
             what |= {} if "seed" in result else {"file": str(path)}
-        key = json.dumps([name, what], sort_keys=True)
-        row, _, _, seeds = found.setdefault(key, (Row(name), run, what, set()))
-        if seed in seeds:
-            raise InputError(f"{run}: the same run as another, seed {seed}: give one of the two")
-        seeds.add(seed)
-        row.results.append(result)
-    rows = []
-    for row, *_ in found.values():
-        same = [x for x in found.values() if (x[0].label, x[0].pair) == (row.label, row.pair)]
-        alike, runs, whats, _ = zip(*same)
-        values = differences(runs, whats)[[other is row for other in alike].index(True)]
-        rows.append(replace(row, label=f"{row.label} ({values})") if len(alike) > 1 else row)
-    return rows
+        row_with(rows, name, run, what, seed).results.append(result | {"path": path})
+    alike: dict[tuple[str, str], list[Row]] = {}
+    for row in rows.values():
+        alike.setdefault((row.label, row.pair), []).append(row)
+    for same in alike.values():
+        for row, values in zip(same, differences(same)) if len(same) > 1 else ():
+            row.label += f" ({values})"
+    return [*rows.values()]
 
 
 def require_same_split(rows: Sequence[Row]) -> None:
@@ -472,13 +465,14 @@ def sweep(args: argparse.Namespace) -> Path:
     for x in sorted(args.values):
         # As train.py's integer flags take it: 2, not 2.0.
         value = "" if x == preset else f":{param}={repr(x).removesuffix('.0')}"
-        rows[x] = replace(row_of(c.method + value), label=f"{x:g}" if value else f"{x:g} (preset)")
+        rows[x] = row_of(c.method + value)
+        rows[x].label = f"{x:g}" if value else f"{x:g} (preset)"
     made = [*rows.values()]
     finish_all(made, args)
     localization = [key for key in ("gt_known_loc", "pxap") if made[0].numbers(key)]
     keys = (*localization[:1], "top1_cls")  # none without boxes and masks
     head = {"dataset": c.dataset, "arch": c.arch, "method": c.method, "param": param, "preset": preset}
-    numbers = [{key: row.numbers(key) for key in keys} for row in made]
+    numbers = ({key: row.numbers(key) for key in keys} for row in made)
     found = [{"value": x, "seeds": args.seeds, **of} for x, of in zip(rows, numbers)]
     path = args.runs / f"sweep_{param}.json"
     write_json(path, head | {"checkpoint": args.checkpoint, "values": found})
@@ -500,9 +494,9 @@ def read_sweep(path: Path) -> dict[str, Any]:
         metric = next(name for name in SWEPT if name in rows[0])
         # ValueError also where one value has more seeds than another.
         numbers = np.array([[content["preset"], row["value"], *row[metric]] for row in rows], dtype=float)
-        title = " ".join(content[name] for name in ("dataset", "arch", "method"))
-        if numbers.shape[1] < 3 or not np.isfinite(numbers).all() or not content["param"].isidentifier():
-            raise ValueError("numbers are missing")
+        title, _ = " ".join(content[name] for name in ("dataset", "arch", "method")), content["param"]
+        if not np.isfinite(numbers).all():
+            raise ValueError("not numbers")
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise InputError(f"{path}: not a file of a sweep; it is made by: {made_by}") from error
     return content | {"title": title, "metric": metric, "values": rows}
@@ -532,46 +526,40 @@ def difference(args: argparse.Namespace) -> None:
     if len(rows) != 2:
         sides = f"{len(rows)} sides ({', '.join(row.label for row in rows)}) where two are compared"
         raise InputError(f"{sides}: seeds of one configuration are one side; or pass --names, one per run")
-    files = [row.stored for row in rows]
-    require_same_images(files[0] | files[1])
-    sides = [[file.per_image for file in stored.values()] for stored in files]
-    found, bounds = map(flat, metrics.difference(*sides, next(iter(files[0].values())).digest))
+    require_same_images(rows[0].stored | rows[1].stored)
+    (a, digest), (b, _) = (row.per_image for row in rows)
+    found, bounds = map(flat, metrics.difference(a, b, digest))
     keys = [key for key in METRICS if found.get(key) is not None]
     if not keys:
         raise InputError(f"{rows[0].label} and {rows[1].label} have no metric in common")
     one_label = rows[0].label == rows[1].label
     names = [f"{row.label} ({row.pair})" if one_label else row.label for row in rows]
-    content: dict[str, Any] = {"metrics": {}}
-    for side, name, stored in zip("ab", names, files):
-        content[side] = {"name": name, "results": [*map(str, stored)]}
-    lines = []
+    of_keys, lines, content = {}, [], {"metrics": {}}
+    for side, name, row in zip("ab", names, rows):
+        content[side] = {"name": name, "results": [*map(str, row.stored)]}
+        of_keys[side] = {key: (float(np.mean(row.numbers(key))), row.intervals[key]) for key in keys}
+    of_keys["difference"] = {key: (found[key], bounds[key]) for key in keys}
     for key in keys:
-        entry = {
-            side: {"value": float(np.mean(row.numbers(key))), "interval": row.intervals[key]}
-            for side, row in zip("ab", rows)
-        }
-        entry["difference"] = {"value": found[key], "interval": bounds[key]}
-        cells = [f"{x['value']:.{args.digits}f} {bracket(x['interval'], 1)}" for x in entry.values()]
+        numbers = {side: values[key] for side, values in of_keys.items()}
+        content["metrics"][key] = {side: {"value": x, "interval": of} for side, (x, of) in numbers.items()}
+        cells = [f"{x:.{args.digits}f} {bracket(of)}" for x, of in numbers.values()]
         lines.append([METRICS[key], *cells])
-        content["metrics"][key] = entry
-    text = markdown(["%, [95 % over images]", *names, f"{names[1]} − {names[0]}"], lines) + "\n"
+    gap = f"{names[1]} − {names[0]}"
+    text = markdown(["%, [95 % over images]", *names, gap], lines) + "\n"
     if found.get("gt_known_loc") is not None:
-        a, b = map(metrics.localized, sides)
-        content["only"] = {"a": float((a * (1 - b)).sum()), "b": float((b * (1 - a)).sum())}
-        alone = [f"{x:.1f}".removesuffix(".0") for x in content["only"].values()]
+        of_a, of_b = map(metrics.localized, (a, b))
+        only = {"a": float((of_a * (1 - of_b)).sum()), "b": float((of_b * (1 - of_a)).sum())}
+        content["only"], alone = only, [f"{x:.1f}".removesuffix(".0") for x in only.values()]
         text += f"Right at IoU 50 by {names[0]} alone: {alone[0]}, by {names[1]} alone: {alone[1]} "
-        text += f"of {int(sides[0][0].boxed.sum())} images.\n\n"
+        text += f"of {int(a[0].boxed.sum())} images.\n\n"
     leading = next(key for key in (*LEADING, *keys) if key in keys)
     low, high = bounds[leading]
-    text += (
-        f"{names[1]} − {names[0]} is {found[leading]:.1f} {bracket((low, high), 1)} in {METRICS[leading]}: "
-    )
+    text += f"{gap} is {found[leading]:.1f} {bracket((low, high))} in {METRICS[leading]}: "
     text += f"the 95 % interval {'contains' if low <= 0 <= high else 'excludes'} 0."
-    counts = [len(side) for side in sides]
-    text += f" Means over {counts[0]} and {counts[1]} seeds." if max(counts) > 1 else ""
+    text += f" Means over {len(a)} and {len(b)} seeds." if max(len(a), len(b)) > 1 else ""
     print(text := text + " The intervals do not contain the choice of the seed.\n")
-    write_text(args.out.with_name(f"{args.out.name}.md"), text)
-    write_json(args.out.with_name(f"{args.out.name}.json"), content)
+    write_text(Path(f"{args.out}.md"), text)
+    write_json(Path(f"{args.out}.json"), content)
     print(f"written to {args.out}.md and .json")
 
 
@@ -599,9 +587,8 @@ def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
         add("--param", help="a number of the run's configuration, for example lambda_sim")
         add("--values", nargs="+", type=float, metavar="X", help="values of --param")
     else:
-        add(
-            "runs", nargs="+", type=user_path, metavar="RUN", help="folders of train.py, files of evaluate.py"
-        )
+        text = "folders of train.py, files of evaluate.py"
+        add("runs", nargs="+", type=user_path, metavar="RUN", help=text)
         add("--names", nargs="+", metavar="NAME", help="names of the runs, in their order (default: methods)")
         add("--split", choices=("test", "val"), default="test", help="split of the results (default test)")
         add("--normalize", choices=NORMALIZATIONS, default="minmax", help="of the maps (default minmax)")

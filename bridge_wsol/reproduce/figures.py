@@ -3,13 +3,14 @@
 A run is a folder that train.py wrote. `curves` also takes results files of evaluate.py (any method's score
 maps), `sweep` takes JSON files of `experiments.sweep`. `curves`, `histogram` and `gap` take runs with the
 same name in --names as one: seeds of the same configuration. A figure goes to figures/COMMAND.png and .pdf
-(`boxes`: .png), or where --out says. All but `maps` and `sweep` write their numbers as JSON, too. The same
-input gives the same bytes. matplotlib is the extra `figures`; `boxes` and `gap` do without.
+(`boxes`: .png), or where --out says. All but `maps`, `sweep` and `losses` write their numbers as JSON, too.
+The same input gives the same bytes. matplotlib is the extra `figures`; `boxes` and `gap` do without.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,9 +29,9 @@ from ..data import Masks, Split, eval_loader, load_masks, open_rgb, to_input
 from ..evaluation import MapBatch, TrainedRun, evaluate_maps, read_results
 from ..localize import draw_split
 from ..losses import feature_norm, minmax
-from ..metrics import DELTAS, band, flatness
+from ..metrics import DELTAS, band, flat, flatness
 from ..utils import InputError, Value, atomic_write, autocast, progress, user_path
-from .experiments import SWEPT, Row, check_pools, markdown, names_of, read_sweep, spread
+from .experiments import LEADING, METRICS, SWEPT, Row, check_pools, markdown, names_of, read_sweep, spread
 
 Flags = argparse.Namespace  # of the command line
 COLUMN, PAGE, DPI = 3.3, 6.9, 300  # widths of a column and of the text of a page, in inches; resolution
@@ -91,6 +92,18 @@ def figure(args: Flags, height: float, crop: bool = False) -> Iterator[Any]:
             print(f"written to {args.out}.{kind}")
 
 
+@contextmanager
+def panel_grid(args: Flags, n: int, height: float, **share: bool) -> Iterator[tuple[Any, Sequence[Any]]]:
+    """Yields a `figure` and its n panels, `height` inches each, as many in a row as --width takes."""
+    columns = min(n, max(1, int(args.width // 2.2)))
+    rows = math.ceil(n / columns)
+    with figure(args, height * rows) as drawn:
+        panels = drawn.subplots(rows, columns, squeeze=False, **share)
+        yield drawn, panels.flat[:n]
+        for panel in panels.flat[n:]:
+            panel.set_visible(False)
+
+
 def print_numbers(names: list[str], rows: dict[str, tuple[list[float | None], int]]) -> None:
     """Prints mean ± deviation of the runs of each name. rows: {label: (value of each run, decimals)}."""
     columns, cells = list(dict.fromkeys(names)), []
@@ -125,17 +138,9 @@ def open_runs(args: Flags) -> list[OpenRun]:
     """The runs with the images of --split. Raises InputError for a folder that is no run."""
     runs, device = [], utils.resolve_device(args.device)
     args.workers = utils.default_workers(device) if args.workers is None else args.workers
+    places = {name: vars(args)[name] for name in ("data_root", "lists", "amp", "batch_size", "workers")}
     for folder, name in zip(args.runs, names_of(args)):
-        trained = TrainedRun(
-            folder,
-            args.checkpoint,
-            device,
-            data_root=args.data_root,
-            lists=args.lists,
-            amp=args.amp,
-            batch_size=args.batch_size,
-            workers=args.workers,
-        )
+        trained = TrainedRun(folder, args.checkpoint, device, **places)
         split = trained.split(args.split)
         drawable = sorted(split.boxes) if args.command == "boxes" else range(len(split))
         ids = {split.ids[i]: i for i in drawable}
@@ -179,7 +184,7 @@ def resized(run: OpenRun, name: str, maps: Tensor) -> Tensor:
 Curves = dict[str, np.ndarray]  # IoU in percent -> 255 values, or 2 x 255
 
 
-def read_curves(args: Flags) -> tuple[list[dict[str, Any]], list[Curves], list[Curves]]:
+def read_curves(args: Flags) -> list[tuple[dict[str, Any], Curves, Curves]]:
     """(numbers, curves, intervals) of each name; a curve is the mean over the runs with that name.
 
     The intervals are those of `metrics.band`, where all runs of the name have files per image.
@@ -193,17 +198,15 @@ def read_curves(args: Flags) -> tuple[list[dict[str, Any]], list[Curves], list[C
         if result["curves"] is None:
             raise InputError(f"{path}: {result['dataset']} has no boxes, so no curves: use maps or gap")
         rows.setdefault(name, Row(name)).results.append(result | {"path": path})
-    entries, all_curves, bands = [], [], []
+    found: list[tuple[dict[str, Any], Curves, Curves]] = []
     for name, row in rows.items():
-        files = [*row.stored.values()] if row.has_files else []
-        bands.append(band([file.per_image for file in files], files[0].digest) if files else {})
-        entry: dict[str, Any] = {"name": name, "results": [str(of_seed["path"]) for of_seed in row.results]}
-        entries.append(entry)
-        of_seeds = [of_seed["curves"] for of_seed in row.results]
-        all_curves.append({str(iou): np.mean([x[str(iou)] for x in of_seeds], axis=0) for iou in DELTAS})
-        for iou, curve in all_curves[-1].items():
+        entry: dict[str, Any] = {"name": name, "results": [str(result["path"]) for result in row.results]}
+        of_seeds = [result["curves"] for result in row.results]
+        means = {str(iou): np.mean([x[str(iou)] for x in of_seeds], axis=0) for iou in DELTAS}
+        found.append((entry, means, band(*row.per_image) if row.has_files else {}))
+        for iou, curve in means.items():
             (first, last, width), top = flatness(curve), int(np.argmax(curve))
-            apart = np.round(curve - all_curves[0][iou], 9)  # the means of equal counts can differ by 1e-14
+            apart = np.round(curve - found[0][1][iou], 9)  # the means of equal counts can differ by 1e-14
             entry[iou] = {
                 "maximum": float(curve[top]),
                 "threshold": top / LEVELS,
@@ -212,7 +215,7 @@ def read_curves(args: Flags) -> tuple[list[dict[str, Any]], list[Curves], list[C
                 "above_first": 100 * float((apart > 0).mean()),
                 "below_first": 100 * float((apart < 0).mean()),
             }
-    return entries, all_curves, bands
+    return found
 
 
 def curves(args: Flags) -> dict[str, Any]:
@@ -222,7 +225,8 @@ def curves(args: Flags) -> dict[str, Any]:
     around it, a band the 95 % interval over images, at each threshold by itself.
     Prints the numbers of claim C.1: maximum, `flatness`, and the share of thresholds above the first run.
     """
-    entries, all_curves, bands = read_curves(args)
+    found = read_curves(args)
+    entries = [entry for entry, *_ in found]
     names, thresholds = [entry["name"] for entry in entries], np.arange(LEVELS) / LEVELS
     rows, columns = (1, 3) if args.width > 5 else (3, 1)
     lines = 0.13 * len(names)  # height of a legend
@@ -230,17 +234,17 @@ def curves(args: Flags) -> dict[str, Any]:
         panels = drawn.subplots(rows, columns, sharex=True, sharey=True)
         for panel, delta in zip(panels.flat, DELTAS):
             handles = []
-            for i, (entry, of_run, bounds) in enumerate(zip(entries, all_curves, bands)):
-                curve, found = of_run[str(delta)], entry[str(delta)]
-                at = found["threshold"], *found["within_95_percent"]
+            for i, (entry, of_run, bounds) in enumerate(found):
+                curve, numbers = of_run[str(delta)], entry[str(delta)]
+                at = numbers["threshold"], *numbers["within_95_percent"]
                 top, first, last = (round(threshold * LEVELS) for threshold in at)
                 near, colour = slice(first, last + 1), look(i)["color"]
                 panel.plot(thresholds[near], curve[near], color=colour, linewidth=5, alpha=0.25)
                 if bounds:
                     panel.fill_between(thresholds, *bounds[str(delta)], color=colour, alpha=0.15, linewidth=0)
-                flat = "–" if found["flatness"] is None else f"{found['flatness']:.2f}"
+                width = "–" if numbers["flatness"] is None else f"{numbers['flatness']:.2f}"
                 marker = {"marker": MARKERS[i % len(MARKERS)], "markevery": [top]}
-                label = f"{found['maximum']:.1f}, {flat} wide"
+                label = f"{numbers['maximum']:.1f}, {width} wide"
                 handles += panel.plot(thresholds, curve, label=label, **marker, **look(i))
             panel.set(xlim=(0, 1), ylim=(0, 105), yticks=[0, 25, 50, 75, 100])
             panel.set_title(f"IoU {delta / 100}", loc="right")
@@ -404,16 +408,11 @@ def boxes(args: Flags) -> dict[str, Any]:
 def sweep(args: Flags) -> None:
     """Fig. A5: accuracy against the value of a hyperparameter, one panel per file; a star at the preset."""
     files = [read_sweep(path) for path in args.files]
-    columns = min(len(files), max(1, int(args.width // 2.2)))
-    rows = math.ceil(len(files) / columns)
     titled = len({file["title"] for file in files}) > 1
-    with figure(args, 2.3 * rows) as drawn:
-        panels = drawn.subplots(rows, columns, sharey=not titled, squeeze=False)
-        for panel, file in zip(panels.flat, files):
+    with panel_grid(args, len(files), 2.3, sharey=not titled) as (_, panels):
+        for panel, file in zip(panels, files):
             draw_sweep(panel, file)
             panel.legend(title=file["title"] if titled else None, alignment="left", **ABOVE)
-        for panel in panels.flat[len(files) :]:
-            panel.set_visible(False)
 
 
 def draw_sweep(panel: Any, file: dict[str, Any]) -> None:
@@ -510,19 +509,64 @@ def gap(args: Flags) -> dict[str, Any]:
         for kind in REGIONS
         for key, label in GAP.items()
     }
-    for name in MAPS:
-        v2 = [entry["localization"][name]["max_box_acc_v2"] for entry in found]
-        rows[f"MaxBoxAccV2 by {name}"] = [of_run and of_run["mean"] for of_run in v2], 1
-    for name in MAPS:
-        rows[f"PxAP by {name}"] = [entry["localization"][name]["pxap"] for entry in found], 1
+    for key, label in (("v2_mean", "MaxBoxAccV2"), ("pxap", "PxAP")):
+        for name in MAPS:
+            rows[f"{label} by {name}"] = [flat(entry["localization"][name]).get(key) for entry in found], 1
     print_numbers([entry["name"] for entry in found], rows)
     return {"runs": found}
 
 
+# ----------------------------------------------------------------------------------------------------- losses
+
+
+def read_log(run: Path) -> dict[str, dict[int, float]]:
+    """{what: {epoch: value}} of a run's log.jsonl: each loss, Top-1 on train, the metrics of LEADING on val.
+
+    Raises InputError for a log that is missing or damaged.
+    """
+    found: dict[str, dict[int, float]] = {}
+    try:
+        for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            values = {name: x for name, x in entry.items() if name == "loss" or name.startswith("l_")}
+            on_val = flat(entry.get("val", {}))
+            values |= {"train Top-1, %": entry["top1"]}
+            values |= {f"val {METRICS[key]}, %": on_val.get(key) for key in LEADING}
+            for what, value in values.items():
+                if value is not None:
+                    found.setdefault(what, {})[entry["epoch"]] = float(value)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        problem = f"cannot be read ({utils.first_line(error)})"
+        raise InputError(f"{run / 'log.jsonl'}: {problem}; it is made by: train.py") from error
+    return found
+
+
+def losses(args: Flags) -> None:
+    """Each loss, Top-1 on train and the metrics on val over the epochs.
+
+    From the log.jsonl of the runs, also of one that is still training; a line per run.
+    """
+    logs, names = [read_log(run) for run in args.runs], names_of(args)
+    # The losses of all runs first.
+    whats = sorted(dict.fromkeys(what for log in logs for what in log), key=lambda what: "%" in what)
+    if not whats:
+        raise InputError(f"{args.runs[0]}: no epoch is finished")
+    last = max(epoch for log in logs for values in log.values() for epoch in values)
+    with panel_grid(args, len(whats), 1.7) as (drawn, panels):
+        for panel, what in zip(panels, whats):
+            for i, log in enumerate(logs):
+                values, marker = log.get(what, {}), MARKERS[i % len(MARKERS)]
+                panel.plot([*values], [*values.values()], marker=marker, markersize=3, **look(i))
+            panel.set(title=what, xlim=(0.5, last + 0.5))
+            panel.locator_params("x", integer=True)
+        drawn.legend(panels[0].lines, names, loc="outside upper left", ncols=2)
+        drawn.supxlabel("epoch")
+
+
 # ----------------------------------------------------------------------------------------------- command line
 
-COMMANDS = {command.__name__: command for command in (curves, histogram, maps, boxes, gap)}
-DRAWN = ("curves", "histogram", "maps", "sweep")  # with matplotlib
+COMMANDS = {command.__name__: command for command in (curves, histogram, maps, boxes, gap, losses)}
+DRAWN = ("curves", "histogram", "maps", "sweep", "losses")  # with matplotlib
 RANGES = {"width": "[1, 100)", "dpi": "[10, 10000)", "workers": "[0, inf)", "seed": "[0, inf)"}
 RANGES |= dict.fromkeys(("bins", "columns", "batch_size", "random", "worst", "best"), "[1, 1000000)")
 
@@ -533,12 +577,13 @@ def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
     files = ", or results files of evaluate.py" if command == "curves" else ""
     add("runs", nargs="+", type=user_path, metavar="RUN", help=f"folders that train.py wrote{files}")
     add("--names", nargs="+", metavar="NAME", help="a name per run (default: the folders' names)")
-    add("--split", choices=("test", "val"), default="test", help="default test")
-    add("--checkpoint", choices=("best", "last"), default="best", help="default best")
-    add("--quiet", action="store_true", help="show no progress")
+    if command != "losses":
+        add("--split", choices=("test", "val"), default="test", help="default test")
+        add("--checkpoint", choices=("best", "last"), default="best", help="default best")
+        add("--quiet", action="store_true", help="show no progress")
     if command == "curves":
         add("--normalize", choices=cam.NORMALIZATIONS, default="minmax", help="default minmax")
-    else:
+    elif command != "losses":
         add("--data-root", type=user_path, metavar="DIR", help="default: the run's")
         add("--lists", type=user_path, metavar="DIR", help="default: the run's")
         add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
@@ -561,7 +606,7 @@ def add_flags(sub: argparse.ArgumentParser, command: str) -> None:
 
 def add_file_flags(sub: argparse.ArgumentParser, command: str) -> None:
     """The flags for the files to write."""
-    add, width = sub.add_argument, PAGE if command == "maps" else COLUMN
+    add, width = sub.add_argument, PAGE if command in ("maps", "losses") else COLUMN
     if command in DRAWN:
         text = f"width of the figure: {COLUMN} for a column, {PAGE} for a page (default {width})"
         add("--width", type=float, default=width, metavar="INCHES", help=text)
