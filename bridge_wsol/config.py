@@ -149,41 +149,27 @@ def whole_numbers(text: str) -> list[int]:
 
 
 RATE, COUNT, FROM_0 = "(0, inf)", "[1, inf)", "[0, inf)"
+PATH, AMP = os.path.expanduser, ("auto", "bf16", "off")
 VALUES = {  # of every run; those without a help text have no flag
     "what to train": {
-        "dataset": Value(
-            os.path.expanduser, "demo", f"{', '.join(DATASETS)}, a data set of --lists, or a folder of images"
-        ),
+        "dataset": Value(PATH, "demo", f"{', '.join(DATASETS)}, one of --lists, or a folder of images"),
         "arch": Value(str, "vgg16", "backbone", ARCHS),
         "method": Value(str, "bridge", "bridge: the paper's; cam: the CAM baseline", METHODS),
         "preset": Value(str, None, "data set whose values are the defaults (default: its own, else CUB)"),
-        "weights": Value(os.path.expanduser, "imagenet", "imagenet (torchvision's), none, or a file"),
+        "weights": Value(PATH, "imagenet", "imagenet (torchvision's), none, or a file"),
         "frozen_blocks": Value(int, 0, "keep the weights of the first N blocks as pretrained", FROM_0),
         "seed": Value(int, 0, "random seed", "[0, 9223372036854775808)"),
     },
     "where things are": {
-        "data_root": Value(
-            os.path.expanduser, "data", "folder with the data set as distributed", resume=True
-        ),
-        "lists": Value(
-            os.path.expanduser,
-            "data_splits",
-            "folder with the lists of images, labels and boxes",
-            resume=True,
-        ),
+        "data_root": Value(PATH, "data", "folder with the data set as distributed", resume=True),
+        "lists": Value(PATH, "data_splits", "folder with images, labels and boxes as lists", resume=True),
     },
     "how it runs": {
         "device": Value(str, "auto", "auto, cpu, cuda, cuda:1, ...", resume=True),
-        "amp": Value(str, "auto", "auto: bf16 where it is fast", ("auto", "bf16", "off"), resume=True),
-        "workers": Value(
-            int, None, "loading and sweeping processes (default: CPU 0, GPU the cores)", FROM_0, resume=True
-        ),
-        "val_every": Value(
-            int, 1, "evaluate on val every N epochs and after the last; 0: after it", FROM_0, resume=True
-        ),
-        "val_per_class": Value(
-            int, None, "val from train, per class (default: 0 if val has a list, else 2)", FROM_0
-        ),
+        "amp": Value(str, "auto", "auto: bf16 where it is fast", AMP, resume=True),
+        "workers": Value(int, None, "worker processes (default: CPU 0, GPU the cores)", FROM_0, resume=True),
+        "val_every": Value(int, 1, "val every N epochs (0: none) and after the last", FROM_0, resume=True),
+        "val_per_class": Value(int, None, "val from train, per class (default: val's list, else 2)", FROM_0),
         "pictures": Value(int, 0, "draw the boxes of N test images at the end", FROM_0, resume=True),
     },
     "schedule and networks": {
@@ -223,9 +209,8 @@ def preset_values(
     """
     if (name, arch) not in PRESETS:
         pairs = ", ".join(f"{pair[0]} {pair[1]}" for pair in PRESETS if len(pair) == 2)
-        raise InputError(
-            f"--dataset {name} --arch {arch}: no preset; there are {pairs}; pass one as --preset"
-        )
+        problem = f"no preset; there are {pairs}; pass one as --preset"
+        raise InputError(f"--dataset {name} --arch {arch}: {problem}")
     names = RUN_VALUES | find(method).all_values()
     found = {key: (value.default_for(dataset or name, arch), value.source) for key, value in names.items()}
     for key in ((name, arch), (name, arch, method)):
@@ -254,21 +239,18 @@ def image_size(dataset: str) -> int:
 # ----------------------------------------------------------------------------------------------------- flags
 
 
-def add_flags(parser: argparse._ArgumentGroup, names: dict[str, Value]) -> None:
+def add_flags(group: argparse._ArgumentGroup, names: dict[str, Value]) -> None:
     """Adds a flag for each of these values that has a help text."""
     for name, value in names.items():
-        if not value.help:
-            continue
         words = value.allowed if isinstance(value.allowed, tuple | dict) else None
         text = value.help if words or not value.allowed else f"{value.help}; {value.allowed}"
         if value.default is not None and not callable(value.default):
             shown = ",".join(map(str, value.default)) if isinstance(value.default, list) else value.default
             text += f" (default {shown})"
-        options = {"nargs": "*"} if name == "decay_at" else {}
-        metavar = None if words else "N" if value.kind is int else "X"
-        parser.add_argument(
-            flag(name), dest=name, type=value.kind, choices=words, metavar=metavar, help=text, **options
-        )
+        how = {"choices": words} if words else {"metavar": "N" if value.kind is int else "X"}
+        how |= {"nargs": "*"} if name == "decay_at" else {}
+        if value.help:
+            group.add_argument(flag(name), dest=name, type=value.kind, help=text, **how)
 
 
 def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
@@ -362,12 +344,10 @@ def run_folder(args: argparse.Namespace) -> Path:
     return args.out or Path("runs") / f"{Path(dataset).resolve().name if folder else dataset}_{arch}_{method}"
 
 
-def write_config(
-    path: Path, config: SimpleNamespace, sources: dict[str, str], record: dict[str, Any], device: torch.device
-) -> None:
+def write_config(path: Path, run: dict[str, Any], data: dict[str, Any], device: torch.device) -> None:
     """config.json: every value with its source; the data and the fingerprint; versions, device and commit.
 
-    record: of the data, and the run's "fingerprint".
+    run: its "config", "sources" and "fingerprint".
     """
     commit, root = None, Path(__file__).parents[1]
     if (root / ".git").exists():  # not of a repository that this code lies in
@@ -382,9 +362,9 @@ def write_config(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "git_commit": commit,
     }
-    values = {name: {"value": value, "source": sources[name]} for name, value in sorted(vars(config).items())}
-    identity = {"fingerprint": record.pop("fingerprint"), "config": values}
-    write_json(path, identity | {"data": record, "environment": environment})
+    values = {x: {"value": v, "source": run["sources"][x]} for x, v in sorted(run["config"].items())}
+    identity = {"fingerprint": run["fingerprint"], "config": values}
+    write_json(path, identity | {"data": data, "environment": environment})
 
 
 def read_config(run: Path) -> dict[str, Any]:
