@@ -53,6 +53,7 @@ MAXIMUM, TARGET = dict(norm_class="max"), dict(norm_class="target")
 CUB_SCHEDULE = dict(epochs=70, warm_epochs=20, decay_at=[41, 61], decay_factor=0.2, warm_batch_size=32)
 CUB10_SCHEDULE = dict(epochs=12, warm_epochs=3, decay_at=[9], decay_factor=0.2, val_every=0)
 IMAGENETTE_SCHEDULE = dict(epochs=8, warm_epochs=2, decay_at=[6], decay_factor=0.2, val_every=0)
+OPENIMAGES_SCHEDULE = dict(epochs=10, warm_epochs=2, decay_at=[4, 7], decay_factor=0.1)
 BATCHES = dict(warm_batch_size=32, batch_size=32)
 
 # (data set, architecture) or (data set, architecture, method) -> preset. What the values mean: VALUES below.
@@ -92,14 +93,13 @@ PRESETS: dict[tuple[str, ...], Preset] = {
     ("ILSVRC", "resnet50"): {
         B: dict(lr=1e-5, lr_new=1e-4),
         ANSWER: IMAGENET_RESNET50
-        | dict(epochs=30, warm_epochs=14, decay_at=[21], decay_factor=0.1)
-        | BATCHES,
+        | BATCHES
+        | dict(epochs=30, warm_epochs=14, decay_at=[21], decay_factor=0.1),
         CODE: TARGET,
         CHOE: dict(stride=8),
     },
     ("OpenImages", "vgg16"): {
-        OURS: BATCHES
-        | dict(lr=2e-3, lr_new=2e-2, epochs=10, warm_epochs=2, decay_at=[4, 7], decay_factor=0.1),
+        OURS: dict(lr=2e-3, lr_new=2e-2) | BATCHES | OPENIMAGES_SCHEDULE,
         C5: IMAGENET_VGG16 | TARGET,
         CHOE: dict(stride=16),
     },
@@ -162,13 +162,15 @@ VALUES = {  # of every run; those without a help text have no flag
     },
     "where things are": {
         "data_root": Value(PATH, "data", "folder with the data set as distributed", resume=True),
-        "lists": Value(PATH, "data_splits", "folder with images, labels and boxes as lists", resume=True),
+        "lists": Value(PATH, "data_splits", "folder of the lists of images, labels, boxes", resume=True),
     },
     "how it runs": {
         "device": Value(str, "auto", "auto, cpu, cuda, cuda:1, ...", resume=True),
         "amp": Value(str, "auto", "auto: bf16 where it is fast", AMP, resume=True),
         "workers": Value(int, None, "worker processes (default: CPU 0, GPU the cores)", FROM_0, resume=True),
-        "val_every": Value(int, 1, "val every N epochs (0: none) and after the last", FROM_0, resume=True),
+        "val_every": Value(
+            int, 1, "evaluate every N epochs (0: none) and after the last", FROM_0, resume=True
+        ),
         "val_per_class": Value(int, None, "val from train, per class (default: val's list, else 2)", FROM_0),
         "pictures": Value(int, 0, "draw the boxes of N test images at the end", FROM_0, resume=True),
     },
@@ -324,14 +326,11 @@ def resolve_config(
             raise InputError(f"{flag(name)}: not a value of --method {values['method']}: remove it")
         if value is not None:
             allowed[name].check(name, value)
-    if min(values["decay_at"], default=1) < 1 or len({*values["decay_at"]}) < len(values["decay_at"]):
-        raise InputError(
-            f"--decay-at {' '.join(map(str, values['decay_at']))}: must be epochs from 1, each once"
-        )
-    if values["image_size"] > values["resize_size"]:
-        raise InputError(
-            f"--image-size {values['image_size']}: larger than --resize-size {values['resize_size']}"
-        )
+    decay_at, image, resized = (values[name] for name in ("decay_at", "image_size", "resize_size"))
+    if min(decay_at, default=1) < 1 or len({*decay_at}) < len(decay_at):
+        raise InputError(f"--decay-at {' '.join(map(str, decay_at))}: must be epochs from 1, each once")
+    if image > resized:
+        raise InputError(f"--image-size {image}: larger than --resize-size {resized}")
     if values["frozen_blocks"] and values["weights"] == "none":
         raise InputError("--weights none: frozen blocks would keep random weights: add --frozen-blocks 0")
     return SimpleNamespace(**values), sources
