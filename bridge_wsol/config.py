@@ -36,8 +36,6 @@ OURS = "our choice"
 # Of the compared systems.
 AUTHORS, COMMON_CODE = "its authors' code", "the common code's default"
 
-Preset = dict[str, dict[str, Any]]  # source -> {name: value}
-
 # lambda and tau, gamma and p, of four pairs of data set and architecture.
 CUB_VGG16 = dict(lambda_sim=0.5, lambda_norm=0.15, lambda_drop=3.0, tau_fg=0.6, tau_bg=0.1, gamma=0.8, p=0.5)
 CUB_RESNET50 = dict(
@@ -56,8 +54,9 @@ IMAGENETTE_SCHEDULE = dict(epochs=8, warm_epochs=2, decay_at=[6], decay_factor=0
 OPENIMAGES_SCHEDULE = dict(epochs=10, warm_epochs=2, decay_at=[4, 7], decay_factor=0.1)
 BATCHES = dict(warm_batch_size=32, batch_size=32)
 
-# (data set, architecture) or (data set, architecture, method) -> preset. What the values mean: VALUES below.
-PRESETS: dict[tuple[str, ...], Preset] = {
+# (data set, architecture) or (data set, architecture, method) -> {source: {name: value}}. VALUES below tells
+# what the values mean.
+PRESETS: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {
     ("CUB", "vgg16"): {
         B: dict(lr=4e-3, lr_new=2e-2),
         CODE: CUB_VGG16 | MAXIMUM | CUB_SCHEDULE | dict(batch_size=64),
@@ -168,9 +167,7 @@ VALUES = {  # of every run; those without a help text have no flag
         "device": Value(str, "auto", "auto, cpu, cuda, cuda:1, ...", resume=True),
         "amp": Value(str, "auto", "auto: bf16 where it is fast", AMP, resume=True),
         "workers": Value(int, None, "worker processes (default: CPU 0, GPU the cores)", FROM_0, resume=True),
-        "val_every": Value(
-            int, 1, "evaluate every N epochs (0: none) and after the last", FROM_0, resume=True
-        ),
+        "val_every": Value(int, 1, "evaluate every N epochs (0: none) and at the end", FROM_0, resume=True),
         "val_per_class": Value(int, None, "val from train, per class (default: val's list, else 2)", FROM_0),
         "pictures": Value(int, 0, "draw the boxes of N test images at the end", FROM_0, resume=True),
     },
