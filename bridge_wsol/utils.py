@@ -93,13 +93,14 @@ def last_words(line: str) -> Iterator[None]:
 
     # torchrun ends its processes by SIGTERM: Python would handle it after the collective that they wait in.
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    before = signal.signal(signal.SIGTERM, end) if alone else None
+    own = alone and threading.current_thread() is threading.main_thread()  # no other may set a handler
+    before = signal.signal(signal.SIGTERM, end) if own else None
     try:
         yield
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(line, 128 + (interrupt.args or (signal.SIGINT,))[0]) from None
     finally:
-        if alone:
+        if before is not None:
             signal.signal(signal.SIGTERM, before)
 
 
