@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,20 @@ from bridge_wsol.datasets import image_files, load_split
 from bridge_wsol.evaluation import MapBatch
 from bridge_wsol.methods import METHODS
 from bridge_wsol.models import ARCHS
-from bridge_wsol.utils import InputError, flag
+from bridge_wsol.utils import InputError, flag, user_path
+
+Maps = Callable[[Split], Iterator[MapBatch]]  # the score maps of a split, or of a part of it
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags; map_options has the values of the map that were given."""
-    form = argparse.RawDescriptionHelpFormatter
+    form, folder = argparse.RawDescriptionHelpFormatter, dict(type=user_path, metavar="DIR")
     parser = utils.Parser(description=__doc__, formatter_class=form)
     group = parser.add_argument_group("what to evaluate")
     add = group.add_mutually_exclusive_group(required=True).add_argument
     text = "run folder of train.py, or a file of the authors' or Choe et al.'s code (needs --dataset, --arch)"
-    add("run", nargs="?", type=utils.user_path, metavar="RUN", help=text)
-    text = "folder of score maps, instead of RUN; needs --dataset"
-    add("--score-maps", type=utils.user_path, metavar="DIR", help=text)
+    add("run", nargs="?", type=user_path, metavar="RUN", help=text)
+    add("--score-maps", **folder, help="folder of score maps, instead of RUN; needs --dataset")
     add = group.add_argument
     add("--checkpoint", choices=("best", "last"), default="best", help="default best")
     add("--split", choices=("test", "val"), default="test", help="default test")
@@ -48,52 +50,32 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     text = "with --score-maps: pixels of a side that maps are resized to (default: the data set's, 224)"
     add("--image-size", type=int, metavar="N", help=text)
     text = "images, or folders of them, to localize with RUN"
-    add("--images", type=utils.user_path, nargs="+", metavar="PATH", help=text)
+    add("--images", type=user_path, nargs="+", metavar="PATH", help=text)
 
     add = parser.add_argument_group("maps and thresholds").add_argument
     text = "normalization of the score maps (default minmax, the protocol's)"
     add("--normalize", choices=cam.NORMALIZATIONS, default="minmax", help=text)
     text = 'percentile for pas (default 0.9) or ivr (0.45), in [0, 1); "val": select ivr\'s on val'
     add("--percentile", type=percentile, metavar="Q", help=text)
-    text = (
-        "fixed threshold, a fraction of each map's maximum, in [0, 1): adds GT-known and Top-k Loc of "
-        "the largest contour at T (the rule of CAM, CVPR 2016); with --images: instead of val's threshold"
-    )
+    text = "fixed threshold, a fraction of each map's maximum, in [0, 1): adds GT-known and Top-k Loc of the "
+    text += "largest contour at T (the rule of CAM, CVPR 2016); with --images: instead of val's threshold"
     add("--threshold", type=float, metavar="T", help=text)
     map_options = {name: cls.all_values()[name] for cls in METHODS.values() for name in cls.map_options}
     for name, value in map_options.items():
         add(flag(name), choices=value.allowed, help=f"{value.help} (default: the run's)")
-    add_places(parser)
-    args = parser.parse_args(argv)
-    args.map_options = {name: vars(args)[name] for name in map_options if vars(args)[name] is not None}
-    check(parser, args)
-    return args
 
-
-def add_places(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that change no number: where things are, and how it runs."""
     add = parser.add_argument_group("where things are").add_argument
-    add("--data-root", type=utils.user_path, metavar="DIR", help="default: the run's, or data")
-    add(
-        "--lists",
-        type=utils.user_path,
-        metavar="DIR",
-        help="folder of the lists (default: the run's, or data_splits)",
-    )
+    add("--data-root", **folder, help="default: the run's, or data")
+    add("--lists", **folder, help="folder of the lists (default: the run's, or data_splits)")
     text = "results file; with --images: folder for boxes.json and pictures"
-    add("--out", type=utils.user_path, metavar="PATH", help=text)
-    add(
-        "--save-maps", type=utils.user_path, metavar="DIR", help="writes each score map to DIR/<image id>.npy"
-    )
-    add(
-        "--per-image",
-        type=utils.user_path,
-        metavar="FILE.csv",
-        help="writes class, IoU and box of every image",
-    )
+    add("--out", type=user_path, metavar="PATH", help=text)
+    add("--save-maps", **folder, help="writes each score map to DIR/<image id>.npy")
+    text = "writes class, IoU and box of every image"
+    add("--per-image", type=user_path, metavar="FILE.csv", help=text)
     add("--no-intervals", action="store_true", help="without the 95 %% intervals over images")
     text = "draws N images of the split with boxes and map"
     add("--pictures", type=int, default=0, metavar="N", help=text)
+
     add = parser.add_argument_group("how it runs").add_argument
     add("--batch-size", type=int, default=32, metavar="N", help="default 32")
     text = "loading and sweeping processes (default: 0 with --images or a RUN on the CPU, else the cores)"
@@ -101,6 +83,10 @@ def add_places(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--amp", choices=("auto", "bf16", "off"), help="default: the run's; auto: bf16 where it is fast")
     add("--quiet", action="store_true", help="no progress line on stderr")
+    args = parser.parse_args(argv)
+    args.map_options = {name: vars(args)[name] for name in map_options if vars(args)[name] is not None}
+    check(parser, args)
+    return args
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -144,18 +130,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate_run(args: argparse.Namespace) -> None:
     """RUN on a split: open, split, choose the thresholds, evaluate, report."""
-    device, file = utils.resolve_device(args.device), args.run.is_file()
-    places = {
-        name: getattr(args, name) for name in ("data_root", "lists", "amp", "batch_size", "map_options")
-    }
-    places["workers"] = utils.default_workers(device) if args.workers is None else args.workers
-    if file:
-        of_file = args.run, args.dataset, args.arch, args.stride
-        places["state"] = evaluation.foreign_checkpoint(*of_file)
-    name = args.run.name if file else args.checkpoint
-    run = evaluation.TrainedRun(args.run, name, device, **places)
-    how = (Path(name).stem, args.split, args.normalize, args.percentile, args.map_options)
-    args.out = args.out or (args.run.parent if file else args.run) / evaluation.results_name(*how)
+    device, of_file = utils.resolve_device(args.device), args.run.is_file()
+    args.workers = utils.default_workers(device) if args.workers is None else args.workers
+    names = ("data_root", "lists", "amp", "batch_size", "workers", "map_options")
+    setting = {name: getattr(args, name) for name in names}
+    if of_file:
+        setting["state"] = evaluation.foreign_checkpoint(args.run, args.dataset, args.arch, args.stride)
+    name = args.run.name if of_file else args.checkpoint
+    run = evaluation.TrainedRun(args.run, name, device, **setting)
+    maps = (args.split, args.normalize, args.percentile, args.map_options)
+    folder = args.run.parent if of_file else args.run
+    args.out = args.out or folder / evaluation.results_name(Path(name).stem, *maps)
     try_outputs(args)
     split = run.split(args.split)
     chosen = evaluation.Chosen(None, args.percentile)
@@ -165,11 +150,8 @@ def evaluate_run(args: argparse.Namespace) -> None:
     if chosen.reason:
         print(chosen.reason)
         head["val_thresholds"] = chosen.reason
-
-    def maps_of(images: Split) -> Iterator[MapBatch]:
-        return run.maps(images, args.normalize, chosen.percentile)
-
-    finish(args, split, maps_of, head, chosen.levels if args.split != "val" else None, run.workers)
+    maps_of = partial(run.maps, normalization=args.normalize, percentile=chosen.percentile)
+    finish(args, split, maps_of, head, chosen.levels if args.split != "val" else None)
 
 
 def evaluate_folder(args: argparse.Namespace) -> None:
@@ -177,21 +159,21 @@ def evaluate_folder(args: argparse.Namespace) -> None:
     split = load_split(args.dataset, args.split, args.data_root or "data", args.lists or "data_splits")
     if not args.score_maps.is_dir():
         raise InputError(f"--score-maps {args.score_maps}: no such folder")
-    how = dict(normalization=args.normalize, percentile=args.percentile)
-    how["image_size"] = args.image_size or config.image_size(args.dataset)
-
-    def maps_of(images: Split) -> Iterator[MapBatch]:
-        return evaluation.pair_maps(load_score_maps(args.score_maps, images), images, **how)
-
+    args.workers = utils.cores() if args.workers is None else args.workers
+    args.image_size = args.image_size or config.image_size(args.dataset)
+    how = dict(image_size=args.image_size, normalization=args.normalize, percentile=args.percentile)
     name = (args.score_maps.resolve().name, args.split, args.normalize, args.percentile)
     args.out = args.out or Path(evaluation.results_name(*name))
     try_outputs(args)
     head = {"dataset": args.dataset, "split": args.split, "normalize": args.normalize}
     head |= dict.fromkeys(("arch", "method", "checkpoint")) | {"score_maps": str(args.score_maps)}
-    head["image_size"] = how["image_size"]
-    head |= evaluation.Chosen(None, args.percentile).head(args.normalize)
+    head |= {"image_size": args.image_size} | evaluation.Chosen(None, args.percentile).head(args.normalize)
     head["fingerprint"] = {args.split: split.fingerprint()}
-    finish(args, split, maps_of, head, None, utils.cores() if args.workers is None else args.workers)
+
+    def maps_of(images: Split) -> Iterator[MapBatch]:
+        return evaluation.pair_maps(load_score_maps(args.score_maps, images), images, **how)
+
+    finish(args, split, maps_of, head)
 
 
 def try_outputs(args: argparse.Namespace) -> None:
@@ -205,18 +187,13 @@ def try_outputs(args: argparse.Namespace) -> None:
 
 
 def finish(
-    args: argparse.Namespace,
-    split: Split,
-    maps_of: Callable[[Split], Iterator[MapBatch]],
-    head: dict[str, Any],
-    val_levels: dict[str, int] | None,
-    workers: int,
+    args: argparse.Namespace, split: Split, maps_of: Maps, head: dict[str, Any], val_levels: Any = None
 ) -> None:
     """Evaluates the maps of the split: table, results file, and what else the flags ask for."""
     maps = maps_of(split)
     if args.save_maps:
         maps = evaluation.save_maps(maps, split, args.save_maps)
-    how = dict(workers=workers, val_levels=val_levels, threshold=args.threshold)
+    how = dict(workers=args.workers, val_levels=val_levels, threshold=args.threshold)
     how |= dict(intervals=not args.no_intervals, keep=args.per_image is not None)
     evaluated = evaluation.evaluate_maps(maps, split, **how)
     evaluation.report(args.out, evaluated, split, head)
@@ -249,7 +226,7 @@ def localize_images(args: argparse.Namespace) -> None:
             entry = {"image": str(path), "width": image.width, "height": image.height}
             entries.append(entry | {"box": found.box, "top5": found.top5})
             picture = localize.draw_found(image, found)
-            localize.save_picture(folder / f"{len(entries):05d}_{utils.short(path.stem, 80)}.png", picture)
+            localize.save_picture(folder / f"{len(entries):05d}_{path.stem[:60]}.png", picture)
             print(f"{path}: {found.text()}", flush=True)
     finally:  # also after Ctrl-C
         utils.write_json(folder / "boxes.json", entries)

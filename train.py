@@ -33,6 +33,7 @@ from bridge_wsol import evaluation, localize, utils
 from bridge_wsol.config import fingerprint, parse_args, read_config, resolve_config, run_folder, write_config
 from bridge_wsol.data import Split, TrainImages, eval_loader, to_input, train_loader
 from bridge_wsol.datasets import download, load_splits
+from bridge_wsol.evaluation import TrainedRun, evaluate_maps, load_checkpoint
 from bridge_wsol.methods import CAM, find
 from bridge_wsol.metrics import selection_score
 from bridge_wsol.models import load_pretrained, load_weights
@@ -59,17 +60,36 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Flags -> configuration -> data -> network -> epochs -> test."""
+    """Flags -> configuration, data, network -> epochs -> test."""
     args = parse_args(argv, __doc__)
     utils.set_quiet(args.quiet)
     out = run_folder(args)
-    with utils.own_folder(out, args.resume):
-        train(args, out)
+    with utils.own_folder(out, args.resume), utils.last_words(f"interrupted: --resume continues {out}"):
+        run = open_run(args, out)
+        c = run.config
+        images = TrainImages(run.splits["train"], c.resize_size, c.image_size, c.seed)
+        loaders = lru_cache(maxsize=1)(lambda batch_size: train_loader(images, batch_size, c.workers))
+        for epoch in range(run.epoch + 1, c.epochs + 1):
+            run.epoch, started = epoch, time.perf_counter()
+            lr, lr_new = set_learning_rates(run.optimizer, epoch, c.decay_at, c.decay_factor)
+            loader = loaders(c.warm_batch_size if epoch <= c.warm_epochs else c.batch_size)
+            entry = {"epoch": epoch, **train_one_epoch(run, loader), "lr": lr, "lr_new": lr_new}
+            entry["images_per_second"] = len(images) / (time.perf_counter() - started)
+            if (c.val_every and epoch % c.val_every == 0) or epoch == c.epochs:
+                entry["val"] = validate(run)
+            run.log.append(entry | {"seconds": time.perf_counter() - started})
+            save(run)
+            print_rank0(epoch_line(run))
+        utils.barrier()  # until the last checkpoint is written
+        test(run)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def train(args: argparse.Namespace, out: Path) -> None:
-    """The run in the folder `out`, which belongs to it."""
-    checkpoint = evaluation.load_checkpoint(out / "last.pt") if (out / "last.pt").exists() else None
+def open_run(args: argparse.Namespace, out: Path) -> Run:
+    """The run in the folder `out`, new or as its last.pt has it; writes config.json."""
+    last = out / "last.pt"
+    checkpoint = load_checkpoint(last) if last.exists() else None
     if args.resume and checkpoint is None:
         print_rank0(f"{out}: no last.pt to resume: a new run begins")
     c, sources = resolve_config(args.given, checkpoint)
@@ -80,49 +100,24 @@ def train(args: argparse.Namespace, out: Path) -> None:
     if c.workers is None:
         c.workers = utils.default_workers(device)
 
-    splits, record = first_process_first(lambda: load_data(c, args.download))
+    if args.download:
+        first_process_first(lambda: download(c.dataset, Path(c.data_root)))
+    where = c.dataset, c.data_root, c.lists
+    splits, record = first_process_first(lambda: load_splits(*where, val_per_class=c.val_per_class))
     c.val_per_class = record["val_per_class"]  # decided once per run
-    identity = {"config": vars(c), "sources": sources, "num_classes": record["num_classes"]}
-    identity["classes"] = record["classes"]
+    print_rank0("\n".join(record["notes"]))
+    if not splits["val"].boxes and not splits["val"].masks:
+        print_rank0("val has no boxes: the best epoch is the one with the best Top-1 classification on val")
+    identity = {"config": vars(c), "sources": sources}
+    identity |= {name: record[name] for name in ("num_classes", "classes")}
     identity["fingerprint"] = {"values": fingerprint(vars(c)), **record.pop("lists")}
     method, step = build(c, record["num_classes"], device, pretrained=checkpoint is None)
     run = Run(out, c, identity, splits, device, method, step, build_optimizer(method, c))
     if checkpoint:
         resume(run, checkpoint)
     if rank() == 0:
-        write_config(
-            out / "config.json", c, sources, record | {"fingerprint": identity["fingerprint"]}, device
-        )
-
-    images = TrainImages(splits["train"], c.resize_size, c.image_size, c.seed)
-    loaders = lru_cache(maxsize=1)(lambda batch_size: train_loader(images, batch_size, c.workers))
-    for epoch in range(run.epoch + 1, c.epochs + 1):
-        run.epoch, started = epoch, time.perf_counter()
-        lr, lr_new = set_learning_rates(run.optimizer, epoch, c.decay_at, c.decay_factor)
-        loader = loaders(c.warm_batch_size if epoch <= c.warm_epochs else c.batch_size)
-        entry = {"epoch": epoch, **train_one_epoch(run, loader), "lr": lr, "lr_new": lr_new}
-        entry["images_per_second"] = len(images) / (time.perf_counter() - started)
-        if (c.val_every and epoch % c.val_every == 0) or epoch == c.epochs:
-            entry["val"] = validate(run)
-        run.log.append(entry | {"seconds": time.perf_counter() - started})
-        save(run)
-        print_rank0(epoch_line(run))
-    utils.barrier()  # until the last checkpoint is written
-    test(run)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def load_data(c: SimpleNamespace, from_web: bool) -> tuple[dict[str, Split], dict[str, Any]]:
-    """`load_splits` of a configuration, with its notes printed."""
-    if from_web:
-        download(c.dataset, Path(c.data_root))
-    splits, record = load_splits(c.dataset, c.data_root, c.lists, val_per_class=c.val_per_class)
-    for note in record["notes"]:
-        print_rank0(note)
-    if not splits["val"].boxes and not splits["val"].masks:
-        print_rank0("val has no boxes: the best epoch is the one with the best Top-1 classification on val")
-    return splits, record
+        write_config(out / "config.json", identity, record, device)
+    return run
 
 
 def build(c: SimpleNamespace, classes: int, device: torch.device, pretrained: bool) -> tuple[CAM, nn.Module]:
@@ -162,7 +157,7 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
             if value != (own := checkpoint["config"].get(name)) and vars(run.config).get(name) == own:
                 print_rank0(f"{run.out}: {name} is {value} in config.json and {own} in last.pt, which counts")
     if before["values"] != now["values"] and best.exists() and rank() == 0:  # with more epochs, another run
-        saved = evaluation.load_checkpoint(best)
+        saved = load_checkpoint(best)
         saved |= {key: run.identity[key] for key in ("config", "sources")}
         saved["fingerprint"]["values"] = now["values"]
         utils.save_checkpoint(best, saved)
@@ -225,7 +220,7 @@ def validate(run: Run) -> dict[str, Any]:
     c, val = run.config, run.splits["val"]
     loader = eval_loader(val, c.batch_size, c.image_size, c.workers)
     maps = evaluation.network_maps(run.method, loader, c.amp)
-    result = evaluation.evaluate_maps(maps, val, workers=c.workers).result
+    result = evaluate_maps(maps, val, workers=c.workers).result
     run.val = {"epoch": run.epoch, "metrics": result["metrics"], **evaluation.thresholds_of(result)}
     _, score = selection_score(result["metrics"])
     if run.best is None or score > run.best["score"]:
@@ -240,7 +235,7 @@ def save(run: Run) -> None:
     utils.write_text(run.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in run.log))
     checkpoint = run.identity | {"epoch": run.epoch, "best": run.best, "val": run.val}
     checkpoint |= {"model": run.method.net.state_dict(), "optimizer": run.optimizer.state_dict()}
-    checkpoint |= {"random_states": utils.random_states()}
+    checkpoint["random_states"] = utils.random_states()
     if run.best and run.best["epoch"] == run.epoch:
         utils.save_checkpoint(run.out / "best.pt", checkpoint)
     # Written last: if the process ends before, --resume repeats the epoch.
@@ -251,13 +246,12 @@ def test(run: Run) -> None:
     """The best and the last checkpoint, read from their files, on test: tables, results, boxes_test.png."""
     c, split, done = run.config, run.splits["test"], {}
     for name in ("best", "last") if (run.out / "best.pt").exists() else ("last",):
-        how = dict(batch_size=c.batch_size, workers=c.workers)
-        trained = evaluation.TrainedRun(run.out, name, run.device, **how)
+        trained = TrainedRun(run.out, name, run.device, batch_size=c.batch_size, workers=c.workers)
         epoch, path = trained.state["epoch"], run.out / evaluation.results_name(name, "test")
         if first := epoch not in done:
             levels, maps = trained.choose(val=run.splits["val"]).levels, trained.maps(split)
             how = dict(workers=c.workers, val_levels=levels, intervals=True)
-            done[epoch] = evaluation.evaluate_maps(maps, split, **how)
+            done[epoch] = evaluate_maps(maps, split, **how)
         evaluation.report(path, done[epoch], split, trained.head(split, "test"), table=first)
         if name == "best" and c.pictures and split.boxes:
             drawn, level = localize.evenly_spaced(split, c.pictures), done[epoch].result["levels"]["largest"]

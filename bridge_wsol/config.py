@@ -36,8 +36,6 @@ OURS = "our choice"
 # Of the compared systems.
 AUTHORS, COMMON_CODE = "its authors' code", "the common code's default"
 
-Preset = dict[str, dict[str, Any]]  # source -> {name: value}
-
 # lambda and tau, gamma and p, of four pairs of data set and architecture.
 CUB_VGG16 = dict(lambda_sim=0.5, lambda_norm=0.15, lambda_drop=3.0, tau_fg=0.6, tau_bg=0.1, gamma=0.8, p=0.5)
 CUB_RESNET50 = dict(
@@ -53,10 +51,12 @@ MAXIMUM, TARGET = dict(norm_class="max"), dict(norm_class="target")
 CUB_SCHEDULE = dict(epochs=70, warm_epochs=20, decay_at=[41, 61], decay_factor=0.2, warm_batch_size=32)
 CUB10_SCHEDULE = dict(epochs=12, warm_epochs=3, decay_at=[9], decay_factor=0.2, val_every=0)
 IMAGENETTE_SCHEDULE = dict(epochs=8, warm_epochs=2, decay_at=[6], decay_factor=0.2, val_every=0)
+OPENIMAGES_SCHEDULE = dict(epochs=10, warm_epochs=2, decay_at=[4, 7], decay_factor=0.1)
 BATCHES = dict(warm_batch_size=32, batch_size=32)
 
-# (data set, architecture) or (data set, architecture, method) -> preset. What the values mean: VALUES below.
-PRESETS: dict[tuple[str, ...], Preset] = {
+# (data set, architecture) or (data set, architecture, method) -> {source: {name: value}}. VALUES below tells
+# what the values mean.
+PRESETS: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {
     ("CUB", "vgg16"): {
         B: dict(lr=4e-3, lr_new=2e-2),
         CODE: CUB_VGG16 | MAXIMUM | CUB_SCHEDULE | dict(batch_size=64),
@@ -92,14 +92,13 @@ PRESETS: dict[tuple[str, ...], Preset] = {
     ("ILSVRC", "resnet50"): {
         B: dict(lr=1e-5, lr_new=1e-4),
         ANSWER: IMAGENET_RESNET50
-        | dict(epochs=30, warm_epochs=14, decay_at=[21], decay_factor=0.1)
-        | BATCHES,
+        | BATCHES
+        | dict(epochs=30, warm_epochs=14, decay_at=[21], decay_factor=0.1),
         CODE: TARGET,
         CHOE: dict(stride=8),
     },
     ("OpenImages", "vgg16"): {
-        OURS: BATCHES
-        | dict(lr=2e-3, lr_new=2e-2, epochs=10, warm_epochs=2, decay_at=[4, 7], decay_factor=0.1),
+        OURS: dict(lr=2e-3, lr_new=2e-2) | BATCHES | OPENIMAGES_SCHEDULE,
         C5: IMAGENET_VGG16 | TARGET,
         CHOE: dict(stride=16),
     },
@@ -149,41 +148,27 @@ def whole_numbers(text: str) -> list[int]:
 
 
 RATE, COUNT, FROM_0 = "(0, inf)", "[1, inf)", "[0, inf)"
+PATH, AMP = os.path.expanduser, ("auto", "bf16", "off")
 VALUES = {  # of every run; those without a help text have no flag
     "what to train": {
-        "dataset": Value(
-            os.path.expanduser, "demo", f"{', '.join(DATASETS)}, a data set of --lists, or a folder of images"
-        ),
+        "dataset": Value(PATH, "demo", f"{', '.join(DATASETS)}, one of --lists, or a folder of images"),
         "arch": Value(str, "vgg16", "backbone", ARCHS),
         "method": Value(str, "bridge", "bridge: the paper's; cam: the CAM baseline", METHODS),
         "preset": Value(str, None, "data set whose values are the defaults (default: its own, else CUB)"),
-        "weights": Value(os.path.expanduser, "imagenet", "imagenet (torchvision's), none, or a file"),
+        "weights": Value(PATH, "imagenet", "imagenet (torchvision's), none, or a file"),
         "frozen_blocks": Value(int, 0, "keep the weights of the first N blocks as pretrained", FROM_0),
         "seed": Value(int, 0, "random seed", "[0, 9223372036854775808)"),
     },
     "where things are": {
-        "data_root": Value(
-            os.path.expanduser, "data", "folder with the data set as distributed", resume=True
-        ),
-        "lists": Value(
-            os.path.expanduser,
-            "data_splits",
-            "folder with the lists of images, labels and boxes",
-            resume=True,
-        ),
+        "data_root": Value(PATH, "data", "folder with the data set as distributed", resume=True),
+        "lists": Value(PATH, "data_splits", "folder of the lists of images, labels, boxes", resume=True),
     },
     "how it runs": {
         "device": Value(str, "auto", "auto, cpu, cuda, cuda:1, ...", resume=True),
-        "amp": Value(str, "auto", "auto: bf16 where it is fast", ("auto", "bf16", "off"), resume=True),
-        "workers": Value(
-            int, None, "loading and sweeping processes (default: CPU 0, GPU the cores)", FROM_0, resume=True
-        ),
-        "val_every": Value(
-            int, 1, "evaluate on val every N epochs and after the last; 0: after it", FROM_0, resume=True
-        ),
-        "val_per_class": Value(
-            int, None, "val from train, per class (default: 0 if val has a list, else 2)", FROM_0
-        ),
+        "amp": Value(str, "auto", "auto: bf16 where it is fast", AMP, resume=True),
+        "workers": Value(int, None, "worker processes (default: CPU 0, GPU the cores)", FROM_0, resume=True),
+        "val_every": Value(int, 1, "evaluate every N epochs (0: none) and at the end", FROM_0, resume=True),
+        "val_per_class": Value(int, None, "val from train, per class (default: val's list, else 2)", FROM_0),
         "pictures": Value(int, 0, "draw the boxes of N test images at the end", FROM_0, resume=True),
     },
     "schedule and networks": {
@@ -223,9 +208,8 @@ def preset_values(
     """
     if (name, arch) not in PRESETS:
         pairs = ", ".join(f"{pair[0]} {pair[1]}" for pair in PRESETS if len(pair) == 2)
-        raise InputError(
-            f"--dataset {name} --arch {arch}: no preset; there are {pairs}; pass one as --preset"
-        )
+        problem = f"no preset; there are {pairs}; pass one as --preset"
+        raise InputError(f"--dataset {name} --arch {arch}: {problem}")
     names = RUN_VALUES | find(method).all_values()
     found = {key: (value.default_for(dataset or name, arch), value.source) for key, value in names.items()}
     for key in ((name, arch), (name, arch, method)):
@@ -254,21 +238,18 @@ def image_size(dataset: str) -> int:
 # ----------------------------------------------------------------------------------------------------- flags
 
 
-def add_flags(parser: argparse._ArgumentGroup, names: dict[str, Value]) -> None:
+def add_flags(group: argparse._ArgumentGroup, names: dict[str, Value]) -> None:
     """Adds a flag for each of these values that has a help text."""
     for name, value in names.items():
-        if not value.help:
-            continue
         words = value.allowed if isinstance(value.allowed, tuple | dict) else None
         text = value.help if words or not value.allowed else f"{value.help}; {value.allowed}"
         if value.default is not None and not callable(value.default):
             shown = ",".join(map(str, value.default)) if isinstance(value.default, list) else value.default
             text += f" (default {shown})"
-        options = {"nargs": "*"} if name == "decay_at" else {}
-        metavar = None if words else "N" if value.kind is int else "X"
-        parser.add_argument(
-            flag(name), dest=name, type=value.kind, choices=words, metavar=metavar, help=text, **options
-        )
+        how = {"choices": words} if words else {"metavar": "N" if value.kind is int else "X"}
+        how |= {"nargs": "*"} if name == "decay_at" else {}
+        if value.help:
+            group.add_argument(flag(name), dest=name, type=value.kind, help=text, **how)
 
 
 def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
@@ -342,14 +323,11 @@ def resolve_config(
             raise InputError(f"{flag(name)}: not a value of --method {values['method']}: remove it")
         if value is not None:
             allowed[name].check(name, value)
-    if min(values["decay_at"], default=1) < 1 or len({*values["decay_at"]}) < len(values["decay_at"]):
-        raise InputError(
-            f"--decay-at {' '.join(map(str, values['decay_at']))}: must be epochs from 1, each once"
-        )
-    if values["image_size"] > values["resize_size"]:
-        raise InputError(
-            f"--image-size {values['image_size']}: larger than --resize-size {values['resize_size']}"
-        )
+    decay_at, image, resized = (values[name] for name in ("decay_at", "image_size", "resize_size"))
+    if min(decay_at, default=1) < 1 or len({*decay_at}) < len(decay_at):
+        raise InputError(f"--decay-at {' '.join(map(str, decay_at))}: must be epochs from 1, each once")
+    if image > resized:
+        raise InputError(f"--image-size {image}: larger than --resize-size {resized}")
     if values.get("tau_fg", 1) < values.get("tau_bg", 0):
         raise InputError(f"--tau-fg {values['tau_fg']}: smaller than --tau-bg {values['tau_bg']}")
     if values["frozen_blocks"] and values["weights"] == "none":
@@ -364,12 +342,10 @@ def run_folder(args: argparse.Namespace) -> Path:
     return args.out or Path("runs") / f"{Path(dataset).resolve().name if folder else dataset}_{arch}_{method}"
 
 
-def write_config(
-    path: Path, config: SimpleNamespace, sources: dict[str, str], record: dict[str, Any], device: torch.device
-) -> None:
+def write_config(path: Path, run: dict[str, Any], data: dict[str, Any], device: torch.device) -> None:
     """config.json: every value with its source; the data and the fingerprint; versions, device and commit.
 
-    record: of the data, and the run's "fingerprint".
+    run: its "config", "sources" and "fingerprint".
     """
     commit, root = None, Path(__file__).parents[1]
     if (root / ".git").exists():  # not of a repository that this code lies in
@@ -384,9 +360,9 @@ def write_config(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "git_commit": commit,
     }
-    values = {name: {"value": value, "source": sources[name]} for name, value in sorted(vars(config).items())}
-    identity = {"fingerprint": record.pop("fingerprint"), "config": values}
-    write_json(path, identity | {"data": record, "environment": environment})
+    values = {x: {"value": v, "source": run["sources"][x]} for x, v in sorted(run["config"].items())}
+    identity = {"fingerprint": run["fingerprint"], "config": values}
+    write_json(path, identity | {"data": data, "environment": environment})
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from functools import cache
 from mmap import mmap
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -117,10 +118,9 @@ class Split:
         unlisted = [i for i, (folder, name) in enumerate(parts) if name not in names(folder)]
         missing = [i for i in unlisted if not self.path(i).is_file()]
         if missing:
-            raise InputError(
-                f"{self.path(missing[0])}: no such image ({len(missing)} of the {len(self)} of {self.name} "
-                "are missing): is the data root another folder, or does the list belong to other data?"
-            )
+            problem = f"no such image ({len(missing)} of the {len(self)} of {self.name} are missing)"
+            fix = "is the data root another folder, or does the list belong to other data?"
+            raise InputError(f"{self.path(missing[0])}: {problem}: {fix}")
 
 
 # -------------------------------------------------------------------------------------------- the list format
@@ -137,9 +137,9 @@ def write_lists(folder: Path, lists: dict[str, list[str]]) -> None:
 def read_split(folder: Path, root: Path, name: str, num_classes: int | None = None) -> Split:
     """Reads the files of one folder; image_sizes.txt and localization.txt may be absent.
 
-    Raises InputError with file and line for a line of another form, for an image that is not in
-    image_ids.txt, is listed twice or lacks a label or size, for a label below 0 or not below num_classes, and
-    for a box with x1 < x0 or outside its image.
+    Raises InputError with file and line for a line of another form or about another image, for an image that
+    is listed twice or lacks a label or size, for a label outside 0 ... num_classes - 1, and for a box that is
+    not inside its image.
     """
     path, index = folder / "image_ids.txt", {}
     for where, image, _ in rows(path):
@@ -176,25 +176,32 @@ def read_localization(
     """(boxes, masks) by index of the image; both are empty if there is no such file.
 
     Boxes: G x 4 int64, pixels, both corners inside. index: {image id: index}. sizes: N x 2, width and height.
-    Raises InputError as `read_split` does.
+    Raises InputError as `read_split` does, for the first bad line, with the number of the others.
     """
-    boxes, masks = defaultdict(list), defaultdict(lambda: Masks([], []))
+    boxes, masks, bad = defaultdict(list), defaultdict(lambda: Masks([], [])), []
+    spellings = cache(lambda: {normalize("NFC", image) for image in index})
     for where, image, box in rows(path, 4) if path.exists() else ():
-        if box and image in index and sizes is not None:
-            i, (x0, y0, x1, y1) = index[image], box
-            width, height = sizes[i]
+        image, *paths = [image] if box else image.rsplit(",", 2)
+        i = index.get(image)
+        if box and i is None:
+            other = "; it is there in another Unicode normalization (NFC or NFD)"
+            bad.append(f"{where}: no such image" + other * (normalize("NFC", image) in spellings()))
+        elif box and sizes is None:
+            bad.append(f"{where}: boxes need image_sizes.txt")
+        elif box:
+            (x0, y0, x1, y1), (width, height) = box, sizes[i]
+            boxes[i].append(box)
             if not (0 <= x0 <= x1 < width and 0 <= y0 <= y1 < height):
                 rule = f"0 <= x0 <= x1 < {width} and 0 <= y0 <= y1 < {height}, pixels of its image"
-                raise InputError(f"{where}: expected {rule}")
-            boxes[i].append(box)
-            continue
-        image, *paths = image.rsplit(",", 2)
-        if box or image not in index or len(paths) != 2 or not paths[0] or not all(map(is_below, paths)):
-            forms = "image,x0,y0,x1,y1 (whole pixels, with image_sizes.txt) or image,mask,ignore (paths)"
-            raise InputError(f"{where}: expected {forms}, of a listed image")
-        instances, ignore = masks[index[image]]
-        instances.append(paths[0])
-        ignore += paths[1:] if paths[1] else []
+                bad.append(f"{where}: expected {rule}")
+        elif i is None or len(paths) != 2 or not paths[0] or not all(map(is_below, paths)):
+            forms = "image,x0,y0,x1,y1 (whole pixels) or image,mask,ignore (paths), of a listed image"
+            bad.append(f"{where}: expected {forms}")
+        else:
+            masks[i].instances.append(paths[0])
+            masks[i].ignore.extend(filter(None, paths[1:]))
+    if bad:
+        raise InputError(bad[0] + f" (and {len(bad) - 1} more lines)" * (len(bad) > 1))
     return {i: np.array(b) for i, b in boxes.items()}, dict(masks)
 
 
@@ -213,7 +220,7 @@ def rows(path: Path, k: int = 0) -> Iterator[tuple[str, str, list[int]]]:
                 if line:
                     yield f"{path}:{n}: {line[:80]}", image, [int(x) for x in numbers]
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        reason = first_line(error) if isinstance(error, OSError) else "not UTF-8 text"
         fix = "data_splits/README.md describes the format"
         raise InputError(f"{path}: cannot be read ({reason}): {fix}") from error
 
@@ -247,9 +254,8 @@ def open_rgb(
     except FileNotFoundError:
         raise InputError(f"{name}: no such image") from None
     except Exception as error:  # Pillow's readers raise errors of many types for damaged files
-        raise InputError(
-            f"{name}: not an image that can be read, or damaged ({first_line(error)})"
-        ) from error
+        problem = f"not an image that can be read, or damaged ({first_line(error)})"
+        raise InputError(f"{name}: {problem}") from error
     if not 0 <= low <= high <= 255 or (image.mode == "F" and 0 < high <= 1):
         raise InputError(f"{name}: values from {low:g} to {high:g} where 0 ... 255 are expected: convert it")
     if listed is not None and rgb.size != tuple(listed):
@@ -264,22 +270,14 @@ def resized(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
-# What a mask may have that its reader may not expect; the line says it once for a split.
-REMARKS = {
-    "values": "have more than two values: every pixel above 0 counts as object",
-    "full": "have no pixel of value 0: the whole image counts as object",
-    "shape": "have another aspect ratio than their image: they are stretched",
-}
-
-
 def load_masks(
     root: Path, masks: Masks, size: int, listed: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
     """(mask, ignore, remarks) of an image.
 
-    mask, ignore: size x size bool, the union of its instances; what to ignore outside of it. remarks: (key of
-    REMARKS, file and what it has). listed: (width, height) of the image. Raises InputError for a file that
-    cannot be read, and as `open_mask` does.
+    mask, ignore: size x size bool, the union of its instances; what to ignore outside of it. remarks: what
+    the reader of a mask may not expect, as (text, file and values). listed: (width, height) of the image.
+    Raises InputError as `open_mask` does.
     """
     mask, ignore = np.zeros((2, size, size), dtype=bool)
     remarks: list[tuple[str, str]] = []
@@ -298,29 +296,32 @@ def open_mask(
 ) -> np.ndarray:
     """The grey values of a mask, h x w uint8; above 0 is object (Choe et al.). Adds to the remarks.
 
-    Raises InputError for an alpha channel that is not constant, which may be the mask, and for the shape of
-    the image turned by 90 degrees.
+    Raises InputError for a file that cannot be read, for an alpha channel that is not constant, which may be
+    the mask, and for the shape of the image turned by 90 degrees.
     """
+    low = high = 0
     try:
         with Image.open(path) as image:
-            alpha = (
-                image.convert("RGBA").getchannel("A").getextrema() if image.has_transparency_data else (0, 0)
-            )
+            if image.has_transparency_data:
+                low, high = image.convert("RGBA").getchannel("A").getextrema()
             grey = image.convert("L")
     except Exception as error:
         raise InputError(f"{path}: missing or damaged mask ({first_line(error)})") from error
-    if alpha[0] != alpha[1]:
+    if low != high:
         raise InputError(f"{path}: the mask has an alpha channel that is not constant: save it as grey")
     values = [value for value, count in enumerate(grey.histogram()) if count]
     if len(values) > 2:
-        remarks.append(("values", f"{path}: {len(values)} values"))
+        text = "have more than two values: every pixel above 0 counts as object"
+        remarks.append((text, f"{path}: {len(values)} values"))
     if values[0] and of_object:
-        remarks.append(("full", f"{path}: values from {values[0]}"))
+        text = "have no pixel of value 0: the whole image counts as object"
+        remarks.append((text, f"{path}: values from {values[0]}"))
     if listed is not None and not _alike(grey.size, *listed):
         sizes = f"{grey.width} x {grey.height} pixels for an image of {listed[0]} x {listed[1]}"
         if _alike(grey.size, *listed[::-1]):
             raise InputError(f"{path}: a mask of {sizes}: was it drawn on the rotated photo?")
-        remarks.append(("shape", f"{path}: {sizes}"))
+        text = "have another aspect ratio than their image: they are stretched"
+        remarks.append((text, f"{path}: {sizes}"))
     return np.asarray(grey)
 
 
@@ -334,9 +335,9 @@ def _alike(size: tuple[int, int], width: int, height: int) -> bool:
 def remark_lines(name: str, remarks: Iterable[tuple[str, str]]) -> list[str]:
     """A line for each kind of remark on the masks of a split, with the number of files and the first."""
     found = defaultdict(list)
-    for kind, detail in remarks:
-        found[kind].append(detail)
-    return [f"{name}: {len(of)} masks {REMARKS[kind]} (first {of[0]})" for kind, of in found.items()]
+    for text, detail in remarks:
+        found[text].append(detail)
+    return [f"{name}: {len(of)} masks {text} (first {of[0]})" for text, of in found.items()]
 
 
 # ----------------------------------------------------------------------------------------------- score maps

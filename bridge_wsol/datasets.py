@@ -8,7 +8,6 @@ of CUB, ILSVRC and OpenImages, those of CUB10 and Imagenette, and those of the d
 
 from __future__ import annotations
 
-import argparse
 import filecmp
 import fnmatch
 import hashlib
@@ -26,7 +25,7 @@ from PIL import ExifTags, Image
 
 from . import utils
 from .data import Masks, Split, load_masks, open_rgb, read_localization, read_split, remark_lines
-from .utils import InputError
+from .utils import InputError, first_line, user_path
 
 SPLITS = ("train", "val", "test")
 SHIPPED = Path(__file__).parents[1] / "data_splits"  # the lists of a clone
@@ -141,16 +140,15 @@ def _read_lists(
         forms = "train, val and test there, or the path of a folder of images"
         raise InputError(f"{dataset}: no lists in {folder}: expected {forms}")
     found, num_classes, classes = {}, None, None
-    if (folder / "train" / "image_ids.txt").exists():  # also for the number of classes
-        found["train"] = train = read_split(folder / "train", root, f"{dataset} train")
-        num_classes, classes = int(train.labels.max()) + 1, class_names(train)
-    elif dataset == "ILSVRC":
+    listed = (folder / "train" / "image_ids.txt").exists()
+    if dataset == "ILSVRC" and not listed:
         classes = _shipped(lists, "wnids.txt").split()
         num_classes = len(classes)
         if "train" in names:
             found["train"] = ilsvrc_train(root, classes)
-    elif "train" in names:
-        read_split(folder / "train", root, f"{dataset} train")  # raises the error
+    elif listed or "train" in names:  # also for the number of classes
+        found["train"] = train = read_split(folder / "train", root, f"{dataset} train")
+        num_classes, classes = int(train.labels.max()) + 1, class_names(train)
     for name in names - {"train"}:
         images = data_root / kind.val_images if name == "val" and kind.val_images else root
         found[name] = read_split(folder / name, images, f"{dataset} {name}", num_classes)
@@ -201,7 +199,7 @@ def _shipped(lists: Path, name: str) -> str:
     try:
         return (own if own.exists() else SHIPPED / "ILSVRC" / name).read_text()
     except OSError as error:
-        problem = f"cannot be read ({error.strerror}): it is in data_splits of a clone"
+        problem = f"cannot be read ({first_line(error)}): it is in data_splits of a clone"
         raise InputError(f"{own}: {problem}") from error
 
 
@@ -274,7 +272,7 @@ def download(dataset: str, data_root: Path) -> None:
         (part / name).rename(data_root / name)
         shutil.rmtree(part)
     except Exception as error:  # errors of the network, the archive and the disk
-        problem = f"the download failed ({utils.first_line(error)})"
+        problem = f"the download failed ({first_line(error)})"
         raise InputError(f"{dataset}: {problem}: see docs/data.md") from error
 
 
@@ -412,7 +410,7 @@ def _upright_size(path: Path) -> tuple[int, int]:
                 return image.size[::-1] if turned else image.size
         return open_rgb(path, upright=True).size
     except Exception as error:  # Pillow raises errors of many types
-        raise InputError(f"{path}: not an image that can be read ({utils.first_line(error)})") from error
+        raise InputError(f"{path}: not an image that can be read ({first_line(error)})") from error
 
 
 # ------------------------------------------------------------------------------------------------------ check
@@ -426,21 +424,21 @@ def check(dataset: str, data_root: Path, lists: Path, workers: int) -> int:
     splits, record = load_splits(dataset, data_root, lists)
     print("\n".join(record["notes"]))
     problems, of_train = 0, {}
-    for split in splits.values():
+    for name, split in splits.items():
         inspected = utils.imap(partial(_inspect, split), range(len(split)), workers)
-        found, remarks, leaks = [], [], []
+        lines, remarks, leaks = [], [], []
         for index, (content, problem, of_masks) in utils.progress(inspected, split.name, len(split)):
-            found += [problem] if problem else []
+            lines += [problem] if problem else []
             remarks += of_masks
-            if split is splits["train"]:
-                of_train[content] = index
+            if name == "train":
+                of_train[content] = split.path(index)
             elif content in of_train:
-                leaks.append(f"{split.path(index)} is {splits['train'].path(of_train[content])}")
-        problems += len(found)
-        found += [f"{split.name}: {len(split)} images, {len(found)} with a problem"]
+                leaks.append(f"{split.path(index)} is {of_train[content]}")
+        problems += len(lines)
+        lines.append(f"{split.name}: {len(split)} images, {len(lines)} with a problem")
         if leaks:
-            found.append(f"{split.name}: {len(leaks)} images equal one of train byte for byte: {leaks[0]}")
-        print("\n".join(found + remark_lines(split.name, remarks)), flush=True)
+            lines.append(f"{split.name}: {len(leaks)} images equal one of train byte for byte: {leaks[0]}")
+        print("\n".join(lines + remark_lines(split.name, remarks)), flush=True)
     return problems
 
 
@@ -458,34 +456,21 @@ def _inspect(split: Split, index: int) -> tuple[bytes, str | None, list[tuple[st
 
 def main(argv: list[str] | None = None) -> None:
     """The command line of `check`."""
-    parser = utils.Parser(
-        prog="python -m bridge_wsol.datasets",
-        description="Opens every image and mask of a data set. Exit code 0: all can be read; 2: some cannot.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    about = "Opens every image and mask of a data set. Exit code 0: all can be read; 2: some cannot."
+    parser = utils.Parser(prog="python -m bridge_wsol.datasets", description=about)
     add = parser.add_argument
     add("command", choices=("check",))
     add("--dataset", type=os.path.expanduser, required=True, help="a name, or a folder of your own images")
-    add(
-        "--data-root",
-        type=utils.user_path,
-        default=Path("data"),
-        metavar="DIR",
-        help="folder of the data sets",
-    )
-    add(
-        "--lists",
-        type=utils.user_path,
-        default=Path("data_splits"),
-        metavar="DIR",
-        help="folder of the lists",
-    )
-    add("--workers", type=int, default=utils.cores(), metavar="N", help="processes that open images")
+    text = "folder of the data sets (default data)"
+    add("--data-root", type=user_path, default="data", metavar="DIR", help=text)
+    text = "folder of the lists (default data_splits)"
+    add("--lists", type=user_path, default="data_splits", metavar="DIR", help=text)
+    text = "processes that open images (default: the cores)"
+    add("--workers", type=int, default=utils.cores(), metavar="N", help=text)
     add("--quiet", action="store_true", help="no progress line on stderr")
     args = parser.parse_args(argv)
     utils.set_quiet(args.quiet)
-    problems = check(args.dataset, args.data_root, args.lists, max(args.workers, 0))
-    if problems:
+    if problems := check(args.dataset, args.data_root, args.lists, max(args.workers, 0)):
         raise InputError(f"{args.dataset}: {problems} files with a problem")
     print(f"{args.dataset}: every file is there and can be read")
 

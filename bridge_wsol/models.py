@@ -196,9 +196,8 @@ def read_weights(path: Path, arch: str) -> tuple[dict[str, Tensor], int | None]:
             state = {name.replace(theirs, own): value for name, value in state.items()}
         return state, None
     stride = 16 if "conv6.weight" in state else None
-    numbers = {
-        name: int(match[1]) for name in state if (match := re.match(r"features\.(?:[02]\.)?(\d+)\.", name))
-    }
+    matches = {name: re.match(r"features\.(?:[02]\.)?(\d+)\.", name) for name in state}
+    numbers = {name: int(match[1]) for name, match in matches.items() if match}
     if "features.2.0.weight" in state or "features.23.weight" in state:  # no fourth pool, and no place for it
         stride = 8
     renamed = {}
@@ -241,7 +240,6 @@ def _download(arch: str) -> dict[str, Tensor]:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except Exception as error:  # no network, a full disk, a wrong checksum, a damaged file in torch's cache
         cache = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
-        raise InputError(
-            f"could not load {weights.url} ({first_line(error)}): download it elsewhere, put it at {cache}, "
-            "pass --weights FILE, or train from scratch with --weights none"
-        ) from error
+        fix = "pass --weights FILE, or train from scratch with --weights none"
+        problem = f"could not load {weights.url} ({first_line(error)})"
+        raise InputError(f"{problem}: download it elsewhere, put it at {cache}, {fix}") from error

@@ -6,7 +6,6 @@ import argparse
 import ctypes
 import errno
 import json
-import logging
 import multiprocessing
 import os
 import platform
@@ -35,7 +34,6 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 R = TypeVar("R")
-LOG = logging.getLogger("bridge_wsol")  # --quiet sets its level: no progress line then
 
 
 # ------------------------------------------------------------------------------------------------ errors
@@ -59,6 +57,7 @@ def one_line_errors() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names of any bytes
+    code = 2
     try:
         yield
         sys.stdout.flush()
@@ -74,19 +73,41 @@ def one_line_errors() -> Iterator[None]:
         message = f"{error.filename or 'output'}: {error.strerror}"
         if error.filename is None:  # of stdout: the exit must not write to it again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted\n")
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        message, code = interrupt.args or ("interrupted", 130)
     # Before the processes join, all of a machine raise the same error.
     if world_size() > 1 or os.environ.get("LOCAL_RANK", "0") == "0":
         # On a terminal, the line of a progress that was interrupted is erased.
-        sys.stderr.write("\r\x1b[K" * sys.stderr.isatty() + f"error: {message}\n")
-    sys.exit(2)
+        sys.stderr.write("\r\x1b[K" * sys.stderr.isatty() + "error: " * (code == 2) + f"{message}\n")
+    sys.exit(code)
+
+
+@contextmanager
+def last_words(line: str) -> Iterator[None]:
+    """The line with which `one_line_errors` ends after Ctrl-C and SIGTERM inside; exit codes 130 and 143."""
+
+    def end(number: int, _: Any) -> None:
+        # Workers may have got the signal, too: torch would raise an error about it.
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        raise KeyboardInterrupt(number)
+
+    # torchrun ends its processes by SIGTERM: Python would handle it after the collective that they wait in.
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    own = alone and threading.current_thread() is threading.main_thread()  # no other may set a handler
+    before = signal.signal(signal.SIGTERM, end) if own else None
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(line, 128 + (interrupt.args or (signal.SIGINT,))[0]) from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def first_line(error: Any) -> str:
-    """The first line of an error's message, at most 120 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    """What the system says of an OSError, else the first line of the message; at most 120 characters."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:120]
 
 
 # -------------------------------------------------------------------------------- values of a configuration
@@ -159,7 +180,7 @@ def own_folder(folder: Path, resume: bool) -> Iterator[None]:
         fix = "pass --resume to continue it, pass another --out, or remove it"
         raise InputError(f"{folder}: exists: {fix}") from None
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
+        raise InputError(f"{folder}: cannot be written ({first_line(error)})") from error
     with lock:
         try:
             import fcntl  # not on Windows
@@ -180,15 +201,22 @@ def own_folder(folder: Path, resume: bool) -> Iterator[None]:
                 folder.rmdir()
 
 
-def try_write(path: Path) -> None:
-    """Raises InputError if no file can be written at this path: before the work whose result it takes."""
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Makes the folder of `path`. Raises InputError if that, or what is done inside, fails."""
     try:
         if path.exists() and not path.is_file():
-            raise OSError("not a regular file")
+            raise OSError("not a regular file")  # /dev/null would be replaced
         path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        yield
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise InputError(f"{path}: cannot be written ({first_line(error)})") from error
+
+
+def try_write(path: Path) -> None:
+    """Raises InputError if no file can be written at this path: before the work whose result it takes."""
+    with _writing(path):
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 @contextmanager
@@ -198,23 +226,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Readers never see a half-written file. Raises InputError if the file cannot be written.
     """
     path = Path(path)
-    part = path.with_name(f".{short(path.name, 200)}.{secrets.token_hex(4)}.part")
+    part = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.part")  # file systems allow 255 bytes
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("not a regular file")  # /dev/null would be replaced
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        with _writing(path):
+            yield part
+            os.replace(part, path)
     finally:
         with suppress(OSError):
             part.unlink()
-
-
-def short(name: str, size: int) -> str:
-    """The beginning of a file name, at most `size` bytes: file systems allow 255."""
-    return os.fsencode(name)[:size].decode("utf-8", "ignore")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -236,8 +255,8 @@ def read_json(path: Path, made_by: str) -> dict[str, Any]:
             raise ValueError("not a dictionary")
         return value
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else first_line(error)
-        raise InputError(f"{path}: cannot be read ({reason}); it is made by: {made_by}") from error
+        problem = f"cannot be read ({first_line(error)})"
+        raise InputError(f"{path}: {problem}; it is made by: {made_by}") from error
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -284,7 +303,7 @@ def progress(
     and not with --quiet.
     """
     terminal, started = sys.stderr.isatty(), time.monotonic()
-    shown = started if rank() == 0 and LOG.isEnabledFor(logging.INFO) else float("inf")
+    shown = started if rank() == 0 and not _quiet else float("inf")
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
@@ -298,9 +317,13 @@ def progress(
         sys.stderr.write("\r\x1b[K")
 
 
+_quiet = False
+
+
 def set_quiet(quiet: bool) -> None:
     """--quiet: whether `progress` shows nothing."""
-    LOG.setLevel(logging.WARNING if quiet else logging.INFO)
+    global _quiet
+    _quiet = quiet
 
 
 def duration(seconds: float) -> str:
@@ -343,18 +366,14 @@ def keep_freed_memory() -> None:
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """--amp: "bf16", "off", or "auto": bf16 where the device is fast at it."""
-    on = amp == "bf16" or (amp == "auto" and has_bf16(device))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16; emulated, it is slower than float32."""
+    """--amp: "bf16", "off", or "auto": bf16 where the device has instructions for it, and is fast at it."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Private functions of torch: where they are gone, the CPU runs in float32.
-    instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in instructions)
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # Private functions of torch: where they are gone, the CPU runs in float32.
+        instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in instructions)
+    on = amp == "bf16" or (amp == "auto" and fast)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
 
 
 def cores() -> int:
@@ -455,8 +474,7 @@ def first_process_first(work: Callable[[], R]) -> R:
     went_well = [False]
     try:
         if rank() == 0:
-            result = work()
-            went_well = [True]
+            result, went_well = work(), [True]
     finally:
         dist.broadcast_object_list(went_well, src=0)
     if not went_well[0]:
@@ -511,6 +529,7 @@ def _start_worker(parent: int, function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the main process's handler
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -51,7 +51,7 @@ def interrupt(flags: str, out: Path, how: str, rng: random.Random) -> str:
         time.sleep(0 if of_file else 0.001)
     process.send_signal(signal.SIGKILL if of_file else signal.Signals[how])
     _, errors = process.communicate()
-    if process.returncode not in (0, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):
+    if process.returncode not in (0, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):
         raise SystemExit(f"{how}: exit code {process.returncode}\n{errors}")
     log = out / "log.jsonl"
     epochs = len(log.read_text().splitlines()) if log.exists() else 0

@@ -351,17 +351,15 @@ def test_masks_that_may_mean_something_else(tmp_path):
 
     def remarks(name, pixels):
         Image.fromarray(pixels).save(tmp_path / name)
-        return {kind for kind, _ in load_masks(tmp_path, Masks([name], []), 24, np.array([96, 72]))[2]}
+        return [text for text, _ in load_masks(tmp_path, Masks([name], []), 24, np.array([96, 72]))[2]]
 
-    assert (
-        remarks("a.png", mask) == remarks("a.png", inside) == remarks("a.png", np.dstack([mask] * 3)) == set()
-    )
+    assert not remarks("a.png", mask) + remarks("a.png", inside) + remarks("a.png", np.dstack([mask] * 3))
     for height in (360, 36, 35, 18):  # the same aspect ratio, but for the rounding
         resized = Image.fromarray(inside).resize((round(height * 96 / 72), height))
         assert not remarks("a.png", np.array(resized))
-    assert remarks("a.jpg", mask) == {"values"}
-    assert remarks("a.png", np.where(inside, 1, 2).astype(np.uint8)) == {"full"}
-    assert remarks("a.png", mask[:60]) == {"shape"}
+    values, full_mask = remarks("a.jpg", mask), remarks("a.png", np.where(inside, 1, 2).astype(np.uint8))
+    told = values + full_mask + remarks("a.png", mask[:60])
+    assert len(told) == len({*told}) == 3
     with pytest.raises(InputError, match="a.png: .*alpha channel"):
         remarks("a.png", np.dstack([full, full, full, mask]))
     with pytest.raises(InputError, match="a.png: a mask of 72 x 96 pixels .* 96 x 72: .*rotated"):

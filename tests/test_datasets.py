@@ -355,6 +355,23 @@ def test_boxes_of_a_turned_photo_are_in_pixels_as_it_is_shown(tmp_path):
         read_folder(folder)
 
 
+def test_bad_lines_of_boxes_are_counted_and_an_image_that_is_not_there_is_told_apart(tmp_path):
+    folder, good = make_folder(tmp_path / "own", images=4), "class 0/0.png,5,5,29,29"
+    (folder / "class 0" / "1.png").rename(folder / "class 0" / "Cafe\u0301.png")  # NFD, as on a Mac
+    said = set()
+    for line in ("class 0/9.png,5,5,29,29", "class 0/Caf\u00e9.png,5,5,29,29", "class 0/0.png,5,5,29.5,29"):
+        for others in range(3):
+            lines = [good, line, good, *["class 0/0.png,0,0,60,9"] * others]
+            (folder / "localization.txt").write_text("\n".join(lines), encoding="utf-8")
+            with pytest.raises(InputError) as raised:
+                read_folder(folder)
+            message = str(raised.value).removeprefix(f"{folder}/localization.txt:2: {line}: ")
+            assert f"(and {others} more lines)" in message or not others and "more lines" not in message
+            assert "image_sizes" not in message
+            said.add(message.partition(" (and ")[0])
+    assert len(said) == 3
+
+
 def test_a_folder_of_images_may_move(tmp_path, capsys):
     flags = f"{TINY} --warm-epochs 0 --method cam --workers 0 --out run --dataset"
     make_folder(Path("birds"), images=4)

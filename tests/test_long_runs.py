@@ -17,6 +17,7 @@ import torch
 from conftest import REPOSITORY, lines_of, load, results, run
 from kill_resume import ENVIRONMENT
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bridge_wsol import utils
 from bridge_wsol.data import EpochSampler
@@ -163,6 +164,26 @@ def test_the_scripts_end_bad_input_with_one_line_and_exit_code_2():
     for script, flags in (("evaluate.py", ["nowhere"]), ("train.py", ["--dataset", "nowhere"])):
         ended = program(sys.executable, REPOSITORY / script, *flags)
         assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "nowhere" in ended.stderr
+
+
+def test_ctrl_c_and_sigterm_end_a_training_with_one_line_that_names_resume(trained, tmp_path):
+    """Ctrl-C is signal 2, SIGTERM 15. Two workers, which leave the folder with the main process."""
+    flags, whole = trained
+
+    def train(number):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal
+        handle = register_optimizer_step_post_hook(lambda *_: os.kill(os.getpid(), number))
+        with (tmp_path / "err").open("w") as sys.stderr, one_line_errors():
+            run("train", f"{flags} --out {tmp_path}/{number} --workers 2")
+        handle.remove()
+
+    for number, code in ((2, 130), (15, 143)):
+        assert in_forks(train, [number]) == [code]
+        said = (tmp_path / "err").read_text()
+        assert said.count("\n") == 1 and "--resume" in said and f"{tmp_path}/{number}" in said
+        assert not (tmp_path / str(number) / ".lock").exists()
+        run("train", f"{flags} --out {tmp_path}/{number} --resume")
+        assert lines_of(tmp_path / str(number)) == lines_of(whole)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(trained, fails):
