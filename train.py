@@ -108,6 +108,9 @@ def open_run(args: argparse.Namespace, out: Path) -> Run:
     print_rank0("\n".join(record["notes"]))
     if not splits["val"].boxes and not splits["val"].masks:
         print_rank0("val has no boxes: the best epoch is the one with the best Top-1 classification on val")
+    elif c.val_every and 0 < len(splits["val"].boxes) < evaluation.ENOUGH_BOXED:
+        few = f"val has {len(splits['val'].boxes)} images with boxes: too few to choose the best epoch by"
+        print_rank0(f"{few}; --val-every 0 takes the last one")
     identity = {"config": vars(c), "sources": sources}
     identity |= {name: record[name] for name in ("num_classes", "classes")}
     identity["fingerprint"] = {"values": fingerprint(vars(c)), **record.pop("lists")}

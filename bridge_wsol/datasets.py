@@ -59,6 +59,13 @@ def is_folder(dataset: str, lists: Path) -> bool:
     return "/" in dataset or dataset in (".", "..") or (not named and Path(dataset).is_dir())
 
 
+def lists_folder(dataset: str, lists: str | Path) -> Path:
+    """The folder of the lists: the clone's where `lists` is the default and holds none of this data set."""
+    own = Path(lists)
+    of_clone = own == Path(SHIPPED.name) and dataset != "demo" and not (own / dataset).is_dir()
+    return SHIPPED if of_clone and (SHIPPED / dataset).is_dir() else own
+
+
 def load_splits(
     dataset: str,
     data_root: str | Path,
@@ -78,7 +85,7 @@ def load_splits(
     ({name: `Split.fingerprint`}) and "notes" (lines to print). Raises InputError as `read_split` does, and
     for labels outside 0 ... K - 1, where K is the number of classes of train.
     """
-    data_root, lists, notes = Path(data_root), Path(lists), []
+    data_root, lists, notes = Path(data_root), lists_folder(dataset, lists), []
     if is_folder(dataset, lists):
         found, classes, notes = read_folder(Path(dataset), join_val=bool(val_per_class))
         val_per_class = (0 if "val" in found else 2) if val_per_class is None else val_per_class

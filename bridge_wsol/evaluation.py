@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from . import cam, config, metrics, utils
 from .boxes import LEVELS, scale_boxes
 from .data import Split, as_score_map, eval_loader, load_masks, remark_lines, to_input
-from .datasets import is_folder, load_splits
+from .datasets import is_folder, lists_folder, load_splits
 from .losses import full_precision
 from .methods import CAM, find
 from .metrics import LEVEL_NAMES, ImageResult, PerImage, flat, label_ranks, measure, selection_score, tree_map
@@ -503,7 +503,7 @@ class TrainedRun:
         path = self.folder if state else self.folder / f"{checkpoint}.pt"
         self.state = state or load_checkpoint(path)
         self.config = SimpleNamespace(**self.state["config"] | self.map_options)
-        self.data_root, self.lists = data_root, Path(lists or self.config.lists)
+        self.data_root, self.lists = data_root, lists_folder(self.config.dataset, lists or self.config.lists)
         self.amp, self.batch_size, self.workers = amp or self.config.amp, batch_size, workers
         self.device = device if isinstance(device, torch.device) else utils.resolve_device(device)
         try:
