@@ -227,7 +227,7 @@ def localize_images(args: argparse.Namespace) -> None:
             entries.append(entry | {"box": found.box, "top5": found.top5})
             picture = localize.draw_found(image, found)
             localize.save_picture(folder / f"{len(entries):05d}_{path.stem[:60]}.png", picture)
-            print(f"{path}: {found.text()}", flush=True)
+            print(f"{path}: {found}", flush=True)
     finally:  # also after Ctrl-C
         utils.write_json(folder / "boxes.json", entries)
     print(f"{len(entries)} images, threshold {localizer.threshold:.3f}; written to {folder}")

@@ -512,8 +512,8 @@ class TrainedRun:
             raise InputError(f"{path}: {error}") from error
         for name, value in self.map_options.items():
             if name not in cls.map_options:
-                problem = f"--method {self.config.method} of {folder} has no such value"
-                raise InputError(f"{utils.flag(name)}: {problem}")
+                problem = f"method {self.config.method} of {folder} has no such value"
+                raise InputError(f"{name}: {problem}")
             cls.all_values()[name].check(name, value)
         self.method = cls(self.config, self.state["num_classes"])
         load_weights(self.method.net, self.state["model"], path)
@@ -534,10 +534,10 @@ class TrainedRun:
         for key in ("num_classes", "classes"):
             if now[key] != then[key] and then[key] is not None:
                 problem = f"trained on other classes than {c.dataset} has now"
-                raise InputError(f"{self.folder}: {problem}: check --lists")
+                raise InputError(f"{self.folder}: {problem}: check lists")
         before = then["fingerprint"].get("val")
         if name == "val" and before and now["lists"]["val"]["images"] != before["images"]:
-            raise InputError(f"{self.folder}: the list of val has changed since the run: check --lists")
+            raise InputError(f"{self.folder}: the list of val has changed since the run: check lists")
         return splits[name]
 
     def maps(
@@ -558,7 +558,7 @@ class TrainedRun:
         Raises InputError for "val" with another normalization, or where val cannot choose.
         """
         if percentile == "val" and normalization != "ivr":
-            raise InputError("--percentile val needs --normalize ivr")
+            raise InputError("percentile val needs normalize ivr")
         known, changed = self.state["val"], False
         own_map = normalization == "minmax" and not self.map_options
         if own_map and known and known["epoch"] == self.state["epoch"] and "middle" in known:
@@ -592,7 +592,7 @@ class TrainedRun:
 
     def _choose_percentile(self, split: Split) -> Chosen:
         if not split.boxes and not split.masks:
-            raise InputError(f"--percentile val: {split.name} has neither boxes nor masks: pass a number")
+            raise InputError(f"percentile val: {split.name} has neither boxes nor masks: pass a number")
         kept, scores, found = list(self.maps(split, None)), {}, {}
 
         def normalized(q: float) -> Iterator[MapBatch]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
@@ -35,8 +35,8 @@ class Found(NamedTuple):
     # Of the Top-1 class, float32 in [0, 1], at the run's image_size (224 x 224): stretch it over the image.
     score_map: np.ndarray
 
-    def text(self) -> str:
-        """The best class with its probability, and the box."""
+    def __repr__(self) -> str:
+        """The best class with its probability, and the box; without the array, for notebooks."""
         best, box = self.top5[0], "none" if self.box is None else ",".join(map(str, self.box))
         return f"class {best.get('name', best['class'])} ({100 * best['probability']:.1f} %), box {box}"
 
@@ -149,14 +149,23 @@ def draw_boxes(
     heat = np.stack([np.interp(values, keys, channel) for channel in zip(*COLOURS)])
     photo = pil_to_tensor(image)
     blend = (0.4 * photo + 0.6 * torch.from_numpy(heat)).round().to(torch.uint8)
-    width = max(2, image.width // 100)
-    boxes = [] if truth is None else [(torch.as_tensor(truth), TRUTH, None)]
-    if box is not None:
-        labels = None if truth is None else [f"IoU {iou_matrix(np.asarray(box), truth).max():.2f}"]
-        boxes.append((torch.as_tensor(np.asarray(box))[None], PREDICTION, labels))
-    for of_box, colour, labels in boxes:  # on the photo the text could hide a box
-        photo = draw_bounding_boxes(photo, of_box, colors=colour, width=width)
-        blend = draw_bounding_boxes(blend, of_box, labels, colour, width=width)
+    width, drawn = max(2, image.width // 100), [(truth, TRUTH), (None if box is None else [box], PREDICTION)]
+    for boxes, colour in drawn:
+        if boxes is not None:
+            of_kind = torch.as_tensor(np.array(boxes))
+            photo, blend = (
+                draw_bounding_boxes(x, of_kind, colors=colour, width=width) for x in (photo, blend)
+            )
+    if box is not None and truth is not None:  # on the photo the text could hide a box
+        labelled, text = to_pil_image(blend), f"IoU {iou_matrix(np.asarray(box), truth).max():.2f}"
+        font = ImageFont.load_default(max(10, image.width // 16))
+        places = [
+            min(at + 3 * width, end - gap)
+            for at, end, gap in zip(box, image.size, (5 * font.size, font.size))
+        ]
+        outline = dict(stroke_width=2, stroke_fill=(0, 0, 0))  # readable on every colour
+        ImageDraw.Draw(labelled).text(places, text, PREDICTION, font, **outline)
+        blend = pil_to_tensor(labelled)
     return make_grid([photo, blend], nrow=1, padding=0)
 
 

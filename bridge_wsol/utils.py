@@ -348,7 +348,7 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device).tolist()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:
         problem = f"cannot be used ({first_line(error)})"
-        raise InputError(f"--device {name} {problem}: pass --device cpu") from error
+        raise InputError(f"device {name}: {problem}: pass cpu") from error
     return device
 
 

@@ -78,7 +78,7 @@ def test_bad_percentiles_and_a_val_without_boxes(trained, fails, tmp_path):
         "--normalize pas --percentile val",
         "--normalize ivr --percentile 1",
     ):
-        fails("evaluate", f"{trained[1]} {flags}", "--percentile")
+        fails("evaluate", f"{trained[1]} {flags}", "percentile")
     flags = f"{trained[1]} {EVALUATE} --lists {tmp_path}/lists --normalize ivr --percentile val"
     val, test = (tmp_path / "lists" / "tiny" / name / "localization.txt" for name in ("val", "test"))
     for path in (val, test):
@@ -86,7 +86,7 @@ def test_bad_percentiles_and_a_val_without_boxes(trained, fails, tmp_path):
     run("evaluate", f"{flags} --out {tmp_path}/masks.json")
     assert results(tmp_path, "masks.json")["percentile"]["by"] == "PxAP"
     val.unlink()
-    fails("evaluate", flags, "--percentile val", "neither boxes nor masks")
+    fails("evaluate", flags, "percentile val", "neither boxes nor masks")
 
 
 def test_another_map_of_a_trained_run(tiny, tmp_path, fails):
@@ -106,7 +106,7 @@ def test_another_map_of_a_trained_run(tiny, tmp_path, fails):
     levels = [evaluation.TrainedRun(tmp_path / x, "last", "cpu").choose().levels for x in expected]
     assert other.levels == levels[1] != levels[0]
     fails("evaluate", f"{joint} --calm-map sum", "--calm-map", "sum")
-    fails("evaluate", f"{joint} --pas-nwc off", "--pas-nwc", "--method calm")
+    fails("evaluate", f"{joint} --pas-nwc off", "pas_nwc", "method calm")
     for flags in (f"{joint} --images a.jpg", f"--score-maps {tmp_path} --dataset tiny"):
         fails("evaluate", f"{flags} --calm-map joint", "values of a map")
 
@@ -370,7 +370,7 @@ def test_bad_checkpoints(trained, fails, tmp_path, where):
     for lists in (tmp_path / "lists").rglob("*.txt"):  # the same data set with one class fewer
         kept = [x for x in lists.read_text().splitlines() if int(re.search(r"/(\d\d)\.", x)[1]) % 3 < 2]
         lists.write_text("\n".join(kept))
-    fails("evaluate", f"{folder} --device cpu {where}", folder, "classes", "--lists")
+    fails("evaluate", f"{folder} --device cpu {where}", folder, "classes", "lists")
 
 
 def test_bad_score_maps(split, where, fails, tmp_path):

@@ -36,6 +36,7 @@ def test_localizer_finds_what_the_command_line_finds(trained, photos):
         assert found.score_map.min() == 0 and found.score_map.max() == 1
         assert sum(of["probability"] for of in found.top5) == pytest.approx(1)  # three classes
     assert isinstance(alone := localizer(photos[0]), Found) and alone.box == of_paths[0].box
+    assert repr([alone]).count("array") == 0 and str(alone.box[-1]) in str(alone)
 
 
 def test_an_object_has_the_map_of_its_file(trained, photos, tmp_path):
