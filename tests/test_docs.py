@@ -1,5 +1,6 @@
 """The Python blocks of README and docs run as they stand."""
 
+import json
 import re
 import shutil
 import sys
@@ -48,12 +49,17 @@ def folder(trained_once, tmp_path):
     for name in ("demo_vgg16_cam", "my_photos_vgg16_bridge"):
         shutil.copytree(trained_once[0] / "run", tmp_path / "runs" / name)
     Image.linear_gradient("L").convert("RGB").save(tmp_path / "photo.jpg")
+    coco = {"images": [{"id": 7, "file_name": "ants/1.jpg"}]}
+    coco["annotations"] = [{"image_id": 7, "bbox": [2.0, 3.0, 1.0, 5.0]}]
+    (tmp_path / "annotations.json").write_text(json.dumps(coco))
     return tmp_path
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page_run(page, folder, monkeypatch):
     assert len(run_blocks(page, folder, monkeypatch)) > 2
+    if page == "docs/data.md":  # a box one pixel wide
+        assert (folder / "localization.txt").read_text() == "ants/1.jpg,2,3,2,7\n"
 
 
 @pytest.mark.slow
