@@ -30,6 +30,8 @@ TABLE = {
     "CUB10 resnet50": "0.6 0.07 2.0 0.4 0.2 0.8 0.25 max | 0.00025 0.0025 | 12 3 [9] 0.2 32 32 | 8",
     "Imagenette vgg16": "0.5 0.2 3.0 0.5 0.3 0.8 0.5 target | 0.002 0.01 | 8 2 [6] 0.2 32 32 | 16",
     "Imagenette resnet50": "8.0 1.0 2.0 0.28 0.25 0.8 0.25 target | 0.001 0.01 | 8 2 [6] 0.2 32 32 | 8",
+    "folder vgg16": "0.5 0.2 3.0 0.5 0.3 0.8 0.5 target | 0.0005 0.0025 | 12 3 [9] 0.2 32 32 | 16",
+    "folder resnet50": "8.0 1.0 2.0 0.28 0.25 0.8 0.25 target | 0.00025 0.0025 | 12 3 [9] 0.2 32 32 | 8",
     "demo vgg16": "1.0 1.5 0.3 0.3 0.2 0.9 0.25 target | 0.0008 0.08 | 10 0 [9] 0.2 32 32 | 8",
 }
 
@@ -87,8 +89,10 @@ def test_values_that_depend_on_data_set_and_architecture():
     assert resolve("--method has --has-cells 0,5")[0].has_cells == [0, 5]
     gammas = [resolve(f"--method adl --dataset CUB --arch {a}")[0].adl_gamma for a in ("vgg16", "resnet50")]
     assert gammas == [0.8, 0.9]
-    own, cub = resolve("--dataset photos/")[0], resolve("--dataset CUB")[0]
-    assert vars(own) == vars(cub) | {"dataset": "./photos"}  # other data sets have CUB's values
+    cub, own = vars(resolve("--dataset CUB")[0]), resolve("--dataset photos/")
+    assert vars(resolve("--dataset listed")[0]) == cub | {"dataset": "listed"}
+    assert vars(own[0]) == vars(resolve("--dataset ./photos --preset folder")[0]) != cub
+    assert own[1]["tau_fg"] == "preset of folder: ILSVRC: appendix C.5"
     assert resolve("--dataset photos/ --preset OpenImages")[0].lr == 2e-3
     with pytest.raises(InputError, match="OpenImages --arch resnet50: no preset; .*CUB vgg16, CUB resnet50"):
         resolve("--dataset OpenImages --arch resnet50")
