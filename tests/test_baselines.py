@@ -172,6 +172,10 @@ def test_cam_and_bridge_by_the_formulas():
         close(either.eval().predict(images(), LABELS), (logits, scores[[0, 1], LABELS]))
     method.train().config.warm_epochs, losses = 2, lambda epoch: [*method(images(), LABELS, epoch)[0]]
     assert losses(2) == ["l_ce", "l_drop"] and losses(3) == ["l_ce", "l_drop", "l_sim", "l_norm"]
+    for alone in ("lambda_sim", "lambda_norm"):  # an ablation keeps the other loss
+        c.lambda_sim, c.lambda_norm = (float(name == alone) for name in ("lambda_sim", "lambda_norm"))
+        found = method(images(), LABELS, 3)[0]
+        assert [found[name][0] for name in ("l_sim", "l_norm")] == [c.lambda_sim, c.lambda_norm]
     c.lambda_drop = 0
     assert losses(3) == ["l_ce", "l_sim", "l_norm"]
     c.lambda_drop, c.lambda_sim, c.lambda_norm = 1, 0, 0

@@ -105,6 +105,16 @@ def test_another_map_of_a_trained_run(tiny, tmp_path, fails):
     other = evaluation.TrainedRun(joint, "last", "cpu", map_options={"calm_map": "location"}).choose()
     levels = [evaluation.TrainedRun(tmp_path / x, "last", "cpu").choose().levels for x in expected]
     assert other.levels == levels[1] != levels[0]
+    ivr = evaluation.TrainedRun(joint, "last", "cpu").choose(
+        "ivr", "val"
+    )  # CALM upscales its map its own way
+    run(
+        "evaluate",
+        f"{joint} {EVALUATE} --checkpoint last --split val --normalize ivr --percentile {ivr.percentile}",
+    )
+    on_val = results(joint, f"results_last_val_ivr_{ivr.percentile}.json")
+    assert on_val["metrics"]["max_box_acc_v2"]["mean"] == ivr.scores["scores"][ivr.percentile]
+    assert on_val["levels"] == ivr.levels
     fails("evaluate", f"{joint} --calm-map sum", "--calm-map", "sum")
     fails("evaluate", f"{joint} --pas-nwc off", "pas_nwc", "method calm")
     for flags in (f"{joint} --images a.jpg", f"--score-maps {tmp_path} --dataset tiny"):
