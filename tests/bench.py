@@ -4,13 +4,16 @@
     python tests/bench.py eval [--arch vgg16] [--images 100] [--workers 2]
     python tests/bench.py boxes RUN [RUN ...] [--images 100]
     python tests/bench.py intervals [--loops 5]
+    python tests/bench.py work
 
 train: a step against a float32 eager step with contiguous tensors, cosine maps of all classes, and SGD
 parameter by parameter. eval: each stage alone, and the whole. boxes: CAMs of runs of train.py, against
 labeling of each mask and OpenCV's contour tracer. intervals: random results, against a loop over resamples.
+work: the floating-point operations of the paper's runs, counted by torch.
 """
 
 import argparse
+import itertools
 import resource
 import sys
 import tempfile
@@ -34,10 +37,12 @@ from test_losses import by_the_formulas
 
 from bridge_wsol import utils
 from bridge_wsol.boxes import LEVELS, scale_boxes
+from bridge_wsol.config import resolve_config
 from bridge_wsol.data import Split, TrainImages, eval_loader, train_loader
 from bridge_wsol.evaluation import TrainedRun, evaluate_maps, network_maps
-from bridge_wsol.methods import Bridge
+from bridge_wsol.methods import Bridge, find
 from bridge_wsol.metrics import EDGES, LEVEL_NAMES, PerImage, intervals, measure, resamples
+from bridge_wsol.models import ARCHS
 from bridge_wsol.optim import build_optimizer
 
 torch.set_num_threads(utils.cores())  # conftest, which the tests import, has set it to 1
@@ -199,9 +204,34 @@ def over_images(args):
         print(f"{dataset}, {n} images: {took:.2f} s, {used:.0f} MiB; loop {loop:.1f} s, {loop / took:.0f} x")
 
 
+def work(args):
+    """A run's operations: train in every epoch, val after each, test twice; of two images, times images."""
+    for (dataset, k, n_train, n_val, n_test), arch, name in itertools.product(
+        (("CUB", 200, 5994, 1000, 5794), ("ILSVRC", 1000, 1281167, 10000, 50000)), ARCHS, ("bridge", "cam")
+    ):
+        c, _ = resolve_config({"dataset": dataset, "arch": arch, "method": name})
+        method, images, labels = find(name)(c, k), torch.rand(2, 3, 224, 224), torch.arange(2)
+        counts = []
+        for step in ("warm", "full", "predict"):
+            with FlopCounterMode(display=False) as counter:
+                if step == "predict":
+                    method.eval().predict(images, labels)
+                else:
+                    epoch = 1 if step == "warm" else c.epochs
+                    total(method.train()(images, labels, epoch)[0]).backward()
+            counts.append(counter.get_total_flops() / 2e9)
+        warm = vars(c).get("warm_epochs", 0)
+        of_train = n_train * (warm * counts[0] + (c.epochs - warm) * counts[1])
+        of_run = (of_train + (c.epochs * n_val + 2 * n_test) * counts[2]) / 1e6
+        steps = ", ".join(f"{count:.1f}" for count in counts)
+        print(
+            f"{dataset} {arch} {name}: GFLOP an image (warm, full, predict) {steps}; run {of_run:,.0f} PFLOP"
+        )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    programs = {"train": train, "eval": evaluation, "boxes": boxes, "intervals": over_images}
+    programs = {"train": train, "eval": evaluation, "boxes": boxes, "intervals": over_images, "work": work}
     parser.add_argument("program", choices=programs)
     parser.add_argument("runs", nargs="*", metavar="RUN")
     numbers = {"batch_size": 8, "steps": 7, "matrix": 2048, "images": 100, "workers": 2, "loops": 5}
