@@ -180,7 +180,7 @@ VALUES = {  # of every run; those without a help text have no flag
     },
     "how it runs": {
         "device": Value(str, "auto", "auto, cpu, cuda, cuda:1, ...", resume=True),
-        "amp": Value(str, "auto", "auto: bf16 where it is fast", AMP, resume=True),
+        "amp": Value(str, "auto", "auto: bf16 where it is faster", AMP, resume=True),
         "workers": Value(int, None, "worker processes (default: CPU 0, GPU the cores)", FROM_0, resume=True),
         "val_every": Value(int, 1, "evaluate every N epochs (0: none) and at the end", FROM_0, resume=True),
         "val_per_class": Value(int, None, "val from train, per class (default: val's list, else 2)", FROM_0),

@@ -504,8 +504,9 @@ class TrainedRun:
         self.state = state or load_checkpoint(path)
         self.config = SimpleNamespace(**self.state["config"] | self.map_options)
         self.data_root, self.lists = data_root, lists_folder(self.config.dataset, lists or self.config.lists)
-        self.amp, self.batch_size, self.workers = amp or self.config.amp, batch_size, workers
         self.device = device if isinstance(device, torch.device) else utils.resolve_device(device)
+        self.amp, _ = utils.resolve_amp(amp or self.config.amp, self.device)
+        self.batch_size, self.workers = batch_size, workers
         try:
             cls = find(self.config.method)
         except InputError as error:

@@ -1,7 +1,6 @@
 """The networks against torchvision, the layers of the clean and the dropped pass, and weights files."""
 
 import re
-from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
 
@@ -267,10 +266,22 @@ def test_networks_that_do_not_exist_raise():
         bridge("vgg16").net.freeze_blocks(6)
 
 
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs the CPU flags of Linux")
-def test_amp_auto_is_bf16_on_a_cpu_with_bf16_instructions():
-    flags, x = Path("/proc/cpuinfo").read_text(), torch.ones(2, 2)
-    fast = "avx512_bf16" in flags or "amx_bf16" in flags
-    for amp, is_bf16 in {"bf16": True, "off": False, "auto": fast}.items():
-        with utils.autocast(torch.device("cpu"), amp):
-            assert (x @ x).dtype == (torch.bfloat16 if is_bf16 else torch.float32)
+@pytest.mark.parametrize(
+    "bf16, instructions, chosen", [(131, True, "bf16"), (129, True, "off"), (200, False, "off")]
+)
+def test_amp_auto_is_bf16_where_a_cpu_is_faster_in_it(monkeypatch, bf16, instructions, chosen):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: instructions, raising=False)
+    monkeypatch.setattr(utils, "convolution_speed", lambda amp: bf16 if amp == "bf16" else 100)
+    amp, source = utils.resolve_amp("auto", cpu := torch.device("cpu"))
+    assert amp == chosen and (f"bf16 {bf16}, float32 100" in source) == instructions
+    assert [utils.resolve_amp(given, cpu)[0] for given in ("bf16", "off")] == ["bf16", "off"]
+    with utils.autocast(cpu, amp):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (
+            torch.bfloat16 if chosen == "bf16" else torch.float32
+        )
+
+
+def test_the_speed_of_a_convolution_leaves_the_random_state():
+    before = torch.get_rng_state()
+    assert 0.01 < utils.convolution_speed("off") < 1e5 and torch.equal(torch.get_rng_state(), before)

@@ -329,3 +329,16 @@ def test_variables_of_a_launcher(monkeypatch, fails, tmp_path, trained):
     fails("train", f"--dataset {tmp_path}/nowhere/", "RANK=1", "MASTER_ADDR")
     monkeypatch.setenv("WORLD_SIZE", "many")
     fails("train", f"--dataset {tmp_path}/nowhere/", "WORLD_SIZE=many", "whole numbers")
+
+
+def test_the_number_type_is_decided_once_per_run(tiny, tmp_path, monkeypatch):
+    """Measured at the start; a machine where it would be otherwise continues and evaluates with it."""
+    tiny, out = tiny.replace("--amp off", ""), tmp_path / "run"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    for faster, epochs in (("bf16", 1), ("off", 2)):
+        monkeypatch.setattr(utils, "convolution_speed", lambda amp, faster=faster: 2 if amp == faster else 1)
+        run("train", f"{tiny} --epochs {epochs} --out {out} --resume")
+        value = results(out, "config.json")["config"]["amp"]
+        assert value == {"value": "bf16", "source": "auto: bf16 2, float32 1 GFLOP/s"}
+        assert evaluation.TrainedRun(out, device="cpu").amp == "bf16"
+    assert evaluation.TrainedRun(out, device="cpu", amp="auto").amp == "off"

@@ -196,7 +196,8 @@ def is_finished(folder: Path, flags: list[str]) -> bool:
     free = {*MACHINE, "val_every"} - ({"amp", "val_every"} & parsed.given.keys())
     free |= {"epochs"} if config.epochs > there.get("epochs", 0) else set()
     for name, value in vars(config).items():
-        if name not in free and value not in (None, there.get(name)):  # None: decided at the start of a run
+        # None and "auto": decided at the start of a run.
+        if name not in free and value not in (None, "auto", there.get(name)):
             problem = f"a run with {name} {there.get(name)} instead of {value}"
             raise InputError(f"{folder}: {problem}: choose another --runs, or remove this folder")
     evaluated = all((folder / results_name(which, "test")).exists() for which in ("best", "last"))
