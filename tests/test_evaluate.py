@@ -87,6 +87,11 @@ def test_bad_percentiles_and_a_val_without_boxes(trained, fails, tmp_path):
     assert results(tmp_path, "masks.json")["percentile"]["by"] == "PxAP"
     val.unlink()
     fails("evaluate", flags, "percentile val", "neither boxes nor masks")
+    # A percentile that was given stays where val has no boxes, or is not there.
+    opened = [
+        evaluation.TrainedRun(trained[1], device="cpu", lists=tmp_path / name) for name in ("lists", "no")
+    ]
+    assert [run.choose("ivr", 0.2)[:2] for run in opened] == [(None, 0.2)] * 2
 
 
 def test_another_map_of_a_trained_run(tiny, tmp_path, fails):
