@@ -299,3 +299,9 @@ def test_every_number_is_that_of_its_file(page):
         else:
             checked.says(rest)
     assert not re.findall(r"(?<![\w.])-?\d+\.\d+", checked.text)
+
+
+def test_every_page_of_results_is_checked():
+    """But for the tables that the program writes: their names have an underscore."""
+    pages = {f"docs/results/{path.name}" for path in RESULTS.glob("*.md") if "_" not in path.name}
+    assert pages | {"docs/results.md", "README.md#Results"} <= numbers_file().keys()
