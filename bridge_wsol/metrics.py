@@ -374,7 +374,7 @@ def interval(values: np.ndarray, metric: float, bias_corrected: bool = True) -> 
     values: R, with NaN where it is not defined; None if all are. metric: on the split; the interval contains
     it. The best accuracy over thresholds is biased upwards on the split, and again in each resample, by about
     as much: mean(values) - metric. In a difference the two biases cancel in part: nothing is taken off.
-    docs/evaluation.md has the coverage.
+    docs/intervals.md has the coverage.
     """
     values = values[~np.isnan(values)]
     if not len(values):
