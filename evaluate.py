@@ -4,6 +4,7 @@
     python evaluate.py FILE.pth --dataset CUB --arch vgg16                 a CAM network that other code saved
     python evaluate.py --score-maps DIR --dataset CUB --split test         any method's maps, same protocol
     python evaluate.py runs/CUB_vgg16_bridge --images photo.jpg folder/    boxes and pictures for your images
+    torchrun --nproc_per_node 8 evaluate.py RUN                            one process per GPU, same results
 
 Prints a table and writes RUN/results_<checkpoint>_<split>.json; for score maps results_<DIR>_<split>.json.
 A file of the same name with .npz has what is correct image by image, for `reproduce difference`.
@@ -18,6 +19,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import bridge_wsol.reproduce.baselines  # noqa: F401  for --help: the compared systems
 from bridge_wsol import cam, config, evaluation, localize, utils
@@ -99,6 +102,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"{flags} go with --score-maps or a file; a run folder has its own: remove the flag")
     if (args.score_maps or of_file) and args.images:
         parser.error("--images needs a RUN folder")
+    if args.images and os.environ.get("WORLD_SIZE", "1") != "1":
+        parser.error("--images runs in one process: start it by python instead of torchrun")
     if (args.score_maps or args.images) and (args.save_maps or args.map_options or args.percentile == "val"):
         parser.error("--save-maps, --percentile val and values of a map need a RUN, without --images")
     if min(args.batch_size, args.image_size or 1) < 1 or min(args.workers or 0, args.pictures) < 0:
@@ -126,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         localize_images(args)
     else:
         evaluate_run(args)
+    utils.leave_processes()
 
 
 def evaluate_run(args: argparse.Namespace) -> None:
@@ -143,12 +149,13 @@ def evaluate_run(args: argparse.Namespace) -> None:
     args.out = args.out or folder / evaluation.results_name(Path(name).stem, *maps)
     try_outputs(args)
     split = run.split(args.split)
+    utils.join_processes(device)
     chosen = evaluation.Chosen(None, args.percentile)
     if args.split != "val" or args.percentile == "val":  # on val itself, they are those of the evaluation
         chosen = run.choose(args.normalize, args.percentile)
     head = run.head(split, args.split, args.normalize) | chosen.head(args.normalize)
     if chosen.reason:
-        print(chosen.reason)
+        utils.print_rank0(chosen.reason)
         head["val_thresholds"] = chosen.reason
     maps_of = partial(run.maps, normalization=args.normalize, percentile=chosen.percentile)
     finish(args, split, maps_of, head, chosen.levels if args.split != "val" else None)
@@ -165,6 +172,7 @@ def evaluate_folder(args: argparse.Namespace) -> None:
     name = (args.score_maps.resolve().name, args.split, args.normalize, args.percentile)
     args.out = args.out or Path(evaluation.results_name(*name))
     try_outputs(args)
+    utils.join_processes(torch.device("cpu"))
     head = {"dataset": args.dataset, "split": args.split, "normalize": args.normalize}
     head |= dict.fromkeys(("arch", "method", "checkpoint")) | {"score_maps": str(args.score_maps)}
     head |= {"image_size": args.image_size} | evaluation.Chosen(None, args.percentile).head(args.normalize)
@@ -197,7 +205,7 @@ def finish(
     how |= dict(intervals=not args.no_intervals, keep=args.per_image is not None)
     evaluated = evaluation.evaluate_maps(maps, split, **how)
     evaluation.report(args.out, evaluated, split, head)
-    if args.per_image:
+    if args.per_image and utils.rank() == 0:
         evaluation.write_per_image(args.per_image, split, evaluated)
     if args.pictures and split.boxes:
         drawn, level = localize.evenly_spaced(split, args.pictures), evaluated.result["levels"]["largest"]

@@ -82,8 +82,7 @@ def main(argv: list[str] | None = None) -> None:
             print_rank0(epoch_line(run))
         utils.barrier()  # until the last checkpoint is written
         test(run)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        utils.leave_processes()
 
 
 def open_run(args: argparse.Namespace, out: Path) -> Run:

@@ -346,10 +346,11 @@ def remark_lines(name: str, remarks: Iterable[tuple[str, str]]) -> list[str]:
 def load_score_maps(folder: str | Path, split: Split) -> Iterator[tuple[str, np.ndarray]]:
     """(image id, map) of each image, from DIR/<image id>.npy or DIR/<image id without extension>.npy.
 
-    Raises InputError for a map that is missing, that two images share or that is not a .npy array.
+    Of several processes, each gets every world_size-th image. Raises InputError for a map that is missing,
+    that two images share or that is not a .npy array.
     """
     folder, stems = Path(folder), Counter(os.path.splitext(image)[0] for image in split.ids)
-    for image in split.ids:
+    for image in split.ids[rank() :: world_size()]:
         path, stem = folder / f"{image}.npy", os.path.splitext(image)[0]
         if not path.is_file() and stems[stem] == 1:
             path = folder / f"{stem}.npy"
@@ -448,7 +449,9 @@ def to_input(images: Tensor, device: torch.device) -> Tensor:
 
     Moves bytes to the device and converts them there: a quarter of the traffic.
     """
-    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    # torch.tensor(x, device=device) would wait, in every step, until the GPU has done all steps before.
+    values = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (x.to(device, non_blocking=True) for x in values)
     images = (images.to(device, non_blocking=True).float() / 255 - mean) / std
     return images.contiguous(memory_format=torch.channels_last)
 
@@ -497,10 +500,12 @@ def train_loader(images: TrainImages, batch_size: int, workers: int) -> DataLoad
 def eval_loader(split: Split, batch_size: int, image_size: int, workers: int) -> DataLoader:
     """Batches of (images: uint8 N x 3 x image_size x image_size, labels: N int64, indices: N int64).
 
-    In the order of the split. Of several processes, each gets every world_size-th image.
+    In the order of the split. Of several processes, each gets every world_size-th of these batches: others
+    would round differently.
     """
-    share = range(rank(), len(split), world_size())
-    return _loader(EvalImages(split, image_size), workers, batch_size=batch_size, sampler=share)
+    starts = range(0, len(split), batch_size)[rank() :: world_size()]
+    batches = [range(start, min(start + batch_size, len(split))) for start in starts]
+    return _loader(EvalImages(split, image_size), workers, batch_sampler=batches)
 
 
 def _loader(dataset: Dataset, workers: int, **kwargs: Any) -> DataLoader:

@@ -78,10 +78,12 @@ def pair_maps(
     """Batches of one image from (image id, score map) pairs, in any order; a third item holds K logits.
 
     A map is H x W, floats in [0, 1], of any size: it is resized (bicubic) to image_size and normalized.
-    Raises InputError for an id that is not in the split or comes twice, for images of the split that have not
-    come at the end, and for a map or logits of another form.
+    Of several processes, each has the pairs of every world_size-th image. Raises InputError for an id that is
+    not in this share of the split or comes twice, for images of it that have not come at the end, and for a
+    map or logits of another form.
     """
-    index_of = {image: index for index, image in enumerate(split.ids)}
+    share = range(utils.rank(), len(split), utils.world_size())
+    index_of = {split.ids[index]: index for index in share}
     for image, score_map, *logits in pairs:
         index = index_of.pop(image, None)
         if index is None:

@@ -122,7 +122,7 @@ def attentive_dropout(features: Tensor, gamma: float, p: float) -> Tensor:
         m = full_precision(features).mean(1, keepdim=True)  # N x 1 x H x W
         candidate = m > gamma * m.amax((2, 3), keepdim=True)
         dropped = candidate & (torch.rand_like(m) < p)
-    return features.masked_fill(dropped, 0)
+    return torch.where(dropped, 0, features)  # masked_fill would lose channels_last
 
 
 def consistency_loss(features: Tensor, features_dropped: Tensor) -> Tensor:

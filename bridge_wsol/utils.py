@@ -308,7 +308,7 @@ def progress(
     shown = started if rank() == 0 and not _quiet else float("inf")
     for done, item in enumerate(items, 1):
         yield item
-        now = time.monotonic()
+        now, done = time.monotonic(), min(done, total)  # a process's share may be a batch larger
         if now - shown >= (0.5 if terminal else 60):
             speed, shown = done / (now - started), now
             line = f"{what}: {done} of {total} {unit}, {speed:.1f}/s"
@@ -475,12 +475,22 @@ def environment_rank() -> int:
 
 
 def join_processes(device: torch.device) -> None:
-    """Joins the other processes that torchrun started, if it did: its environment variables name them."""
+    """Joins the other processes that torchrun started, if it did: its environment variables name them.
+
+    Raises InputError as `environment_rank` does.
+    """
+    environment_rank()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # In an evaluation each process waits for the slowest one, far less than an hour.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+
+
+def leave_processes() -> None:
+    """Ends what `join_processes` has begun."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def all_gather(part: T) -> list[T]:

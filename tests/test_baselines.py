@@ -14,16 +14,21 @@ import torch.nn.functional as nnf
 from conftest import REPOSITORY, results, run
 from test_losses import by_the_formulas
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bridge_wsol import evaluation
-from bridge_wsol.cam import normalize
+from bridge_wsol.cam import NORMALIZATIONS, normalize, resize
 from bridge_wsol.config import preset_values
+from bridge_wsol.data import to_input
 from bridge_wsol.losses import alignment_losses, consistency_loss
 from bridge_wsol.methods import CAM, METHODS, Bridge
 from bridge_wsol.models import load_weights
 from bridge_wsol.optim import build_optimizer
 from bridge_wsol.reproduce import baselines, demo
 from bridge_wsol.reproduce.baselines import attention_based_dropout, hide, mix, seeds, thresholded_average
+from bridge_wsol.utils import autocast
 
 COMPARED = ("acol", "adl", "eil", "cutmix", "pas", "calm", "has", "spg")
 LABELS = torch.tensor([2, 0])
@@ -123,6 +128,77 @@ def test_float32_gives_what_float64_gives_and_autocast_keeps_losses_and_maps_flo
     for double, single in zip(computed(torch.float64), computed(torch.float32)):
         torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-5)
     assert {value.dtype for value in computed(torch.float32, amp=True)[:-2]} == {torch.float32}
+
+
+class OneDevice(TorchDispatchMode):
+    """Within FakeTensorMode: fails where a tensor of the CPU meets one of a GPU, or is made of it.
+
+    Tensors of the CPU alone are real: draws can be read. Reading a value of a GPU raises an error. A copy to
+    the GPU must not make the CPU wait.
+    """
+
+    def __torch_dispatch__(self, function, _, inputs=(), options=None):
+        options = options or {}
+        used = {x.device.type for x in tree_leaves((inputs, options)) if isinstance(x, torch.Tensor)}
+        if used | {torch.device(options.get("device") or "cpu").type} == {"cpu"}:
+            with unset_fake_temporarily():
+                return function(*inputs, **options)
+        output = function(*inputs, **options)
+        found = used | {x.device.type for x in tree_leaves(output) if isinstance(x, torch.Tensor)}
+        copied = used == {"cpu"} and options.get("non_blocking")
+        assert found == {"cuda"} or copied, f"{function} on {found}"
+        return output
+
+
+PATHS = [(name, arch, {}) for arch in ("vgg16", "resnet50") for name in METHODS]
+PATHS += [("adl", "vgg16", {"adl_rate": 0.0}), ("bridge", "vgg16", {"norm_class": "target"})]
+PATHS += [("calm", "vgg16", {"calm_loss": "ml", "calm_map": "joint"})]
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("name, arch, values", PATHS)
+def test_no_tensor_of_the_cpu_takes_part_on_a_gpu(name, arch, values, amp, monkeypatch):
+    """Shapes, types and devices of a GPU alone: there need not be one."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    device, pixels = torch.device("cuda:0"), torch.zeros(3, 3, 64, 64, dtype=torch.uint8)
+    with torch.device("meta"):
+        method = make(name, arch, dtype=torch.float32, **values)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        method.to_empty(device=device)
+        with OneDevice():
+            inputs, labels = to_input(pixels, device), torch.arange(3).to(device, non_blocking=True)
+            with autocast(device, amp):
+                terms, logits = method.train()(inputs, labels, 70)
+                with torch.no_grad():
+                    predicted, maps = method.eval().predict(inputs, None if amp == "off" else labels)
+            maps = resize(maps, 224, method.upsampling)
+            ends = [maps, *(normalize(maps, x) for x in NORMALIZATIONS)]
+            ends += [value for _, value in terms.values()]
+        assert {(x.device, x.dtype) for x in ends} == {(device, torch.float32)}
+        assert {x.device for x in (logits, predicted)} == {device}
+        if name in ("cam", "bridge"):  # others have pooled in float32
+            assert logits.dtype == (torch.bfloat16 if amp == "bf16" else torch.float32)
+
+
+ALL = [*((name, "vgg16") for name in METHODS), ("bridge", "resnet50"), *OWN_LAYERS]
+
+
+@pytest.mark.parametrize("name, arch", ALL)
+def test_every_convolution_gets_its_input_channels_last(name, arch):
+    """Else it converts the input in every step."""
+    method, seen = make(name, arch, dtype=torch.float32).to(memory_format=torch.channels_last), {}
+
+    def look(key, _, inputs):
+        seen[key] = inputs[0].is_contiguous(memory_format=torch.channels_last) and seen.get(key, True)
+
+    for key, layer in method.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_pre_hook(functools.partial(look, key))
+    inputs = to_input(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.device("cpu"))
+    with torch.no_grad():
+        method.train()(inputs, LABELS, 70)
+    assert seen and all(seen.values()), seen
 
 
 SLOW = [f"{name} --dataset {dataset}" for dataset in ("demo", "CUB10") for name in METHODS]

@@ -320,13 +320,15 @@ def test_what_is_missing_or_was_edited_is_said_at_the_start(trained, tmp_path, c
     assert "a new run begins" in capsys.readouterr().out
 
 
-def test_variables_of_a_launcher(monkeypatch, fails, tmp_path, trained):
+def test_variables_of_a_launcher(monkeypatch, fails, tmp_path, trained, where):
     """A cluster numbers its jobs by RANK: the run is one process, and its messages are printed."""
     monkeypatch.setenv("RANK", "1")
     fails("evaluate", tmp_path / "nowhere", "nowhere/best.pt")
     fails("train", f"--dataset {tmp_path}/nowhere/", "nowhere")
     monkeypatch.setenv("WORLD_SIZE", "2")
     fails("train", f"--dataset {tmp_path}/nowhere/", "RANK=1", "MASTER_ADDR")
+    fails("evaluate", f"{trained[1]} --device cpu {where}", "RANK=1", "MASTER_ADDR")
+    fails("evaluate", f"{trained[1]} --images photos", "--images", "one process")
     monkeypatch.setenv("WORLD_SIZE", "many")
     fails("train", f"--dataset {tmp_path}/nowhere/", "WORLD_SIZE=many", "whole numbers")
 

@@ -74,7 +74,7 @@ class ACoL(CAM, name="acol"):
         s_a = full_precision(self.net.head_a(x))
         labels = s_a.mean((2, 3)).argmax(1) if labels is None else labels
         erased = minmax(of_class(s_a, labels)) >= self.config.acol_delta
-        return s_a, full_precision(self.net.head_b(x.masked_fill(erased[:, None], 0))), labels
+        return s_a, full_precision(self.net.head_b(torch.where(erased[:, None], 0, x))), labels
 
     def forward(self, images: Tensor, labels: Tensor, epoch: int) -> tuple[Terms, Tensor]:
         """Cross-entropy of each head. The logits are those of A."""
@@ -166,7 +166,7 @@ class EIL(CAM, name="eil"):
             a = full_precision(z).mean(1, keepdim=True)  # N x 1 x H x W
             strong = a >= self.config.eil_gamma * a.amax((2, 3), keepdim=True)
             with frozen_statistics(self.net):
-                erased = second(z.masked_fill(strong, 0))
+                erased = second(torch.where(strong, 0, z))
         return Passes(self.net.classify(features), features, extra=erased)
 
     def terms(self, passes: Passes, labels: Tensor, epoch: int) -> Terms:
@@ -223,7 +223,7 @@ def mix(images: Tensor, beta: float) -> tuple[Tensor, Tensor, float]:
     """
     height, width = images.shape[2:]
     side = (1 - float(torch.distributions.Beta(beta, beta).sample())) ** 0.5
-    other = torch.randperm(len(images)).to(images.device)
+    other = torch.randperm(len(images)).to(images.device, non_blocking=True)
     spans = []
     for n in (height, width):
         start = int(torch.randint(n, ())) - int(n * side) // 2
@@ -274,7 +274,7 @@ def hide(images: Tensor, sides: list[int], p: float) -> Tensor:
         if side:
             cells = torch.rand(-(-height // side), -(-width // side)) < p
             image |= cells.repeat_interleave(side, 0).repeat_interleave(side, 1)[:height, :width]
-    return images.masked_fill(hidden[:, None].to(images.device), 0)
+    return torch.where(hidden[:, None].to(images.device, non_blocking=True), 0, images)
 
 
 # ---- Pooling and distributions
