@@ -469,7 +469,7 @@ class Chosen(NamedTuple):
         return {} if q is None else {"percentile": {"value": q, **(self.scores or {})}}
 
 
-# Images with boxes from which on the threshold of val was as good as 0.2 of the maximum (docs/results/thresholds.md).
+# Images of val with boxes from which on its threshold serves photos: docs/results/thresholds.md.
 ENOUGH_BOXED = 50
 NO_BOXES = "no thresholds of val: it has no boxes"
 CHANGED = "the boxes of val have changed since the training: thresholds are chosen anew"
