@@ -357,8 +357,8 @@ def test_masks_that_may_mean_something_else(tmp_path):
     for height in (360, 36, 35, 18):  # the same aspect ratio, but for the rounding
         resized = Image.fromarray(inside).resize((round(height * 96 / 72), height))
         assert not remarks("a.png", np.array(resized))
-    # Of 96 x 72: 2 % wider is alike, 3 % is not; 5 x 4 pixels are the ratio rounded, 6 x 4 are not.
-    ones = [np.eye(height, width, dtype=bool) for width, height in ((979, 720), (989, 720), (5, 4), (6, 4))]
+    # Of 96 x 72: 2 % wider is alike, 3 % is not; 5 x 4 pixels are the ratio rounded, 7 x 4 are not.
+    ones = [np.eye(height, width, dtype=bool) for width, height in ((979, 720), (989, 720), (5, 4), (7, 4))]
     assert [len(remarks("a.png", pixels)) for pixels in ones] == [0, 1, 0, 1]
     values, full_mask = remarks("a.jpg", mask), remarks("a.png", np.where(inside, 1, 2).astype(np.uint8))
     told = values + full_mask + remarks("a.png", mask[:60])
