@@ -20,6 +20,7 @@ from bridge_wsol.methods import METHODS
 from bridge_wsol.reproduce.experiments import Row, bracket, spread
 from bridge_wsol.utils import read_json
 
+PRESET_COLUMNS = ("lambda_sim lambda_norm lambda_drop", "tau_fg tau_bg", "gamma p", "lr lr_new")
 # Packages that only blocks of the docs need: such a block runs where its package is installed.
 OTHERS = {"torchcam", "pytorch_grad_cam", "pandas", "tensorboard", "matplotlib"}
 
@@ -305,3 +306,24 @@ def test_every_page_of_results_is_checked():
     """But for the tables that the program writes: their names have an underscore."""
     pages = {f"docs/results/{path.name}" for path in RESULTS.glob("*.md") if "_" not in path.name}
     assert pages | {"docs/results.md", "README.md#Results"} <= numbers_file().keys()
+
+
+def test_the_presets_of_the_page_are_those_of_the_program():
+    text = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
+    for dataset, arch in (key for key in PRESETS if len(key) == 2):
+        x = {name: value for name, (value, _) in preset_values(dataset, arch, "bridge").items()}
+        numbers = [[f"{x[name]:g}" for name in names.split()] for names in PRESET_COLUMNS]
+        decay = (
+            f"{x['epochs']} ({x['warm_epochs']}), {' '.join(map(str, x['decay_at']))} × {x['decay_factor']:g}"
+        )
+        sizes = f"{x['batch_size']} ({x['warm_batch_size']}), {x['stride']}"
+        cells = [
+            dataset,
+            arch,
+            *map(", ".join, numbers[:3]),
+            x["norm_class"],
+            ", ".join(numbers[3]),
+            decay,
+            sizes,
+        ]
+        assert f"| {' | '.join(cells)} |" in text, cells
