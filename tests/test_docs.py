@@ -16,6 +16,7 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from bridge_wsol import losses, metrics
+from bridge_wsol.config import PRESETS, preset_values
 from bridge_wsol.methods import METHODS
 from bridge_wsol.reproduce.experiments import Row, bracket, spread
 from bridge_wsol.utils import read_json
