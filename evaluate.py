@@ -157,7 +157,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
     if chosen.reason:
         utils.print_rank0(chosen.reason)
         head["val_thresholds"] = chosen.reason
-    maps_of = partial(run.maps, normalization=args.normalize, percentile=chosen.percentile)
+    maps_of = partial(run.maps, normalize=args.normalize, percentile=chosen.percentile)
     finish(args, split, maps_of, head, chosen.levels if args.split != "val" else None)
 
 
@@ -168,7 +168,7 @@ def evaluate_folder(args: argparse.Namespace) -> None:
         raise InputError(f"--score-maps {args.score_maps}: no such folder")
     args.workers = utils.cores() if args.workers is None else args.workers
     args.image_size = args.image_size or config.image_size(args.dataset)
-    how = dict(image_size=args.image_size, normalization=args.normalize, percentile=args.percentile)
+    how = dict(image_size=args.image_size, normalize=args.normalize, percentile=args.percentile)
     name = (args.score_maps.resolve().name, args.split, args.normalize, args.percentile)
     args.out = args.out or Path(evaluation.results_name(*name))
     try_outputs(args)

@@ -49,21 +49,21 @@ def network_maps(
     method: CAM,
     loader: DataLoader,
     amp: str,
-    normalization: str | None = "minmax",
+    normalize: str | None = "minmax",
     percentile: float | None = None,
 ) -> Iterator[MapBatch]:
     """Score map of the ground-truth class and logits, for every image: one forward pass each.
 
-    normalization None: the maps as the method returns them, N x h x w, unbounded.
+    normalize None: the maps as the method returns them, N x h x w, unbounded.
     """
     method.eval()
     device = next(method.parameters()).device
     for images, labels, indices in loader:
         with utils.autocast(device, amp):
             logits, maps = method.predict(to_input(images, device), labels.to(device))
-        if normalization is not None:
+        if normalize is not None:
             maps = cam.resize(maps, method.config.image_size, method.upsampling)
-            maps = cam.normalize(maps, normalization, percentile)
+            maps = cam.normalize(maps, normalize, percentile)
         yield MapBatch(indices.tolist(), maps.cpu().numpy(), full_precision(logits).cpu().numpy())
 
 
@@ -72,7 +72,7 @@ def pair_maps(
     split: Split,
     *,
     image_size: int,
-    normalization: str = "minmax",
+    normalize: str = "minmax",
     percentile: float | None = None,
 ) -> Iterator[MapBatch]:
     """Batches of one image from (image id, score map) pairs, in any order; a third item holds K logits.
@@ -89,7 +89,7 @@ def pair_maps(
         if index is None:
             raise InputError(f"{image}: not an image of {split.name}, or its second score map")
         maps = cam.resize(torch.from_numpy(as_score_map(score_map, image))[None], image_size)
-        batch = MapBatch([index], cam.normalize(maps, normalization, percentile).numpy())
+        batch = MapBatch([index], cam.normalize(maps, normalize, percentile).numpy())
         if logits:
             scores = np.array(logits[0], dtype=float, ndmin=2)
             if scores.shape[:-1] != (1,) or scores.shape[1] <= split.labels[index]:
@@ -174,7 +174,7 @@ def evaluate_score_maps(
     split: Split,
     *,
     image_size: int = 224,
-    normalization: str = "minmax",
+    normalize: str = "minmax",
     percentile: float | None = None,
     workers: int = 0,
     val_levels: dict[str, int] | None = None,
@@ -183,11 +183,9 @@ def evaluate_score_maps(
 ) -> dict[str, Any]:
     """The metrics of any method's maps, as a results file has them.
 
-    pairs, image_size, normalization, percentile: of `pair_maps`. The others: of `evaluate_maps`.
+    pairs, image_size, normalize, percentile: of `pair_maps`. The others: of `evaluate_maps`.
     """
-    batches = pair_maps(
-        pairs, split, image_size=image_size, normalization=normalization, percentile=percentile
-    )
+    batches = pair_maps(pairs, split, image_size=image_size, normalize=normalize, percentile=percentile)
     how = dict(workers=workers, val_levels=val_levels, threshold=threshold, intervals=intervals)
     return evaluate_maps(batches, split, **how).result
 
@@ -463,9 +461,9 @@ class Chosen(NamedTuple):
             return None, few
         return self.middle, self.reason
 
-    def head(self, normalization: str) -> dict[str, Any]:
+    def head(self, normalize: str) -> dict[str, Any]:
         """The percentile as in a results file; empty for a normalization without one."""
-        q = cam.PERCENTILES.get(normalization) if self.percentile is None else self.percentile
+        q = cam.PERCENTILES.get(normalize) if self.percentile is None else self.percentile
         return {} if q is None else {"percentile": {"value": q, **(self.scores or {})}}
 
 
@@ -544,14 +542,14 @@ class TrainedRun:
         return splits[name]
 
     def maps(
-        self, split: Split, normalization: str | None = "minmax", percentile: float | None = None
+        self, split: Split, normalize: str | None = "minmax", percentile: float | None = None
     ) -> Iterator[MapBatch]:
         """`network_maps` of a split."""
         loader = eval_loader(split, self.batch_size, self.config.image_size, self.workers)
-        return network_maps(self.method, loader, self.amp, normalization, percentile)
+        return network_maps(self.method, loader, self.amp, normalize, percentile)
 
     def choose(
-        self, normalization: str = "minmax", percentile: float | str | None = None, val: Split | None = None
+        self, normalize: str = "minmax", percentile: float | str | None = None, val: Split | None = None
     ) -> Chosen:
         """The thresholds that val gives for maps of this normalization.
 
@@ -560,10 +558,10 @@ class TrainedRun:
         one with the best `selection_score`, the lowest of equals. val: the split, where it is open already.
         Raises InputError for "val" with another normalization, or where val cannot choose.
         """
-        if percentile == "val" and normalization != "ivr":
+        if percentile == "val" and normalize != "ivr":
             raise InputError("percentile val needs normalize ivr")
         known, changed = self.state["val"], False
-        own_map = normalization == "minmax" and not self.map_options
+        own_map = normalize == "minmax" and not self.map_options
         if own_map and known and known["epoch"] == self.state["epoch"] and "middle" in known:
             changed = self._val_boxes_changed(val)
             if not changed:
@@ -579,7 +577,7 @@ class TrainedRun:
             return self._choose_percentile(val)
         if not val.boxes:
             return Chosen(None, percentile, NO_BOXES)
-        maps = self.maps(val, normalization, percentile)
+        maps = self.maps(val, normalize, percentile)
         found = thresholds_of(evaluate_maps(maps, val, workers=self.workers).result)
         return Chosen(**found, percentile=percentile, reason=CHANGED if changed else "")
 
