@@ -361,6 +361,7 @@ def test_masks_that_may_mean_something_else(tmp_path):
     ones = [np.eye(height, width, dtype=bool) for width, height in ((979, 720), (989, 720), (5, 4), (7, 4))]
     assert [len(remarks("a.png", pixels)) for pixels in ones] == [0, 1, 0, 1]
     values, full_mask = remarks("a.jpg", mask), remarks("a.png", np.where(inside, 1, 2).astype(np.uint8))
+    assert remarks("a.png", inside + np.eye(72, 96, dtype=np.uint8)) == values  # 0, 1 and 2: a label map
     told = values + full_mask + remarks("a.png", mask[:60])
     assert len(told) == len({*told}) == 3
     with pytest.raises(InputError, match="a.png: .*alpha channel"):
