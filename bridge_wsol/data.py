@@ -261,7 +261,6 @@ def open_rgb(
     if listed is not None and rgb.size != tuple(listed):
         sizes = f"{rgb.width} x {rgb.height} pixels where the list has {listed[0]} x {listed[1]}"
         raise InputError(f"{name}: {sizes}: its boxes would not fit")
-    rgb.info.pop("exif", None)  # the orientation is applied now, or not wanted
     return rgb
 
 

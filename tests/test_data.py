@@ -2,11 +2,12 @@
 
 import math
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, make_tiny, write_split
+from conftest import REPOSITORY, make_tiny, split_of, write_split
 from PIL import Image
 from torchvision.transforms.functional import InterpolationMode, resize
 
@@ -387,3 +388,15 @@ def test_training_images_are_decoded_once_for_all_workers_and_loaders(tiny, tmp_
             loader.batch_sampler.set_epoch(epoch)
             assert sum(len(batch) for batch, _ in loader) == 18
     assert count.read_text() == "." * 18
+
+
+def test_the_fingerprint_of_a_split_has_its_boxes_and_its_masks():
+    boxed = split_of(3)
+    moved = replace(boxed, boxes=boxed.boxes | {1: np.array([[0, 0, 9, 8]])})
+    masked = replace(boxed, boxes={}, masks={0: Masks(["a.png"], [])})
+    plain = replace(boxed, boxes={})
+    prints = [split.fingerprint() for split in (boxed, moved, masked, plain)]
+    assert prints[3]["boxes"] is None and len({x["boxes"] for x in prints}) == 4
+    assert len({x["images"] for x in prints}) == 1
+    relabelled = replace(boxed, labels=boxed.labels + 1).fingerprint()
+    assert relabelled["images"] != prints[0]["images"]
