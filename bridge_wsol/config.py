@@ -121,9 +121,8 @@ PRESETS: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {
     # rates) or stayed near it for three epochs (ACoL: half of them).
     ("Imagenette", "vgg16", "acol"): {OURS: dict(lr=5e-4, lr_new=2.5e-3)},
     ("Imagenette", "vgg16", "eil"): {OURS: dict(lr=1e-3, lr_new=5e-3)},
-    # A folder of one's own images: the values of the method are ILSVRC's. The rates were chosen for the CAM
-    # baseline on val of 500 photos (VGG16, one seed; docs/data.md). ResNet50 has half of the first rate, as
-    # in Imagenette's preset; its rates are not tuned.
+    # A folder of one's own images: the values of the method are ILSVRC's, rates and schedule those of CUB10,
+    # which were chosen on val there. Not tuned on folders yet (tests/imagenette_folder.py).
     ("folder", "vgg16"): {
         OURS: dict(lr=5e-4, lr_new=2.5e-3) | CUB10_SCHEDULE | BATCHES,
         f"ILSVRC: {C5}": IMAGENET_VGG16,
