@@ -79,7 +79,11 @@ def calls_of(net, *names):
 OWN_LAYERS = [(name, "resnet50") for name in ("acol", "adl", "eil", "calm", "spg")]
 
 
-@pytest.mark.parametrize("name, arch", [*((x, "vgg16") for x in (*COMPARED, BridgeCutMix)), *OWN_LAYERS])
+LEARNING = [*((name, "vgg16") for name in (*COMPARED, BridgeCutMix)), ("adl", "resnet50")]
+LEARNING += [pytest.param(*pair, marks=pytest.mark.slow) for pair in OWN_LAYERS if pair[0] != "adl"]
+
+
+@pytest.mark.parametrize("name, arch", LEARNING)
 def test_every_layer_learns_and_the_pretrained_ones_have_torchvision_s_names(name, arch):
     dtype = torch.float64 if arch == "vgg16" else torch.float32
     method, inputs = make(name, arch, dtype=dtype), images(side=64 if arch == "vgg16" else 32, dtype=dtype)
@@ -150,13 +154,14 @@ class OneDevice(TorchDispatchMode):
         return output
 
 
-PATHS = [(name, arch, {}) for arch in ("vgg16", "resnet50") for name in METHODS]
-PATHS += [("adl", "vgg16", {"adl_rate": 0.0}), ("bridge", "vgg16", {"norm_class": "target"})]
-PATHS += [("calm", "vgg16", {"calm_loss": "ml", "calm_map": "joint"})]
+PATHS = [(name, arch, {}, "bf16") for arch in ("vgg16", "resnet50") for name in METHODS]
+PATHS += [(name, "vgg16", {}, "off") for name in METHODS]
+PATHS += [pytest.param(name, "resnet50", {}, "off", marks=pytest.mark.slow) for name in METHODS]
+PATHS += [("adl", "vgg16", {"adl_rate": 0.0}, "bf16"), ("bridge", "vgg16", {"norm_class": "target"}, "bf16")]
+PATHS += [("calm", "vgg16", {"calm_loss": "ml", "calm_map": "joint"}, "bf16")]
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-@pytest.mark.parametrize("name, arch, values", PATHS)
+@pytest.mark.parametrize("name, arch, values, amp", PATHS)
 def test_no_tensor_of_the_cpu_takes_part_on_a_gpu(name, arch, values, amp, monkeypatch):
     """Shapes, types and devices of a GPU alone: there need not be one."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
@@ -181,7 +186,8 @@ def test_no_tensor_of_the_cpu_takes_part_on_a_gpu(name, arch, values, amp, monke
             assert logits.dtype == (torch.bfloat16 if amp == "bf16" else torch.float32)
 
 
-ALL = [*((name, "vgg16") for name in METHODS), ("bridge", "resnet50"), *OWN_LAYERS]
+ALL = [*((name, "vgg16") for name in METHODS), ("bridge", "resnet50")]
+ALL += [pytest.param(*pair, marks=pytest.mark.slow) for pair in OWN_LAYERS]
 
 
 @pytest.mark.parametrize("name, arch", ALL)

@@ -287,6 +287,7 @@ def numbers_file():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", numbers_file())
 def test_every_number_is_that_of_its_file(page):
     """All decimal numbers of a page (or section): of a results file, or listed as no result ("free")."""
