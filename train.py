@@ -96,8 +96,8 @@ def open_run(args: argparse.Namespace, out: Path) -> Run:
     utils.keep_freed_memory()
     utils.join_processes(device)
     utils.seed_everything(c.seed)
-    if c.amp == "auto":  # decided once per run
-        c.amp, sources["amp"] = utils.resolve_amp(c.amp, device)
+    if c.amp == "auto":  # decided once per run, by the first process
+        c.amp, sources["amp"] = utils.all_gather(utils.resolve_amp(c.amp, device))[0]
     if c.workers is None:
         c.workers = utils.default_workers(device)
 

@@ -48,6 +48,9 @@ IMAGENET_RESNET50 = dict(
     lambda_sim=8.0, lambda_norm=1.0, lambda_drop=2.0, tau_fg=0.28, tau_bg=0.25, gamma=0.8, p=0.25
 )
 MAXIMUM, TARGET = dict(norm_class="max"), dict(norm_class="target")
+# Values that other data sets take from ILSVRC.
+OF_ILSVRC_VGG16 = {f"ILSVRC: {C5}": IMAGENET_VGG16, f"ILSVRC: {CODE}": TARGET, CHOE: dict(stride=16)}
+OF_ILSVRC_RESNET50 = {f"ILSVRC: {ANSWER}": IMAGENET_RESNET50, f"ILSVRC: {CODE}": TARGET, CHOE: dict(stride=8)}
 CUB_SCHEDULE = dict(epochs=70, warm_epochs=20, decay_at=[41, 61], decay_factor=0.2, warm_batch_size=32)
 CUB10_SCHEDULE = dict(epochs=12, warm_epochs=3, decay_at=[9], decay_factor=0.2, val_every=0)
 IMAGENETTE_SCHEDULE = dict(epochs=8, warm_epochs=2, decay_at=[6], decay_factor=0.2, val_every=0)
@@ -107,15 +110,11 @@ PRESETS: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {
     # the factor that VGG16 got; they are not tuned.
     ("Imagenette", "vgg16"): {
         OURS: dict(lr=2e-3, lr_new=1e-2) | IMAGENETTE_SCHEDULE | BATCHES,
-        f"ILSVRC: {C5}": IMAGENET_VGG16,
-        f"ILSVRC: {CODE}": TARGET,
-        CHOE: dict(stride=16),
+        **OF_ILSVRC_VGG16,
     },
     ("Imagenette", "resnet50"): {
         OURS: dict(lr=1e-3, lr_new=1e-2) | IMAGENETTE_SCHEDULE | BATCHES,
-        f"ILSVRC: {ANSWER}": IMAGENET_RESNET50,
-        f"ILSVRC: {CODE}": TARGET,
-        CHOE: dict(stride=8),
+        **OF_ILSVRC_RESNET50,
     },
     # Both have two cross-entropies. At higher rates the training loss fell to chance (EIL: the CAM baseline's
     # rates) or stayed near it for three epochs (ACoL: half of them).
@@ -125,15 +124,11 @@ PRESETS: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {
     # which were chosen on val there. Not tuned on folders yet (tests/imagenette_folder.py).
     ("folder", "vgg16"): {
         OURS: dict(lr=5e-4, lr_new=2.5e-3) | CUB10_SCHEDULE | BATCHES,
-        f"ILSVRC: {C5}": IMAGENET_VGG16,
-        f"ILSVRC: {CODE}": TARGET,
-        CHOE: dict(stride=16),
+        **OF_ILSVRC_VGG16,
     },
     ("folder", "resnet50"): {
         OURS: dict(lr=2.5e-4, lr_new=2.5e-3) | CUB10_SCHEDULE | BATCHES,
-        f"ILSVRC: {ANSWER}": IMAGENET_RESNET50,
-        f"ILSVRC: {CODE}": TARGET,
-        CHOE: dict(stride=8),
+        **OF_ILSVRC_RESNET50,
     },
     # The drawn data set: a quarter of VGG16's width, 112 x 112 pixels, 14 x 14 maps. Chosen on val, one seed.
     # val_every: only the last epoch is evaluated. The pretrained features localize best before the classes

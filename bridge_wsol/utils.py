@@ -376,7 +376,7 @@ BF16_GAIN = 1.3  # of a convolution on the CPU, from which on --amp auto takes b
 
 
 def resolve_amp(amp: str, device: torch.device) -> tuple[str, str]:
-    """("bf16" or "off", source) of --amp on this device; with several processes the first one decides.
+    """("bf16" or "off", source) of --amp on this device.
 
     "auto": bf16 on a GPU that has instructions for it, and on such a CPU if it is BF16_GAIN times as fast as
     float32: CPUs with AVX-512 but without AMX can be slower in it.
@@ -392,7 +392,7 @@ def resolve_amp(amp: str, device: torch.device) -> tuple[str, str]:
             bf16, float32 = convolution_speed("bf16"), convolution_speed("off")
             fast = bf16 >= BF16_GAIN * float32
             source = f"auto: bf16 {bf16:.0f}, float32 {float32:.0f} GFLOP/s"
-    return all_gather(("bf16" if fast else "off", source))[0]
+    return "bf16" if fast else "off", source
 
 
 def convolution_speed(amp: str) -> float:

@@ -23,7 +23,7 @@ from bridge_wsol.utils import read_json
 
 PRESET_COLUMNS = ("lambda_sim lambda_norm lambda_drop", "tau_fg tau_bg", "gamma p", "lr lr_new")
 # Packages that only blocks of the docs need: such a block runs where its package is installed.
-OTHERS = {"torchcam", "pytorch_grad_cam", "pandas", "tensorboard", "matplotlib"}
+OTHERS = {"torchcam", "pytorch_grad_cam", "pandas", "tensorboard"}
 
 
 def blocks(page):
