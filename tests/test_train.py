@@ -147,8 +147,10 @@ def test_best_is_the_epoch_with_the_best_val(tiny, tmp_path):
     assert best != 5 and last["curves"] != results(folder)["curves"]
 
 
-def test_val_every_0_is_after_the_last_epoch(tiny, tmp_path):
+def test_val_every_0_is_after_the_last_epoch(tiny, tmp_path, trained_once, capsys):
     run("train", f"{tiny} --epochs 2 --val-every 0 --out {tmp_path}/run")
+    # Else few boxes of val choose the best epoch, and a line says so.
+    assert "--val-every 0" in trained_once[1] and "--val-every 0" not in capsys.readouterr().out
     run("train", f"{tiny} --epochs 3 --val-every 0 --out {tmp_path}/run --resume")
     assert [line["epoch"] for line in lines_of(tmp_path / "run") if "val" in line] == [2, 3]
 
