@@ -25,7 +25,7 @@ image. A component that is connected to this border is not a hole.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -135,14 +135,14 @@ class _Basins:
 
     def __init__(self, heights: np.ndarray, eight: bool, border_is_one: bool = False):
         H, W = self.shape = heights.shape
-        self.border_is_one = border_is_one
+        self.eight, self.border_is_one = eight, border_is_one
         bits, kind = (16, np.uint32) if H * W < 2**16 else (32, np.uint64)
         # Height and pixel index: keys are distinct, and of equal heights the last pixel is the highest.
         key = np.zeros((H + 2, W + 2), dtype=kind)
         inner = key[1:-1, 1:-1]
         inner[...] = heights
         inner <<= kind(bits)
-        inner |= _pixels(H, W).index.reshape(H, W).astype(kind)
+        inner |= np.arange(H * W, dtype=kind).reshape(H, W)
 
         # Within an image row, a cumulative sum gives the next summit. Only the summits, a tenth of the
         # pixels, then follow pointers.
@@ -168,14 +168,17 @@ class _Basins:
         number = np.zeros(len(summits), dtype=np.intp)
         number[tops] = np.arange(len(tops))
         self.labels = number[uphill][to_summit]
-        self.borders = self._borders(eight)
+        self.borders = self._borders()
 
-    def _borders(self, eight: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The pairs of neighbouring pixels in different basins, each pair once: P, P indices."""
+    def _borders(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The pairs of neighbouring pixels in different basins, each pair once, sorted by basins.
+
+        Returns P, P: the indices of the pixels; Q: where the pairs of two basins begin; Q x 2: these basins.
+        """
         H, W = self.shape
         labels = self.labels.astype(np.uint16 if len(self.peaks) < 2**16 else np.uint32)
         # Distance of the neighbour in the flat image, and the column without this neighbour.
-        steps = [(1, W - 1), (W, None)] + ([(W + 1, W - 1), (W - 1, 0)] if eight else [])
+        steps = [(1, W - 1), (W, None)] + ([(W + 1, W - 1), (W - 1, 0)] if self.eight else [])
         if W == 1:
             steps = [(1, None)]
         first, second = [], []
@@ -185,7 +188,13 @@ class _Basins:
                 differ[edge::W] = False
             first.append(np.flatnonzero(differ))
             second.append(first[-1] + step)
-        return np.concatenate(first), np.concatenate(second)
+        first, second = np.concatenate(first), np.concatenate(second)
+        a, b, n = self.labels[first], self.labels[second], len(self.peaks)
+        pair = np.minimum(a, b) * n + np.maximum(a, b)
+        order = np.argsort(pair.astype(np.uint16) if n < 256 else pair, kind="stable")  # 16 bits: radix sort
+        pair = pair[order]
+        begins = np.flatnonzero(np.append(True, pair[1:] != pair[:-1])[: len(pair)])
+        return first[order], second[order], begins, np.stack(np.divmod(pair[begins], n), axis=1)
 
 
 class _Components:
@@ -253,28 +262,32 @@ class _Components:
 
     def _saddles(self) -> tuple[list[int], list[int], list[int]]:
         """Two neighbouring basins and their saddle, for all pairs, in descending order of the saddles."""
-        n, (first, second) = len(self.basins.peaks), self.basins.borders
-        a, b = self.basins.labels[first], self.basins.labels[second]
-        pair = np.minimum(a, b) * n + np.maximum(a, b)
-        # The highest pair of pixels of each pair of basins: the last one of its run in a sorted array.
-        key = np.sort(pair * 256 + np.minimum(self.v[first], self.v[second]))
-        key = key[np.append(key[1:] >> 8 != key[:-1] >> 8, True)[: len(key)]]
-        pair, value = key >> 8, (key & 255).astype(np.uint8)
-        order = np.argsort(255 - value, kind="stable")
-        a, b = np.divmod(pair[order], n)
-        return a.tolist(), b.tolist(), value[order].tolist()
+        first, second, begins, pairs = self.basins.borders
+        if not len(begins):
+            return [], [], []
+        saddle = np.maximum.reduceat(np.minimum(self.v[first], self.v[second]), begins)
+        order = np.argsort(-saddle, kind="stable")
+        return (*pairs[order].T.tolist(), saddle[order].tolist())
 
     def extents(self) -> np.ndarray:
         """4 x T, per node: first pixel in reading order, smallest x, -largest x, -last pixel."""
-        pixels, where = _pixels(*self.basins.shape), self._where(self.basins.labels * 256, self.v)
-        by_column = where.reshape(self.basins.shape).ravel("F")
-        own = np.full((4, len(self.branch) + 1), len(where), dtype=np.int64)
-        # Of several pixels of one node, the last assignment remains.
-        first, least_x, greatest_x, last = own
-        first[where[::-1].copy()] = pixels.index_back
-        least_x[by_column[::-1].copy()] = pixels.x_back
-        greatest_x[by_column] = pixels.minus_x
-        last[where] = pixels.minus_index
+        H, W = self.basins.shape
+        row = W + 1  # zeros after each image row, and two rows of them above and below
+        v = np.zeros((H + 4, row), dtype=np.uint8)
+        v[2:-2, :-1] = self.v.reshape(H, W)
+        v, begin, end = v.ravel(), 2 * row, (H + 2) * row
+        neighbours = 4 if self.basins.eight else 2
+        by_row = (-1, -row, -row - 1, 1 - row)[:neighbours]  # the neighbours that come before a pixel
+        by_column = (-1, -row, -row - 1, row - 1)[:neighbours]
+        own = np.full((4, len(self.branch) + 1), H * W, dtype=np.int64)
+        for of_nodes, steps, sign in zip(own, (by_row, by_column, by_column, by_row), (1, 1, -1, -1)):
+            # A pixel is not the first of its component if a neighbour before it is in the mask, too.
+            before = reduce(np.maximum, (v[begin + sign * step : end + sign * step] for step in steps))
+            at = np.flatnonzero(v[begin:end] > before)
+            y = at // row
+            pixel = at - y  # without the zeros
+            node = self.node.ravel()[self.basins.labels[pixel] * 256 + self.v[pixel]]
+            np.minimum.at(of_nodes, node, sign * (pixel if steps is by_row else at - y * row))
         return self._downwards(own, np.minimum)
 
     def double_areas(self) -> np.ndarray:
@@ -287,15 +300,12 @@ class _Components:
         # Any three of the four pixels are connected, and the higher pixel of a diagonal is one of the three.
         # The block belongs to the component of this pixel.
         owner = np.where(p >= s, labels[:-1, :-1], labels[1:, 1:]) * 256
-        own = sum(
-            np.bincount(self._where(owner, value).ravel(), minlength=len(self.branch) + 1)
-            for value in (all_four, three)
+        cells = sum(
+            np.bincount((owner + value).ravel(), minlength=self.node.size) for value in (all_four, three)
         )
+        used = np.flatnonzero(cells)
+        own = np.bincount(self.node.ravel()[used], cells[used], len(self.branch) + 1).astype(np.int64)
         return self._downwards(own[None], np.add)[0]
-
-    def _where(self, labels_256: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """The nodes of pixels, from their basins (times 256) and values."""
-        return self.node.ravel()[labels_256 + v]
 
     def _downwards(self, own: np.ndarray, add: np.ufunc) -> np.ndarray:
         """Accumulates values down the tree: k x (T + 1), added at each node -> k x T, the total of each node.
@@ -334,23 +344,6 @@ class _Components:
         for saddle, kept, ended in reversed(self.merges):
             level[ended] = min(saddle, level[kept])
         return np.array(level)
-
-
-class _Pixels(NamedTuple):
-    """Constant arrays of an image size, from `_pixels`."""
-
-    index: np.ndarray
-    index_back: np.ndarray
-    minus_index: np.ndarray
-    x_back: np.ndarray
-    minus_x: np.ndarray
-
-
-@lru_cache(maxsize=8)
-def _pixels(H: int, W: int) -> _Pixels:
-    """index: pixels in reading order; x: their x, column by column; back: in reverse order."""
-    index, x = np.arange(H * W), np.repeat(np.arange(W), H)
-    return _Pixels(index, index[::-1].copy(), -index, x[::-1].copy(), -x)
 
 
 def _boxes(extents: np.ndarray, width: int) -> np.ndarray:
