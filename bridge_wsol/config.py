@@ -121,8 +121,8 @@ PRESETS: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {
     ("Imagenette", "vgg16", "acol"): {OURS: dict(lr=5e-4, lr_new=2.5e-3)},
     ("Imagenette", "vgg16", "eil"): {OURS: dict(lr=1e-3, lr_new=5e-3)},
     # A folder of one's own images. The values of the method are ILSVRC's, the schedule is CUB10's. The rates
-    # were chosen for the CAM baseline on val of a folder of 500 photos (VGG16, one seed). ResNet50 has half of
-    # CUB10's rates, as VGG16; they are not tuned.
+    # were chosen for the CAM baseline on val of a folder of 500 photos (VGG16, one seed). ResNet50 has half
+    # of CUB10's rates, as VGG16; they are not tuned.
     ("folder", "vgg16"): {
         OURS: dict(lr=2.5e-4, lr_new=1.25e-3) | CUB10_SCHEDULE | BATCHES,
         **OF_ILSVRC_VGG16,
