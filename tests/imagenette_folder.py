@@ -1,4 +1,4 @@
-"""Imagenette as a folder of own photos, to try and to tune the preset of folders.
+"""Imagenette as a folder of own photos, on which the preset of folders was chosen (docs/results/folder.md).
 
     python tests/imagenette_folder.py IMAGENETTE OUT [CLASSES PHOTOS]
 

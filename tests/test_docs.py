@@ -314,18 +314,10 @@ def test_the_presets_of_the_page_are_those_of_the_program():
     text = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
     for dataset, arch in (key for key in PRESETS if len(key) == 2):
         x = {name: value for name, (value, _) in preset_values(dataset, arch, "bridge").items()}
-        numbers = [[f"{x[name]:g}" for name in names.split()] for names in PRESET_COLUMNS]
-        decay = (
-            f"{x['epochs']} ({x['warm_epochs']}), {' '.join(map(str, x['decay_at']))} × {x['decay_factor']:g}"
-        )
+        groups = (", ".join(f"{x[name]:g}" for name in names.split()) for names in PRESET_COLUMNS)
+        lambdas, taus, dropout, rates = groups
+        decay = f"{' '.join(map(str, x['decay_at']))} × {x['decay_factor']:g}"
+        schedule = f"{x['epochs']} ({x['warm_epochs']}), {decay}"
         sizes = f"{x['batch_size']} ({x['warm_batch_size']}), {x['stride']}"
-        cells = [
-            dataset,
-            arch,
-            *map(", ".join, numbers[:3]),
-            x["norm_class"],
-            ", ".join(numbers[3]),
-            decay,
-            sizes,
-        ]
+        cells = [dataset, arch, lambdas, taus, dropout, x["norm_class"], rates, schedule, sizes]
         assert f"| {' | '.join(cells)} |" in text, cells
