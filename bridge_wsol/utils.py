@@ -368,8 +368,9 @@ def keep_freed_memory() -> None:
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """The context of a forward pass. amp: "bf16" or "off", of `resolve_amp`."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16")
+    """The context of a forward pass. amp: "bf16" or "off", of `resolve_amp`; KeyError for another one."""
+    enabled = {"bf16": True, "off": False}[amp]
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 BF16_GAIN = 1.3  # of a convolution on the CPU, from which on --amp auto takes bf16

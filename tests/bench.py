@@ -146,14 +146,16 @@ def train(args):
 
 def evaluation(args):
     n, device = args.images, utils.resolve_device(args.device)
-    method = make(Bridge, args.arch, 200, torch.float32, width=1.0).to(device)
+    method, (amp, _) = make(Bridge, args.arch, 200, torch.float32, width=1.0), utils.resolve_amp("auto", device)
+    utils.keep_freed_memory()
+    method.to(device, memory_format=torch.channels_last)
     with tempfile.TemporaryDirectory() as folder:
         load = partial(eval_loader, split := drawn_split(folder, n), 32, 224)
         of_input, batches = timed(list, load(0))
-        list(network_maps(method, batches[:1], "auto"))  # warm-up
-        of_network, made = timed(list, network_maps(method, batches, "auto"), device=device)
+        list(network_maps(method, batches[:1], amp))  # warm-up
+        of_network, made = timed(list, network_maps(method, batches, amp), device=device)
         of_sweep, _ = timed(lambda: [measure(x, split.boxes[0]) for batch in made for x in batch.maps])
-        maps = network_maps(method, load(args.workers), "auto")
+        maps = network_maps(method, load(args.workers), amp)
         together, _ = timed(lambda: evaluate_maps(maps, split, workers=args.workers))
     one_by_one = of_input + of_network + of_sweep
     for stage, took in (("input", of_input), ("network", of_network), ("sweep", of_sweep)):

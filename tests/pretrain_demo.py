@@ -1,6 +1,6 @@
 """Makes the weights of the demo's small backbone, bridge_wsol/demo_vgg16.pth, in place of ImageNet's.
 
-    python tests/pretrain_demo.py FOLDER OUT.pth      draws the shapes into FOLDER; 25 minutes on one core
+    python tests/pretrain_demo.py FOLDER OUT.pth      draws the shapes into FOLDER; 14 minutes on one core
 
 They are pretrained on random shapes whose class, texture x colour, shows on the whole object. The shapes
 contain no birds and none of the demo's classes.
@@ -69,7 +69,7 @@ def draw_shape(rng: np.random.Generator, label: int) -> demo.Drawing:
 
 
 def pretrain(folder: Path, out: Path, epochs: int = 12) -> None:
-    """Draws 8,000 shapes, trains VGG16-GAP at a quarter of its width with batch norm, writes its features.
+    """Draws 8,000 shapes, trains VGG16-GAP at an eighth of its width with batch norm, writes its features.
 
     Batch norm helps a training from scratch. It is folded into the convolutions, in half precision.
     """
@@ -78,7 +78,7 @@ def pretrain(folder: Path, out: Path, epochs: int = 12) -> None:
     split = read_split(folder / "lists" / "train", folder / "shapes", "shapes")
     device = utils.resolve_device("auto")
     utils.seed_everything(0)
-    net = VGG16GAP(CLASSES, stride=8, width=0.25)
+    net = VGG16GAP(CLASSES, stride=8, width=0.125)
     net.features, net.conv6 = with_batch_norm(net.features), with_batch_norm(net.conv6)
     net.to(device, memory_format=torch.channels_last)
     sgd = dict(lr=3e-2, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)

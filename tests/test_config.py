@@ -32,7 +32,7 @@ TABLE = {
     "Imagenette resnet50": "8.0 1.0 2.0 0.28 0.25 0.8 0.25 target | 0.001 0.01 | 8 2 [6] 0.2 32 32 | 8",
     "folder vgg16": "0.5 0.2 3.0 0.5 0.3 0.8 0.5 target | 0.00025 0.00125 | 12 3 [9] 0.2 32 32 | 16",
     "folder resnet50": "8.0 1.0 2.0 0.28 0.25 0.8 0.25 target | 0.000125 0.00125 | 12 3 [9] 0.2 32 32 | 8",
-    "demo vgg16": "1.0 1.5 0.3 0.3 0.2 0.9 0.25 target | 0.0008 0.08 | 10 0 [9] 0.2 32 32 | 8",
+    "demo vgg16": "1.0 1.5 0.3 0.6 0.4 0.9 0.25 target | 0.0016 0.12 | 10 0 [9] 0.2 32 32 | 8",
 }
 
 
@@ -43,7 +43,7 @@ def test_every_preset_has_the_values_of_its_sources():
         groups = (LOSSES, RATES[:2], SCHEDULE, SIZES[:1])
         assert " | ".join(" ".join(str(found[name]) for name in group) for group in groups) == text
         assert [found[name] for name in RATES[2:]] == [0.9, 5e-4, True]  # True: Nesterov
-        assert [found[name] for name in SIZES[1:]] == ([0.25, 128, 112] if "demo" in pair else [1, 256, 224])
+        assert [found[name] for name in SIZES[1:]] == ([0.125, 128, 112] if "demo" in pair else [1, 256, 224])
 
 
 @pytest.mark.parametrize("pair", TABLE)
@@ -67,7 +67,7 @@ def test_cam_is_the_same_run_without_the_losses():
 
 
 OTHER_RATES = {
-    "demo": {"acol": (4e-4, 4e-2), "eil": (4e-4, 4e-2), "spg": (8e-4, 2e-2)},
+    "demo": {"acol": (4e-4, 4e-2), "eil": (4e-4, 4e-2), "spg": (1.6e-3, 2e-2)},
     "Imagenette": {"acol": (5e-4, 2.5e-3), "eil": (1e-3, 5e-3)},
     "CUB": {},
 }
@@ -171,8 +171,8 @@ def test_a_method_of_one_s_own_may_change_a_default_and_registers_at_any_time():
         values = {"alpha": Value(float, 3.0, "of mine", "[0, inf)"), "momentum": Value(float, 0.5, "less")}
 
     try:
-        found, sources = resolve("--method mine --tau-fg 0.3")
-        assert (found.alpha, found.momentum, found.tau_fg) == (3.0, 0.5, 0.3)
+        found, sources = resolve("--method mine --tau-fg 0.5")
+        assert (found.alpha, found.momentum, found.tau_fg) == (3.0, 0.5, 0.5)
         assert sources["alpha"] == "default"
         assert CAM.all_values().keys() < Bridge.all_values().keys() < Mine.all_values().keys()
         with pytest.raises(InputError, match="--alpha -1.0: must be in"):
