@@ -146,7 +146,7 @@ def train(args):
 
 def evaluation(args):
     n, device = args.images, utils.resolve_device(args.device)
-    method, (amp, _) = make(Bridge, args.arch, 200, torch.float32, width=1.0), utils.resolve_amp("auto", device)
+    method, amp = make(Bridge, args.arch, 200, torch.float32, width=1.0), utils.resolve_amp("auto", device)[0]
     utils.keep_freed_memory()
     method.to(device, memory_format=torch.channels_last)
     with tempfile.TemporaryDirectory() as folder:
