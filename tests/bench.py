@@ -129,13 +129,17 @@ def train(args):
 
     turns = [{mode: ask(mode, True) for mode in MODES} for _ in range(args.steps + 1)]
     took = {mode: np.median([turn[mode] for turn in turns[1:]]) for mode in MODES}  # the first is a warm-up
+    products = {}  # measured before a process ends, which takes the cores for a while
     for mode in MODES:
         a = torch.randn(args.matrix, args.matrix, device=device)
         a = a.bfloat16() if "bf16" in mode else a
-        product = 2 * args.matrix**3 / min(timed(torch.matmul, a, a, device=device)[0] for _ in range(20))
+        fastest = min(timed(torch.matmul, a, a, device=device)[0] for _ in range(20))
+        products[mode] = 2 * args.matrix**3 / fastest
+    for mode in MODES:
         apart = max(abs(first[mode][0][name] - value) for name, value in first[PLAIN][0].items())
         speed = f"{args.batch_size / took[mode]:8.2f} images/s {took[PLAIN] / took[mode]:6.2f} x plain"
-        share = f"{100 * first[PLAIN][1] / took[mode] / product:6.1f} % of a matrix product's throughput"
+        ratio = 100 * first[PLAIN][1] / took[mode] / products[mode]
+        share = f"{ratio:6.1f} % of a matrix product's throughput"
         print(f"  {mode:<14}{speed} {ask(mode, False):6.2f} GB {share}, first losses {apart:.0e} apart")
     with tempfile.TemporaryDirectory() as folder:
         split = drawn_split(folder, 256)

@@ -295,11 +295,13 @@ def paint(
     image: Image.Image, mask: Image.Image, outline: np.ndarray, pattern: np.ndarray, colours: Sequence[Colour]
 ) -> None:
     """Paints a pattern of two colours into the mask: lighter above, darker below, so that it looks round."""
+    x0, y0, x1, y1 = box = mask.getbbox()
     top, bottom = outline[:, 1].min(), outline[:, 1].max()
-    light = np.clip(1.12 - 0.42 * (np.arange(CANVAS) - top) / max(bottom - top, 1), 0.6, 1.12)
-    coat = np.where(pattern[..., None], colours[1], colours[0]).astype(np.float32)
+    light = np.clip(1.12 - 0.42 * (np.arange(y0, y1) - top) / max(bottom - top, 1), 0.6, 1.12)
+    first, second = np.array(colours, dtype=np.float32)
+    coat = np.where(pattern[y0:y1, x0:x1, None], second, first)
     coat = np.minimum(coat * light[:, None, None].astype(np.float32), 255)
-    image.paste(Image.fromarray(coat.astype(np.uint8)), mask=mask)
+    image.paste(Image.fromarray(coat.astype(np.uint8)), box, mask.crop(box))
 
 
 def finish(rng: np.random.Generator, image: Image.Image, mask: Image.Image, part: Image.Image) -> Drawing:
