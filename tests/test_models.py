@@ -280,6 +280,8 @@ def test_amp_auto_is_bf16_where_a_cpu_is_faster_in_it(monkeypatch, bf16, instruc
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (
             torch.bfloat16 if chosen == "bf16" else torch.float32
         )
+    with pytest.raises(KeyError):  # not float32 without a word
+        utils.autocast(cpu, "auto")
 
 
 def test_the_speed_of_a_convolution_leaves_the_random_state():
