@@ -154,7 +154,8 @@ def real_data(tmp_path_factory) -> Path:
         pytest.skip("BRIDGE_WSOL_TEST_DATA names no folder with CUB_200_2011-10.tar")
     root = tmp_path_factory.mktemp("real")
     with tarfile.open(Path(source) / "CUB_200_2011-10.tar") as archive:
-        archive.extractall(root, filter="data")
+        # Python before 3.10.12 and 3.11.4 has no filters.
+        archive.extractall(root, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return root
 
 
